@@ -1,0 +1,152 @@
+"""Floor 1: NoahHead, the Non-glObal Attentive Head as a module (paper, Section III-B)."""
+import math
+from typing import List
+
+import torch
+from torch import Tensor, nn
+
+from .poca import poca
+
+INPUT_FMTS = ('NCHW', 'NHWC', 'NLC')
+
+
+@torch.fx.wrap
+def check_input(x: Tensor, in_features: int, input_fmt: str) -> None:
+    """Raise ValueError unless `x` has the rank and the width of `input_fmt` (one opaque call for torch.fx)."""
+    channel_dim = 1 if input_fmt == 'NCHW' else -1
+    if x.ndim != len(input_fmt) or x.shape[channel_dim] != in_features:
+        raise ValueError(
+            f'NoahHead: got an input of shape {list(x.shape)}; expected {len(input_fmt)} dimensions in the order '
+            f'{input_fmt} with {in_features} channels')
+
+
+class NoahHead(nn.Module):
+    """Non-glObal Attentive Head: takes the place of "pool, then linear" at the end of an image classifier.
+
+    The `in_features` channels are split into a first part of `int(in_features * key_ratio)` channels for the key and
+    the rest for the value, and each part into `num_groups` groups. Per group and per class, a softmax over positions
+    of the embedded key weights the embedded value; logits are the sum over groups and positions. See Section III-B of
+    the paper; Table VI for `num_groups` and `key_ratio`, Table VII for the two splits.
+
+    Shapes:
+        Input: (B, C, H, W), (B, H, W, C) or (B, L, C) as `input_fmt` says; any spatial size.
+        Output: (B, num_classes); (B, in_features), the mean over positions, when `num_classes` is 0.
+
+    Args:
+        in_features: C, channels of the input.
+        num_classes: K, number of logits. 0 makes the head a global average pool without parameters.
+        num_groups: N, number of POCA blocks.
+        key_ratio: Share of the channels that go to the key, strictly between 0 and 1. Not used if not `split_kv`.
+        drop_rate: Dropout probability on the value map.
+        input_fmt: 'NCHW', 'NHWC' or 'NLC'.
+        split_groups: First-level feature split. Without it both embeddings are dense and still give N * K maps.
+        split_kv: Second-level feature split. Without it both embeddings read all channels.
+
+    Raises:
+        ValueError: If channels do not divide, `key_ratio` or `drop_rate` is out of range, `input_fmt` is unknown, or
+            an input has the wrong rank or width.
+    """
+
+    def __init__(
+            self,
+            in_features: int,
+            num_classes: int,
+            num_groups: int = 4,
+            key_ratio: float = 0.5,
+            drop_rate: float = 0.,
+            input_fmt: str = 'NCHW',
+            split_groups: bool = True,
+            split_kv: bool = True,
+            device=None,
+            dtype=None,
+    ) -> None:
+        super().__init__()
+        if in_features < 1 or num_classes < 0 or num_groups < 1:
+            raise ValueError(
+                f'in_features={in_features}, num_classes={num_classes}, num_groups={num_groups}: expected at least '
+                f'1, 0 and 1')
+        if not 0. <= drop_rate < 1.:
+            raise ValueError(f'drop_rate={drop_rate} is not in [0, 1)')
+        if input_fmt not in INPUT_FMTS:
+            raise ValueError(f'input_fmt={input_fmt!r} is not one of {", ".join(INPUT_FMTS)}')
+        if split_kv:
+            _check_key_ratio(in_features, num_groups if split_groups else 1, key_ratio)
+        elif split_groups and in_features % num_groups:
+            raise ValueError(f'in_features={in_features} is not a multiple of num_groups={num_groups}')
+        self.in_features = in_features
+        self.num_classes = self.out_features = num_classes
+        self.num_groups = num_groups
+        self.key_ratio = key_ratio
+        self.drop_rate = drop_rate
+        self.input_fmt = input_fmt
+        self.split_groups = split_groups
+        self.split_kv = split_kv
+        self.key_features = int(in_features * key_ratio) if split_kv else in_features
+        self.value_features = in_features - self.key_features if split_kv else in_features
+        self.conv_groups = num_groups if split_groups else 1
+        if num_classes:
+            dd = {'device': device, 'dtype': dtype}
+            maps = num_groups * num_classes
+            self.key = nn.Conv2d(self.key_features, maps, 1, groups=self.conv_groups, **dd)
+            self.value = nn.Conv2d(self.value_features, maps, 1, groups=self.conv_groups, **dd)
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Kaiming normal by fan-out, biases zero, as in the authors' release."""
+        for conv in (self.key, self.value):
+            nn.init.kaiming_normal_(conv.weight, mode='fan_out')
+            nn.init.zeros_(conv.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_input(x, self.in_features, self.input_fmt)
+        if self.input_fmt == 'NLC':
+            x_BCHW = x.transpose(1, 2).unsqueeze(-1)
+        elif self.input_fmt == 'NHWC':
+            x_BCHW = x.permute(0, 3, 1, 2)
+        else:
+            x_BCHW = x
+        if not hasattr(self, 'key'):  # TorchScript settles hasattr when it compiles, not num_classes
+            return x_BCHW.mean(dim=(2, 3))
+        return poca(
+            x_BCHW[:, :self.key_features],
+            x_BCHW[:, self.in_features - self.value_features:],
+            self.key.weight,
+            self.key.bias,
+            self.value.weight,
+            self.value.bias,
+            self.num_groups,
+            self.conv_groups,
+            self.drop_rate,
+            self.training,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f'in_features={self.in_features}, num_classes={self.num_classes}, num_groups={self.num_groups}, '
+            f'key_ratio={self.key_ratio}, drop_rate={self.drop_rate}, input_fmt={self.input_fmt!r}, '
+            f'split_groups={self.split_groups}, split_kv={self.split_kv}')
+
+
+def _check_key_ratio(in_features: int, num_groups: int, key_ratio: float) -> None:
+    if in_features % num_groups:
+        raise ValueError(
+            f'in_features={in_features} is not a multiple of num_groups={num_groups}; choose num_groups from '
+            f'{[n for n in range(1, 33) if in_features % n == 0]}')
+    if in_features < 2 * num_groups:
+        raise ValueError(
+            f'in_features={in_features} cannot give each of num_groups={num_groups} a key and a value channel')
+    if not 0. < key_ratio < 1.:
+        raise ValueError(f'key_ratio={key_ratio} is not strictly between 0 and 1')
+    key_features = int(in_features * key_ratio)
+    if key_features % num_groups or not key_features:
+        below = key_features // num_groups * num_groups
+        accepted = _ratios((below, below + num_groups), in_features)
+        raise ValueError(
+            f'key_ratio={key_ratio} gives {key_features} key channels of {in_features}, not a positive multiple of '
+            f'num_groups={num_groups}; choose key_ratio={" or ".join(accepted)}')
+
+
+def _ratios(key_features: tuple, in_features: int) -> List[str]:
+    """Ratios that give these numbers of key channels, `int(in_features * ratio)`, as text."""
+    ratios = [k / in_features for k in key_features if 0 < k < in_features]
+    return [repr(r if int(in_features * r) == round(in_features * r) else math.nextafter(r, 1)) for r in ratios]

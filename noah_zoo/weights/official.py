@@ -1,0 +1,263 @@
+"""Floor 3: the authors' release, 25 NOAH models and their 25 vanilla twins, read, checked and converted to timm's format."""
+import argparse
+import dataclasses
+import difflib
+import logging
+import os
+import re
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, Union
+
+import torch
+from timm.models import create_model, get_pretrained_cfg, save_for_hf
+from torch import Tensor
+
+from ..catalog import CATALOG, Model
+from ..models.noah_deit import ThinDeit
+
+_logger = logging.getLogger(__name__)
+TAG = 'osvai_in1k'
+
+_CNN_HEAD = (
+    (r'^(fc|classifier)\.key\.', r'head.query.'),
+    (r'^(fc|classifier)\.value\.', r'head.value.'),
+    (r'^(fc|classifier)\.', r'head.2.'),
+)
+_TOKEN_HEAD = ((r'^head\.key\.', r'head.query.'),)
+_RULES = {  # timm's name -> the released one
+    'resnet': _CNN_HEAD,
+    'mobilenet': _CNN_HEAD,
+    'shufflenet': _CNN_HEAD,
+    'deit': ((r'^representation\.', r'pre_logits.'), *_TOKEN_HEAD),
+    'pvt': (
+        (r'^stages\.(\d)\.(patch_embed|pos_embed)', lambda m: f'{m[2]}{int(m[1]) + 1}'),
+        (r'^stages\.(\d)\.blocks', lambda m: f'block{int(m[1]) + 1}'),
+        (r'^stages\.3\.cls_token', r'cls_token'),
+        *_TOKEN_HEAD,
+    ),
+    'mixer': _TOKEN_HEAD,
+    'gmlp': _TOKEN_HEAD,
+}
+
+
+class _Target(NamedTuple):
+    """What the model wants under a released name."""
+    name: str
+    tensor: Tensor
+
+
+def read_official(path: Union[str, Path]) -> Any:
+    """Read a released checkpoint on the CPU, without executing anything in it.
+
+    Only tensors, plain containers and `argparse.Namespace` are accepted.
+
+    Args:
+        path: A file written by `torch.save`.
+
+    Returns:
+        What the file holds, for `convert_official`.
+
+    Raises:
+        OSError: If the file cannot be opened.
+        ValueError: If it is no checkpoint, is truncated or damaged, or names another global than those accepted.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f'{path}: is a folder; expected the released file')
+    with path.open('rb') as file:
+        head = file.read(64)
+    if not head.startswith((b'PK\x03\x04', b'\x80')):  # torch's zip format and the pickle of its older one
+        raise ValueError(f'{path}: not a checkpoint: {_describe(head)}')
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location='cpu', weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # damaged files end in anything from EOFError to UnicodeDecodeError
+        foreign = re.search(r'GLOBAL (\S+)', str(error))
+        if foreign:
+            raise ValueError(
+                f'{path}: refused: its pickle names {foreign[1]}, a checkpoint of this release only tensors and '
+                f'argparse.Namespace; nothing in it was executed') from None
+        reason = (str(error).split('WeightsUnpickler error:')[-1].strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f'{path}: truncated, damaged or not a checkpoint: {reason}') from None
+
+
+def _describe(head: bytes) -> str:
+    if not head:
+        return 'the file is empty'
+    if head[8:9] == b'{':
+        return "it is in the safetensors format, which the release does not use; timm loads it as it is"
+    if head.lstrip().startswith(b'<'):
+        return 'it is a web page, as a download that asks for a confirmation gives'
+    return f'it starts with {head[:16]!r}'
+
+
+def convert_official(state_dict: Mapping[str, Any], name: str, ema: bool = False) -> Dict[str, Tensor]:
+    """Rename the weights of a released checkpoint to those of the timm model, after checking that they fit.
+
+    Args:
+        state_dict: What the file holds: any container of the release, or a bare state dict.
+        name: The timm name of a NOAH model or of its vanilla twin.
+        ema: Take the averaged weights of the container.
+
+    Returns:
+        A state dict for `load_state_dict(strict=True)`. Thin DeiTs with `representation.fc.weight` in it are created
+        with `pre_logits=True`.
+
+    Raises:
+        ValueError: If the name is unknown, the container has no averaged weights, or the weights are not this
+            model's: keys, shapes, types, or a value that is not finite.
+    """
+    _row(name)
+    given = _weights(state_dict, name, ema)
+    pre_logits = any(str(key).startswith('pre_logits.') for key in given)
+    expected = _expected(name, pre_logits)
+    problem = _mismatch(given, expected)
+    if problem:
+        others = (other for other in _names() if other != name)
+        owner = next((other for other in others if not _mismatch(given, _expected(other, pre_logits))), None)
+        raise ValueError(f'{name}: the weights are those of {owner}' if owner else f'{name}: {problem}')
+    for key, value in given.items():
+        if not value.isfinite().all():
+            raise ValueError(f'{name}: {key} has values that are NaN or infinite; expected finite ones')
+    return {target.name: given[key] for key, target in expected.items()}
+
+
+def convert_file(path: Union[str, Path], name: str, output: Union[str, Path], ema: bool = False) -> Path:
+    """Convert a released file to a folder that `timm.create_model('local-dir:FOLDER', pretrained=True)` loads.
+
+    The folder holds `model.safetensors` and timm's `config.json`. It appears whole or not at all: it is written under
+    a temporary name beside its place, `.FOLDER.*.partial`, and renamed. Only a killed process leaves the temporary
+    one behind; it may be deleted.
+
+    Args:
+        path: The released file.
+        name: The timm name of a NOAH model or of its vanilla twin.
+        output: The folder, absent or empty. Parents are made.
+        ema: Take the averaged weights.
+
+    Returns:
+        The folder, as an absolute path.
+
+    Raises:
+        OSError: If the file cannot be read or the folder cannot be written or is not empty.
+        ValueError: See `read_official` and `convert_official`.
+    """
+    output = Path(output).resolve()
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f'{output}: exists and is not an empty folder; nothing was written')
+    row = _row(name)
+    weights = convert_official(read_official(path), name, ema)
+    model_args = {}
+    if name == row.name:
+        model_args.update(num_groups=row.num_groups, key_ratio=row.key_ratio)
+    if 'representation.fc.weight' in weights:
+        model_args.update(pre_logits=True)
+    cfg = dataclasses.replace(
+        get_pretrained_cfg(f'{row.name}.{TAG}'), architecture=name, classifier=get_pretrained_cfg(name).classifier)
+    model = create_model(name, pretrained_cfg=cfg.to_dict(), **model_args)
+    model.load_state_dict(weights)
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f'.{output.name}.{uuid.uuid4().hex[:8]}.partial')
+    try:
+        save_for_hf(model, str(partial), model_args=model_args, safe_serialization=True)
+        if output.exists():
+            output.rmdir()  # empty; Windows renames onto no folder
+        os.replace(partial, output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _logger.info('%s: converted %s to %s', name, path, output)
+    return output
+
+
+def _names() -> List[str]:
+    return [name for row in CATALOG.values() for name in (row.name, row.vanilla)]
+
+
+def _row(name: str) -> Model:
+    for row in CATALOG.values():
+        if name in (row.name, row.vanilla):
+            return row
+    close = difflib.get_close_matches(str(name), _names(), cutoff=0.5) or list(CATALOG)
+    raise ValueError(f'{name!r} is not a model of the release; close: {", ".join(close)}')
+
+
+def _weights(checkpoint: Any, name: str, ema: bool) -> Dict[str, Any]:
+    """The weights in a container, without the prefix of a parallel wrapper."""
+    if not isinstance(checkpoint, Mapping):
+        raise ValueError(f'{name}: the file holds a {type(checkpoint).__name__}; expected a dict of tensors')
+    places = ('state_dict_ema', 'model_ema') if ema else ('state_dict', 'model')
+    weights = next((checkpoint[place] for place in places if isinstance(checkpoint.get(place), Mapping)), None)
+    if weights is None:
+        if ema:
+            raise ValueError(
+                f'{name}: the file has no averaged weights; expected them under {" or ".join(places)}, it has '
+                f'{_some(checkpoint)}')
+        weights = checkpoint
+    stripped = {re.sub(r'^module\.', '', str(key)): value for key, value in weights.items()}
+    if len(stripped) < len(weights):
+        raise ValueError(f'{name}: the file has keys both with and without the prefix "module."')
+    return stripped
+
+
+def _expected(name: str, pre_logits: bool) -> Dict[str, _Target]:
+    """What a model wants, by released names."""
+    with torch.device('meta'):
+        model = create_model(name)
+        if pre_logits and isinstance(model, ThinDeit):
+            model = create_model(name, pre_logits=True)
+    tensors = model.state_dict()
+    renamed = _mobilenet_layers(tensors) if _row(name).family == 'mobilenet' else {}
+    targets = {}
+    for key, tensor in tensors.items():
+        layer, _, leaf = key.rpartition('.')
+        released = f'{renamed[layer]}.{leaf}' if layer in renamed else key
+        for pattern, replacement in _RULES[_row(name).family]:
+            released = re.sub(pattern, replacement, released)
+        targets[released] = _Target(key, tensor)
+    return targets
+
+
+def _mobilenet_layers(keys: Iterable[str]) -> Dict[str, str]:
+    """timm's layers of MobileNetV2 -> torchvision's: one flat list of features, numbered inside by order."""
+    layers = list(dict.fromkeys(key.rpartition('.')[0] for key in keys))
+    blocks: Dict[str, List[str]] = {}
+    for layer in layers:
+        if layer.startswith('blocks.'):
+            blocks.setdefault(layer.rpartition('.')[0], []).append(layer)
+    last = len(blocks) + 1
+    renamed = {
+        'conv_stem': 'features.0.0', 'bn1': 'features.0.1', 'conv_head': f'features.{last}.0', 'bn2': f'features.{last}.1'}
+    for i, inside in enumerate(blocks.values(), start=1):
+        places = ['0.0', '0.1', '1.0', '1.1', '2', '3'] if len(inside) == 6 else ['0.0', '0.1', '1', '2']
+        renamed.update({layer: f'features.{i}.conv.{place}' for layer, place in zip(inside, places)})
+    return renamed
+
+
+def _mismatch(given: Dict[str, Any], expected: Dict[str, _Target]) -> Optional[str]:
+    """What is wrong with the keys, types and shapes, in one line, or None."""
+    missing = [key for key in expected if key not in given]
+    surplus = [key for key in given if key not in expected]
+    wrong = []
+    for key, (_, target) in expected.items():
+        value = given.get(key, target)
+        if not isinstance(value, Tensor) or value.layout != torch.strided:
+            wrong.append(f'{key} is a {type(value).__name__}, expected a dense tensor')
+        elif value.shape != target.shape:
+            wrong.append(f'{key} has shape {list(value.shape)}, expected {list(target.shape)}')
+        elif value.is_floating_point() != target.is_floating_point():
+            wrong.append(f'{key} has type {value.dtype}, expected {target.dtype}')
+    parts = [f'{len(missing)} of {len(expected)} keys are missing: {_some(missing)}'] if missing else []
+    parts += [f'{len(surplus)} keys are surplus: {_some(surplus)}'] if surplus else []
+    parts += [_some(wrong)] if wrong else []
+    return '; '.join(parts) or None
+
+
+def _some(items: Iterable[Any]) -> str:
+    items = [str(item) for item in items]
+    return ', '.join(items[:3]) + (f' and {len(items) - 3} more' if len(items) > 3 else '')
