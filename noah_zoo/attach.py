@@ -3,12 +3,18 @@ import functools
 from pathlib import Path
 from typing import Any, Callable, Dict, Optional, Type
 
-import torch
-from timm.models import adapt_input_conv, build_model_with_cfg, create_model, load_state_dict, model_entrypoint
-from timm.models import get_pretrained_cfg, resolve_pretrained_cfg
+from timm.models import (
+    adapt_input_conv,
+    build_model_with_cfg,
+    create_model,
+    get_pretrained_cfg,
+    load_state_dict,
+    model_entrypoint,
+    resolve_pretrained_cfg,
+)
 from torch import Tensor, nn
 
-from .catalog import CATALOG
+from .catalog import CATALOG, SHIPPED
 from .head import NoahHead
 
 HEAD_ARGS = ('num_groups', 'key_ratio', 'drop_rate', 'split_groups', 'split_kv')
@@ -60,7 +66,7 @@ class NoahModel:
         return _new, (self.timm_cls,), *state
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _noah_class(timm_cls: Type[nn.Module]) -> Type[nn.Module]:
     return type(f'Noah{timm_cls.__name__}', (NoahModel, timm_cls), {'__module__': __name__, 'timm_cls': timm_cls})
 
@@ -122,11 +128,13 @@ def load_backbone(model: nn.Module, source: str, variant: str, filter_fn: Option
         filter_fn: timm's checkpoint filter of the family.
 
     Raises:
-        FileNotFoundError: If `source` looks like a path and is none.
+        FileNotFoundError: If `source` has a checkpoint's suffix and is no file.
         ValueError: If weights are missing, surplus or of another shape.
     """
     own = model.state_dict()
     if Path(source).suffix in ('.safetensors', '.pt', '.pth', '.bin', '.tar'):
+        if not Path(source).is_file():
+            raise FileNotFoundError(f'{variant}: pretrained_backbone={source!r} is not a file')
         state_dict = load_state_dict(source, weights_only=True)
     else:
         state_dict = create_model(source, pretrained=True).state_dict()
@@ -192,8 +200,12 @@ def build_noah(
     noah_cfg.update({name: kwargs.pop(name) for name in HEAD_ARGS if name in kwargs})
     cfg = resolve_pretrained_cfg(
         variant, kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None))
+    shipped = SHIPPED.get(f'{variant}.{cfg.tag}')
+    if shipped is not None:
+        kwargs = dict(shipped.model_args, **kwargs)
     if pretrained and pretrained_backbone:
-        raise ValueError(f'{variant}: pretrained=True and pretrained_backbone={pretrained_backbone!r} exclude each other')
+        raise ValueError(
+            f'{variant}: pretrained=True and pretrained_backbone={pretrained_backbone!r} exclude each other')
     if pretrained and not (cfg.has_weights or cfg.state_dict):
         raise RuntimeError(
             f"{variant}.{cfg.tag}: no weights are published under this tag yet. Convert the authors' file with "
@@ -201,8 +213,9 @@ def build_noah(
             f"timm.create_model('local-dir:DIR', pretrained=True), or use pretrained=False")
 
     def build_twin(num_classes: int = 1000, **model_args) -> nn.Module:
-        twin_entrypoint = model_entrypoint(row.vanilla)
-        model = twin_entrypoint(num_classes=0, **dict(twin_args or {}, **model_args))
+        if num_classes and model_args.get('global_pool') == '':
+            del model_args['global_pool']  # timm's configs record that a NOAH model's pooling is off
+        model = model_entrypoint(row.vanilla)(num_classes=0, **dict(twin_args or {}, **model_args))
         try:
             attach(model, num_classes, input_fmt, **noah_cfg)
         except ValueError as error:

@@ -1,6 +1,7 @@
 """Floor 1: the one table. Everything that is said of a model anywhere in the project is said here first."""
 from dataclasses import dataclass
-from typing import Dict, List
+from pathlib import Path
+from typing import Any, Dict, List, Tuple
 
 
 @dataclass(frozen=True)
@@ -160,3 +161,39 @@ CATALOG: Dict[str, Model] = {model.name: model for model in (
 def family(*names: str) -> List[Model]:
     """The rows of one or several families, in the paper's order."""
     return [model for model in CATALOG.values() if model.family in names]
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """Weights inside the package.
+
+    Attributes:
+        model: Name of the model.
+        tag: Pretrained tag.
+        file: The weights, safetensors.
+        model_args: Arguments of the model that the weights need.
+        input_size: Channels, height and width.
+        pool_size: Height and width of the feature map: the positions that the head sees.
+        crop_pct: Share of the image that evaluation crops.
+        label_names: Class names, in the order of the logits.
+        top1: Test top-1 accuracy in percent, measured here (README).
+    """
+    model: str
+    tag: str
+    file: Path
+    model_args: Dict[str, Any]
+    input_size: Tuple[int, int, int]
+    pool_size: Tuple[int, int]
+    crop_pct: float
+    label_names: Tuple[str, ...]
+    top1: float
+
+
+FASHION_MNIST_CLASSES = (
+    'T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot')
+SHIPPED: Dict[str, Shipped] = {
+    'mobilenetv2_035_noah.fashion_mnist': Shipped(
+        'mobilenetv2_035_noah', 'fashion_mnist',
+        Path(__file__).parent / 'assets' / 'mobilenetv2_035_noah.fashion_mnist.safetensors',
+        dict(output_stride=16), (3, 64, 64), (4, 4), 1.0, FASHION_MNIST_CLASSES, 88.76),
+}

@@ -13,6 +13,8 @@ INPUT_FMTS = ('NCHW', 'NHWC', 'NLC')
 @torch.fx.wrap
 def check_input(x: Tensor, in_features: int, input_fmt: str) -> None:
     """Raise ValueError unless `x` has the rank and the width of `input_fmt` (one opaque call for torch.fx)."""
+    if torch.jit.is_tracing():  # shapes are tensors then
+        return
     channel_dim = 1 if input_fmt == 'NCHW' else -1
     if x.ndim != len(input_fmt) or x.shape[channel_dim] != in_features:
         raise ValueError(

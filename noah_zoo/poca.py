@@ -4,7 +4,6 @@ Tensor names say their shape: B batch, N groups, K classes, L positions, H heigh
 """
 from typing import Optional
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 

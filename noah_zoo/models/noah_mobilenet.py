@@ -3,7 +3,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import EfficientNet, generate_default_cfgs, register_model
 
 from ..attach import build_noah
-from ..catalog import family
+from ..catalog import SHIPPED, family
 
 
 def _cfg(**kwargs):
@@ -17,7 +17,13 @@ def _cfg(**kwargs):
     }
 
 
-default_cfgs = generate_default_cfgs({f'{row.name}.osvai_in1k*': _cfg() for row in family('mobilenet')})
+default_cfgs = generate_default_cfgs({
+    **{name: _cfg(
+        file=str(shipped.file), num_classes=len(shipped.label_names), input_size=shipped.input_size,
+        pool_size=shipped.pool_size, crop_pct=shipped.crop_pct, label_names=shipped.label_names,
+        origin_url='https://github.com/zalandoresearch/fashion-mnist') for name, shipped in SHIPPED.items()},
+    **{f'{row.name}.osvai_in1k*': _cfg() for row in family('mobilenet')},
+})
 
 
 def _create(variant: str, pretrained: bool, **kwargs) -> EfficientNet:

@@ -1,49 +1,32 @@
-"""Floor 3: the authors' release, 25 NOAH models and their 25 vanilla twins, read, checked and converted to timm's format."""
+"""Floor 3: the authors' release, 25 NOAH models and their vanilla twins: read, checked, converted to timm's format."""
 import argparse
 import dataclasses
 import difflib
+import functools
+import json
 import logging
 import os
 import re
 import shutil
 import uuid
+import warnings
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, Union
 
 import torch
+from safetensors import SafetensorError
 from timm.models import create_model, get_pretrained_cfg, save_for_hf
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..catalog import CATALOG, Model
 from ..models.noah_deit import ThinDeit
+from .names import released_names
 
 _logger = logging.getLogger(__name__)
-TAG = 'osvai_in1k'
-
-_CNN_HEAD = (
-    (r'^(fc|classifier)\.key\.', r'head.query.'),
-    (r'^(fc|classifier)\.value\.', r'head.value.'),
-    (r'^(fc|classifier)\.', r'head.2.'),
-)
-_TOKEN_HEAD = ((r'^head\.key\.', r'head.query.'),)
-_RULES = {  # timm's name -> the released one
-    'resnet': _CNN_HEAD,
-    'mobilenet': _CNN_HEAD,
-    'shufflenet': _CNN_HEAD,
-    'deit': ((r'^representation\.', r'pre_logits.'), *_TOKEN_HEAD),
-    'pvt': (
-        (r'^stages\.(\d)\.(patch_embed|pos_embed)', lambda m: f'{m[2]}{int(m[1]) + 1}'),
-        (r'^stages\.(\d)\.blocks', lambda m: f'block{int(m[1]) + 1}'),
-        (r'^stages\.3\.cls_token', r'cls_token'),
-        *_TOKEN_HEAD,
-    ),
-    'mixer': _TOKEN_HEAD,
-    'gmlp': _TOKEN_HEAD,
-}
 
 
 class _Target(NamedTuple):
-    """What the model wants under a released name."""
+    """What a model wants under a released name: timm's name, and a tensor without data."""
     name: str
     tensor: Tensor
 
@@ -68,19 +51,18 @@ def read_official(path: Union[str, Path]) -> Any:
         raise IsADirectoryError(f'{path}: is a folder; expected the released file')
     with path.open('rb') as file:
         head = file.read(64)
-    if not head.startswith((b'PK\x03\x04', b'\x80')):  # torch's zip format and the pickle of its older one
+    if not head.startswith((b'PK\x03\x04', b'\x80')):  # torch's zip format, and the pickles of its older one
         raise ValueError(f'{path}: not a checkpoint: {_describe(head)}')
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of pickles that are then refused
             return torch.load(path, map_location='cpu', weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # damaged files end in anything from EOFError to UnicodeDecodeError
+    except Exception as error:  # damaged files end in anything from EOFError to OSError
         foreign = re.search(r'GLOBAL (\S+)', str(error))
         if foreign:
             raise ValueError(
-                f'{path}: refused: its pickle names {foreign[1]}, a checkpoint of this release only tensors and '
-                f'argparse.Namespace; nothing in it was executed') from None
+                f'{path}: refused, nothing in it was executed: its pickle names {foreign[1]}, expected nothing but '
+                f'tensors, plain containers and argparse.Namespace') from None
         reason = (str(error).split('WeightsUnpickler error:')[-1].strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f'{path}: truncated, damaged or not a checkpoint: {reason}') from None
 
@@ -89,9 +71,9 @@ def _describe(head: bytes) -> str:
     if not head:
         return 'the file is empty'
     if head[8:9] == b'{':
-        return "it is in the safetensors format, which the release does not use; timm loads it as it is"
+        return 'it is in the safetensors format, which the release does not use; timm loads it as it is'
     if head.lstrip().startswith(b'<'):
-        return 'it is a web page, as a download that asks for a confirmation gives'
+        return 'it is a web page, such as the one before a large download'
     return f'it starts with {head[:16]!r}'
 
 
@@ -104,8 +86,8 @@ def convert_official(state_dict: Mapping[str, Any], name: str, ema: bool = False
         ema: Take the averaged weights of the container.
 
     Returns:
-        A state dict for `load_state_dict(strict=True)`. Thin DeiTs with `representation.fc.weight` in it are created
-        with `pre_logits=True`.
+        A state dict for `load_state_dict(strict=True)`. A thin DeiT is to be created with `pre_logits=True` if it has
+        `representation.fc.weight`.
 
     Raises:
         ValueError: If the name is unknown, the container has no averaged weights, or the weights are not this
@@ -113,12 +95,11 @@ def convert_official(state_dict: Mapping[str, Any], name: str, ema: bool = False
     """
     _row(name)
     given = _weights(state_dict, name, ema)
-    pre_logits = any(str(key).startswith('pre_logits.') for key in given)
+    pre_logits = any(key.startswith('pre_logits.') for key in given)
     expected = _expected(name, pre_logits)
     problem = _mismatch(given, expected)
     if problem:
-        others = (other for other in _names() if other != name)
-        owner = next((other for other in others if not _mismatch(given, _expected(other, pre_logits))), None)
+        owner = next((other for other in _names() if not _mismatch(given, _expected(other, pre_logits))), None)
         raise ValueError(f'{name}: the weights are those of {owner}' if owner else f'{name}: {problem}')
     for key, value in given.items():
         if not value.isfinite().all():
@@ -143,7 +124,7 @@ def convert_file(path: Union[str, Path], name: str, output: Union[str, Path], em
         The folder, as an absolute path.
 
     Raises:
-        OSError: If the file cannot be read or the folder cannot be written or is not empty.
+        OSError: If the file cannot be read, or the folder cannot be written or is not empty.
         ValueError: See `read_official` and `convert_official`.
     """
     output = Path(output).resolve()
@@ -156,23 +137,36 @@ def convert_file(path: Union[str, Path], name: str, output: Union[str, Path], em
         model_args.update(num_groups=row.num_groups, key_ratio=row.key_ratio)
     if 'representation.fc.weight' in weights:
         model_args.update(pre_logits=True)
+    # The twin is evaluated as its NOAH sibling, whatever timm's own default weights of that name want.
     cfg = dataclasses.replace(
-        get_pretrained_cfg(f'{row.name}.{TAG}'), architecture=name, classifier=get_pretrained_cfg(name).classifier)
+        get_pretrained_cfg(f'{row.name}.osvai_in1k'), architecture=name, classifier=get_pretrained_cfg(name).classifier)
     model = create_model(name, pretrained_cfg=cfg.to_dict(), **model_args)
     model.load_state_dict(weights)
 
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f'.{output.name}.{uuid.uuid4().hex[:8]}.partial')
     try:
-        save_for_hf(model, str(partial), model_args=model_args, safe_serialization=True)
+        _save(model, partial, model_args)
         if output.exists():
-            output.rmdir()  # empty; Windows renames onto no folder
+            output.rmdir()  # it is empty, and Windows does not rename onto a folder
         os.replace(partial, output)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     _logger.info('%s: converted %s to %s', name, path, output)
     return output
+
+
+def _save(model: nn.Module, folder: Path, model_args: Dict[str, Any]) -> None:
+    try:
+        save_for_hf(model, str(folder), model_args=model_args, safe_serialization=True)
+    except SafetensorError as error:  # a full disk, say
+        raise OSError(f'{folder}: {error}') from None
+    config_path = folder / 'config.json'
+    config = json.loads(config_path.read_text(encoding='utf-8'))
+    # timm may note that the pooling is off, which is true of a NOAH model only while it has classes.
+    config.get('model_args', {}).pop('global_pool', None)
+    config_path.write_text(json.dumps(config, indent=2), encoding='utf-8')
 
 
 def _names() -> List[str]:
@@ -183,8 +177,8 @@ def _row(name: str) -> Model:
     for row in CATALOG.values():
         if name in (row.name, row.vanilla):
             return row
-    close = difflib.get_close_matches(str(name), _names(), cutoff=0.5) or list(CATALOG)
-    raise ValueError(f'{name!r} is not a model of the release; close: {", ".join(close)}')
+    close = difflib.get_close_matches(name, _names(), cutoff=0.5) or _names()
+    raise ValueError(f'{name!r} is not a model of the release; choose from {", ".join(close)}')
 
 
 def _weights(checkpoint: Any, name: str, ema: bool) -> Dict[str, Any]:
@@ -193,18 +187,17 @@ def _weights(checkpoint: Any, name: str, ema: bool) -> Dict[str, Any]:
         raise ValueError(f'{name}: the file holds a {type(checkpoint).__name__}; expected a dict of tensors')
     places = ('state_dict_ema', 'model_ema') if ema else ('state_dict', 'model')
     weights = next((checkpoint[place] for place in places if isinstance(checkpoint.get(place), Mapping)), None)
-    if weights is None:
-        if ema:
-            raise ValueError(
-                f'{name}: the file has no averaged weights; expected them under {" or ".join(places)}, it has '
-                f'{_some(checkpoint)}')
-        weights = checkpoint
+    if weights is None and ema:
+        raise ValueError(
+            f'{name}: the file has no averaged weights: expected {" or ".join(places)}, found {_some(checkpoint)}')
+    weights = checkpoint if weights is None else weights
     stripped = {re.sub(r'^module\.', '', str(key)): value for key, value in weights.items()}
     if len(stripped) < len(weights):
-        raise ValueError(f'{name}: the file has keys both with and without the prefix "module."')
+        raise ValueError(f'{name}: the file has the same keys with and without the prefix "module."; expected one')
     return stripped
 
 
+@functools.cache
 def _expected(name: str, pre_logits: bool) -> Dict[str, _Target]:
     """What a model wants, by released names."""
     with torch.device('meta'):
@@ -212,31 +205,8 @@ def _expected(name: str, pre_logits: bool) -> Dict[str, _Target]:
         if pre_logits and isinstance(model, ThinDeit):
             model = create_model(name, pre_logits=True)
     tensors = model.state_dict()
-    renamed = _mobilenet_layers(tensors) if _row(name).family == 'mobilenet' else {}
-    targets = {}
-    for key, tensor in tensors.items():
-        layer, _, leaf = key.rpartition('.')
-        released = f'{renamed[layer]}.{leaf}' if layer in renamed else key
-        for pattern, replacement in _RULES[_row(name).family]:
-            released = re.sub(pattern, replacement, released)
-        targets[released] = _Target(key, tensor)
-    return targets
-
-
-def _mobilenet_layers(keys: Iterable[str]) -> Dict[str, str]:
-    """timm's layers of MobileNetV2 -> torchvision's: one flat list of features, numbered inside by order."""
-    layers = list(dict.fromkeys(key.rpartition('.')[0] for key in keys))
-    blocks: Dict[str, List[str]] = {}
-    for layer in layers:
-        if layer.startswith('blocks.'):
-            blocks.setdefault(layer.rpartition('.')[0], []).append(layer)
-    last = len(blocks) + 1
-    renamed = {
-        'conv_stem': 'features.0.0', 'bn1': 'features.0.1', 'conv_head': f'features.{last}.0', 'bn2': f'features.{last}.1'}
-    for i, inside in enumerate(blocks.values(), start=1):
-        places = ['0.0', '0.1', '1.0', '1.1', '2', '3'] if len(inside) == 6 else ['0.0', '0.1', '1', '2']
-        renamed.update({layer: f'features.{i}.conv.{place}' for layer, place in zip(inside, places)})
-    return renamed
+    names = released_names(tensors, _row(name).family)
+    return {names[key]: _Target(key, tensor) for key, tensor in tensors.items()}
 
 
 def _mismatch(given: Dict[str, Any], expected: Dict[str, _Target]) -> Optional[str]:
@@ -252,12 +222,12 @@ def _mismatch(given: Dict[str, Any], expected: Dict[str, _Target]) -> Optional[s
             wrong.append(f'{key} has shape {list(value.shape)}, expected {list(target.shape)}')
         elif value.is_floating_point() != target.is_floating_point():
             wrong.append(f'{key} has type {value.dtype}, expected {target.dtype}')
-    parts = [f'{len(missing)} of {len(expected)} keys are missing: {_some(missing)}'] if missing else []
-    parts += [f'{len(surplus)} keys are surplus: {_some(surplus)}'] if surplus else []
+    parts = [f'missing keys ({len(missing)} of {len(expected)}): {_some(missing)}'] if missing else []
+    parts += [f'surplus keys ({len(surplus)}): {_some(surplus)}'] if surplus else []
     parts += [_some(wrong)] if wrong else []
     return '; '.join(parts) or None
 
 
 def _some(items: Iterable[Any]) -> str:
-    items = [str(item) for item in items]
-    return ', '.join(items[:3]) + (f' and {len(items) - 3} more' if len(items) > 3 else '')
+    texts = [' '.join(str(item).split()) for item in items]
+    return ', '.join(texts[:3]) + (f' and {len(texts) - 3} more' if len(texts) > 3 else '')

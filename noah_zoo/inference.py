@@ -1,0 +1,94 @@
+"""Floor 4: classify image files."""
+import difflib
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Sequence
+
+import timm
+import torch
+from PIL import Image
+from timm.data import ImageNetInfo, create_transform, resolve_data_config
+from torch import nn
+
+SAMPLES = Path(__file__).parent / 'samples'
+DEFAULT_MODEL = 'mobilenetv2_035_noah.fashion_mnist'
+
+
+def load_model(name: str, device: str = 'cpu') -> nn.Module:
+    """A pretrained model in eval mode.
+
+    Args:
+        name: A timm name, with or without tag, 'hf-hub:...' or 'local-dir:...'.
+        device: A torch device.
+
+    Raises:
+        ValueError: If timm does not know the name, or torch not the device.
+    """
+    architecture = name.split('.')[0]
+    if ':' not in name and not timm.is_model(architecture):
+        close = difflib.get_close_matches(architecture, timm.list_models(), n=3)
+        raise ValueError(f'unknown model {name!r}' + (f'; did you mean {", ".join(close)}?' if close else ''))
+    try:
+        return timm.create_model(name, pretrained=True).to(device).eval()
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f'{name} on {device}: {error}') from error
+
+
+def label_names(model: nn.Module) -> List[str]:
+    """Class names in the order of the logits: the model's own, ImageNet's for 1,000 classes, else numbers."""
+    names = model.pretrained_cfg.get('label_names')
+    if names and len(names) == model.num_classes:
+        return list(names)
+    if model.num_classes == 1000:
+        info = ImageNetInfo()
+        return [info.index_to_description(i) for i in range(1000)]
+    return [str(i) for i in range(model.num_classes)]
+
+
+def find_images(paths: Sequence[str]) -> List[Path]:
+    """The image files among files and folders; folders are searched through, in order of name.
+
+    Raises:
+        FileNotFoundError: If a path does not exist or a folder has no image.
+    """
+    extensions = Image.registered_extensions()
+    images: List[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            found = sorted(p for p in path.rglob('*') if p.suffix.lower() in extensions and p.is_file())
+            if not found:
+                raise FileNotFoundError(f'{path}: no image in this folder')
+            images += found
+        elif path.exists():
+            images.append(path)
+        else:
+            raise FileNotFoundError(f'{path}: no such file or folder')
+    return images
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, images: Sequence[Path], top_k: int = 5) -> Iterator[Dict[str, Any]]:
+    """Classify images one by one.
+
+    Args:
+        model: A model of `load_model`.
+        images: Image files.
+        top_k: Number of classes to give, at most the model's.
+
+    Yields:
+        `{'path', 'predictions': [{'label', 'index', 'probability'}]}` per image, best class first, or
+        `{'path', 'error'}` for a file that is no whole image.
+    """
+    transform = create_transform(**resolve_data_config({}, model=model))
+    names = label_names(model)
+    parameter = next(model.parameters())
+    for path in images:
+        try:
+            with Image.open(path) as image:
+                x_BCHW = transform(image.convert('RGB')).unsqueeze(0)
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            yield {'path': str(path), 'error': f'not a readable image: {error}'}
+            continue
+        probabilities = model(x_BCHW.to(parameter.device, parameter.dtype))[0].float().softmax(dim=0)
+        values, indices = probabilities.topk(min(top_k, len(names)))
+        yield {'path': str(path), 'predictions': [
+            {'label': names[i], 'index': i, 'probability': p} for p, i in zip(values.tolist(), indices.tolist())]}

@@ -1,0 +1,27 @@
+"""Floor 5: compare finished runs over their seeds.
+
+    python scripts/report.py results/fashion_mnist
+"""
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog='report.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('folders', nargs='+', metavar='DIR', help='folders of runs of train.py')
+    args = parser.parse_args()
+
+    from noah_zoo.training.report import report
+
+    try:
+        print(report(args.folders))
+    except (OSError, ValueError) as error:
+        parser.exit(2, f'report.py: error: {error}\n')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,203 @@
+"""Datasets and the training loop, through the real scripts on real images."""
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import noah_zoo  # noqa: F401  registers the models
+from noah_zoo.catalog import FASHION_MNIST_CLASSES, SHIPPED
+from noah_zoo.inference import SAMPLES
+from noah_zoo.training import create_dataset
+from noah_zoo.training.data import FASHION_MNIST_DIR, FashionMnist, read_idx
+
+ROOT = Path(__file__).resolve().parents[2]
+FAST = ['--model', 'mobilenetv2_035_noah', '--img-size', '32', '--epochs', '2', '-b', '16', '--workers', '0', '--cpu']
+
+
+def samples():
+    """The sample images and their labels, which stand in the file names."""
+    paths = sorted(SAMPLES.glob('*.png'))
+    names = [name.lower().replace('/', ' ').replace(' ', '_') for name in FASHION_MNIST_CLASSES]
+    images = [np.asarray(Image.open(path).convert('L')) for path in paths]
+    return images, [names.index(path.stem.split('_', 1)[1]) for path in paths]
+
+
+def write_idx(path, array):
+    data = b'\x00\x00\x08' + bytes([array.ndim]) + np.array(array.shape, '>u4').tobytes() + array.tobytes()
+    path.write_bytes(gzip.compress(data) if path.suffix == '.gz' else data)
+
+
+@pytest.fixture(scope='module')
+def idx_dir(tmp_path_factory):
+    root = tmp_path_factory.mktemp('idx')
+    images, labels = samples()
+    for prefix, repeats, suffix in (('train', 4, '.gz'), ('t10k', 1, '')):
+        write_idx(root / f'{prefix}-images-idx3-ubyte{suffix}', np.stack(images * repeats))
+        write_idx(root / f'{prefix}-labels-idx1-ubyte{suffix}', np.array(labels * repeats, np.uint8))
+    return root
+
+
+def train(*args):
+    return subprocess.run(
+        [sys.executable, str(ROOT / 'scripts' / 'train.py'), *FAST, *map(str, args)],
+        capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture(scope='module')
+def run_dir(idx_dir, tmp_path_factory):
+    output = tmp_path_factory.mktemp('run') / 'a run'
+    result = train('--data-dir', idx_dir, '--output', output, '--model-kwargs', 'output_stride=16', 'num_groups=4')
+    assert result.returncode == 0, result.stderr
+    assert 'test top-1' in result.stdout
+    return output
+
+
+def test_run_leaves_a_loadable_model(run_dir):
+    model = timm.create_model(f'local-dir:{run_dir}', pretrained=True)
+    assert model.get_classifier().num_groups == 4
+    assert model.pretrained_cfg['label_names'] == list(FASHION_MNIST_CLASSES)
+    assert model.pretrained_cfg['input_size'] == [3, 32, 32]
+    assert model.forward_features(torch.randn(1, 3, 32, 32)).shape[-1] == 2  # output_stride=16
+    lines = [json.loads(line) for line in (run_dir / 'log.jsonl').read_text().splitlines()]
+    assert [line['epoch'] for line in lines] == [1, 2]
+    summary = json.loads((run_dir / 'summary.json').read_text())
+    assert summary['top1'] == lines[-1]['top1'] and summary['torch'] == torch.__version__
+    assert summary['config']['model_kwargs'] == {'output_stride': 16, 'num_groups': 4}
+
+
+def test_evaluation_is_that_of_the_saved_model(run_dir, idx_dir):
+    model = timm.create_model(f'local-dir:{run_dir}', pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model))
+    dataset = FashionMnist(idx_dir, 'test', transform)
+    with torch.no_grad():
+        correct = sum((model(x[None]).argmax().item() == y) for x, y in dataset)
+    assert json.loads((run_dir / 'summary.json').read_text())['top1'] == pytest.approx(
+        100 * correct / len(dataset), abs=1e-3)
+
+
+def test_same_seed_same_run_other_seed_other_run(run_dir, idx_dir, tmp_path):
+    figures = []
+    for seed in (0, 1):
+        result = train('--data-dir', idx_dir, '--output', tmp_path / str(seed), '--seed', seed,
+                       '--model-kwargs', 'output_stride=16', 'num_groups=4')
+        assert result.returncode == 0, result.stderr
+        figures.append(json.loads((tmp_path / str(seed) / 'summary.json').read_text())['train_loss'])
+    first = json.loads((run_dir / 'summary.json').read_text())['train_loss']
+    assert figures[0] == pytest.approx(first, rel=1e-6)
+    assert figures[1] != pytest.approx(first, rel=1e-6)
+
+
+def test_training_learns(idx_dir, tmp_path):
+    result = train('--data-dir', idx_dir, '--output', tmp_path / 'run', '--epochs', 30, '--lr', 0.05, '--scale', 0.9, 1)
+    assert result.returncode == 0, result.stderr
+    lines = [json.loads(line) for line in (tmp_path / 'run' / 'log.jsonl').read_text().splitlines()]
+    assert lines[0]['train_loss'] > 1.5 and lines[-1]['train_loss'] < 1.0
+
+
+def test_vanilla_twin_trains_by_the_same_command(idx_dir, tmp_path):
+    result = train('--data-dir', idx_dir, '--output', tmp_path / 'run', '--model', 'mobilenetv2_035')
+    assert result.returncode == 0, result.stderr
+    assert timm.create_model(f'local-dir:{tmp_path / "run"}', pretrained=True).num_classes == 10
+
+
+def test_two_processes(idx_dir, tmp_path):
+    result = subprocess.run(
+        [sys.executable, '-m', 'accelerate.commands.launch', '--cpu', '--num_processes', '2',
+         '--main_process_port', '0', str(ROOT / 'scripts' / 'train.py'), *FAST, '--data-dir', str(idx_dir),
+         '--output', str(tmp_path / 'run')],
+        capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    assert len((tmp_path / 'run' / 'log.jsonl').read_text().splitlines()) == 2
+    correct = json.loads((tmp_path / 'run' / 'summary.json').read_text())['top1'] * 12 / 100
+    assert correct == pytest.approx(round(correct), abs=0.01)  # 12 images, each counted once
+
+
+def test_hub_dataset(tmp_path):
+    # The layout of zalando-datasets/fashion_mnist: parquet files with the columns image and label.
+    import datasets
+    images, labels = samples()
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=list(FASHION_MNIST_CLASSES)))
+    for split in ('train', 'test'):
+        data = {'image': [Image.fromarray(i) for i in images], 'label': labels}
+        datasets.Dataset.from_dict(data, features=features).to_parquet(str(tmp_path / 'data' / f'{split}.parquet'))
+    name = f'hfds/{tmp_path / "data"}'
+    dataset = create_dataset(name, str(tmp_path / 'cache'), 'test')
+    assert len(dataset) == len(images) and dataset.class_names == FASHION_MNIST_CLASSES
+    image, label = dataset[3]
+    assert label == labels[3] and image.mode == 'RGB' and np.array_equal(np.asarray(image)[..., 0], images[3])
+    result = train(
+        '--dataset', name, '--data-dir', tmp_path / 'cache', '--val-split', 'test', '--output', tmp_path / 'run')
+    assert result.returncode == 0, result.stderr
+
+
+def test_folder_dataset(tmp_path):
+    images, labels = samples()
+    for split in ('train', 'validation'):
+        for i, (image, label) in enumerate(zip(images * 2, labels * 2)):
+            folder = tmp_path / split / FASHION_MNIST_CLASSES[label].replace('/', ' ')
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(folder / f'{i}.png')
+    dataset = create_dataset('folder', str(tmp_path), 'train')
+    assert dataset.class_names == tuple(sorted(name.replace('/', ' ') for name in FASHION_MNIST_CLASSES))
+    result = train('--dataset', 'folder', '--data-dir', tmp_path, '--output', tmp_path / 'run')
+    assert result.returncode == 0, result.stderr
+
+
+def test_idx_files(idx_dir, tmp_path):
+    images, labels = samples()
+    dataset = FashionMnist(idx_dir, 'train')
+    assert len(dataset) == 4 * len(images)
+    image, label = dataset[1]
+    assert (image.mode, image.size, label) == ('RGB', (28, 28), labels[1])
+    with pytest.raises(ValueError, match="split='val' is not one of 'train', 'test'"):
+        FashionMnist(idx_dir, 'val')
+    with pytest.raises(FileNotFoundError, match='hfds/zalando-datasets/fashion_mnist'):
+        FashionMnist(tmp_path, 'train')
+    whole = gzip.decompress((idx_dir / 'train-labels-idx1-ubyte.gz').read_bytes())
+    for damaged in (b'', b'\x00', whole[:6], whole[:-1], whole + b'\x00', b'<html>', b'\x00\x00\x0d' + whole[3:]):
+        (tmp_path / 'labels').write_bytes(damaged)
+        with pytest.raises(ValueError, match='labels is not a whole IDX file'):
+            read_idx(tmp_path, 'labels')
+    (tmp_path / 'cut.gz').write_bytes((idx_dir / 'train-labels-idx1-ubyte.gz').read_bytes()[:-10])
+    with pytest.raises(ValueError, match='cut.gz is damaged'):
+        read_idx(tmp_path, 'cut')
+
+
+@pytest.mark.parametrize('args, message', [
+    (['--data-dir', '/nowhere'], 'neither train-images-idx3-ubyte nor'),
+    (['--dataset', 'folder'], 'name the folder'),
+    (['--dataset', 'folder', '--data-dir', '/nowhere'], '/nowhere is not a folder'),
+    (['--model', 'resnet18_noha'], 'resnet18_noha'),
+    (['--opt', 'sdg'], 'sdg'),
+])
+def test_bad_input(args, message, idx_dir, tmp_path):
+    result = train('--data-dir', idx_dir, '--output', tmp_path / 'run', *args)
+    assert result.returncode == 2 and message in result.stderr and 'Traceback' not in result.stderr
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_finished_run_is_not_overwritten(run_dir, idx_dir):
+    before = {p.name: p.read_bytes() for p in run_dir.iterdir()}
+    result = train('--data-dir', idx_dir, '--output', run_dir)
+    assert result.returncode == 2 and 'has a finished run' in result.stderr
+    assert {p.name: p.read_bytes() for p in run_dir.iterdir()} == before
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not FASHION_MNIST_DIR.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
+def test_shipped_weights_on_the_whole_test_set():
+    (name, shipped), = SHIPPED.items()
+    model = timm.create_model(name, pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model))
+    loader = torch.utils.data.DataLoader(FashionMnist(FASHION_MNIST_DIR, 'test', transform), batch_size=250)
+    with torch.inference_mode():
+        correct = sum((model(x).argmax(dim=1) == y).sum().item() for x, y in loader)
+    assert correct / 100 == pytest.approx(shipped.top1, abs=0.02)
+    assert correct / 100 >= 89
