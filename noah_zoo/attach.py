@@ -203,6 +203,8 @@ def build_noah(
     shipped = SHIPPED.get(f'{variant}.{cfg.tag}')
     if shipped is not None:
         kwargs = dict(shipped.model_args, **kwargs)
+    if kwargs.get('global_pool') == (kwargs.get('pretrained_model_args') or {}).get('global_pool') == '':
+        del kwargs['global_pool']  # a saved config says that the pooling was off, which it is under a NOAH head
     if pretrained and pretrained_backbone:
         raise ValueError(
             f'{variant}: pretrained=True and pretrained_backbone={pretrained_backbone!r} exclude each other')
@@ -213,8 +215,6 @@ def build_noah(
             f"timm.create_model('local-dir:DIR', pretrained=True), or use pretrained=False")
 
     def build_twin(num_classes: int = 1000, **model_args) -> nn.Module:
-        if num_classes and model_args.get('global_pool') == '':
-            del model_args['global_pool']  # timm's configs record that a NOAH model's pooling is off
         model = model_entrypoint(row.vanilla)(num_classes=0, **dict(twin_args or {}, **model_args))
         try:
             attach(model, num_classes, input_fmt, **noah_cfg)

@@ -26,6 +26,8 @@ def main() -> None:
         folder = convert_file(args.file, args.model, args.output, ema=args.ema)
     except (OSError, ValueError) as error:
         parser.exit(2, f'{parser.prog}: error: {" ".join(str(error).split())}\n')
+    except KeyboardInterrupt:
+        parser.exit(130, f'\n{parser.prog}: interrupted, nothing was written\n')
     location = f'local-dir:{folder}'
     print(f'{args.model}: converted to {folder}')
     print(f'import timm, noah_zoo; model = timm.create_model({location!r}, pretrained=True)')

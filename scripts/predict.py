@@ -8,9 +8,6 @@ Without arguments: the sample images of the package, with the weights of the pac
 import argparse
 import json
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 def positive(text: str) -> int:

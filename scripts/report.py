@@ -3,10 +3,6 @@
     python scripts/report.py results/fashion_mnist
 """
 import argparse
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 def main() -> None:

@@ -7,11 +7,7 @@ timm.create_model('local-dir:runs/first', pretrained=True) gives the model.
 """
 import argparse
 import logging
-import sys
-from pathlib import Path
 from typing import Tuple
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 def parse_args() -> Tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -61,6 +57,8 @@ def main() -> None:
         summary = train(TrainConfig(**{k: v for k, v in vars(args).items() if v is not None}))
     except (OSError, ValueError, RuntimeError, FloatingPointError) as error:
         parser.exit(2, f'train.py: error: {error}\n')
+    except KeyboardInterrupt:
+        parser.exit(130, f'\ntrain.py: interrupted; {args.output} has the log so far and no finished run\n')
     print(f'{args.model}: test top-1 {summary["top1"]:.2f} after {summary["epoch"]} epochs, {summary["seconds"]:.0f} s')
 
 

@@ -70,6 +70,7 @@ def train(config: TrainConfig) -> Dict[str, Any]:
         FileExistsError: If `config.output` has a finished run already.
         FileNotFoundError: If the data are not there.
         FloatingPointError: If the loss is not finite.
+        ValueError: If timm does not know the model, or the training set does not fill a batch.
     """
     output = Path(config.output)
     if (output / 'summary.json').exists():
@@ -78,10 +79,8 @@ def train(config: TrainConfig) -> Dict[str, Any]:
     set_seed(config.seed)
     train_set = create_dataset(config.dataset, config.data_dir, config.train_split)
     val_set = create_dataset(config.dataset, config.data_dir, config.val_split)
-    model = timm.create_model(config.model, num_classes=len(train_set.class_names), **config.model_kwargs)
-    data_config = resolve_data_config(
-        {k: v for k, v in dict(img_size=config.img_size, crop_pct=config.crop_pct).items() if v}, model=model)
-    train_loader, val_loader = _create_loaders(config, data_config, train_set, val_set)
+    model = _create_model(config, train_set.class_names)
+    train_loader, val_loader = _create_loaders(config, resolve_data_config({}, model=model), train_set, val_set)
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     model.to(memory_format=memory_format)
     optimizer = create_optimizer_v2(
@@ -89,6 +88,10 @@ def train(config: TrainConfig) -> Dict[str, Any]:
     # Accelerate steps no scheduler here: timm's is stepped by hand, once per update.
     trained, optimizer, train_loader, val_loader = accelerator.prepare(
         torch.compile(model) if config.torchcompile else model, optimizer, train_loader, val_loader)
+    if not len(train_loader):
+        raise ValueError(
+            f'the training set has {len(train_set)} images, fewer than a batch of {config.batch_size} for each of '
+            f'{accelerator.num_processes} processes')
     scheduler, _ = create_scheduler_v2(
         optimizer, sched=config.sched, num_epochs=config.epochs, warmup_epochs=config.warmup_epochs,
         warmup_lr=config.warmup_lr, min_lr=config.min_lr, step_on_epochs=False, updates_per_epoch=len(train_loader))
@@ -132,8 +135,7 @@ def train(config: TrainConfig) -> Dict[str, Any]:
         model.to(memory_format=torch.contiguous_format)
         save_for_hf(
             model, str(output), safe_serialization=True, model_args=config.model_kwargs,
-            model_config=dict(label_names=list(train_set.class_names)),
-            data_config={k: data_config[k] for k in ('input_size', 'crop_pct', 'interpolation', 'mean', 'std')})
+            model_config=dict(label_names=list(train_set.class_names)))
         (output / 'summary.json').write_text(json.dumps(summary, indent=2) + '\n')
     return summary
 
@@ -158,6 +160,19 @@ def versions() -> Dict[str, str]:
     return {
         'python': platform.python_version(), 'torch': torch.__version__, 'timm': timm.__version__,
         'accelerate': accelerate.__version__, 'machine': platform.machine(), 'threads': torch.get_num_threads()}
+
+
+def _create_model(config: TrainConfig, class_names: Tuple[str, ...]) -> nn.Module:
+    """The model, its pretrained cfg that of this run: timm reads preprocessing from there and saves it."""
+    cfg = timm.get_pretrained_cfg(config.model)
+    if cfg is None:
+        raise ValueError(f'timm knows no model {config.model!r}')
+    overlay = dict(num_classes=len(class_names), tag=None, license=None, origin_url=None)
+    if config.img_size:
+        overlay.update(input_size=(3, config.img_size, config.img_size), pool_size=None)
+    if config.crop_pct:
+        overlay.update(crop_pct=config.crop_pct)
+    return timm.create_model(config.model, pretrained_cfg_overlay=overlay, **config.model_kwargs)
 
 
 def _create_loaders(

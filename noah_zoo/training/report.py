@@ -16,12 +16,12 @@ def report(folders: Sequence[str]) -> str:
     paths = sorted(path for folder in folders for path in Path(folder).rglob('summary.json'))
     if not paths:
         raise FileNotFoundError(f'no summary.json of a finished run under {", ".join(folders)}')
-    runs, settings = defaultdict(list), {}
-    for path in paths:
-        summary = json.loads(path.read_text(encoding='utf-8'))
+    summaries = [json.loads(path.read_text(encoding='utf-8')) for path in paths]
+    runs = defaultdict(list)
+    for path, summary in zip(paths, summaries):
         runs[summary['config']['model']].append(summary)
-        settings[path] = {k: v for k, v in summary['config'].items() if k not in ('model', 'seed')}
-        different = [k for k, v in settings[path].items() if settings[paths[0]].get(k) != v]
+        first = {**summaries[0]['config'], 'model': summary['config']['model'], 'seed': summary['config']['seed']}
+        different = [k for k, v in summary['config'].items() if first.get(k) != v]
         if different:
             raise ValueError(f'{path} differs from {paths[0]} in {", ".join(different)}; compare equal budgets')
     lines = [

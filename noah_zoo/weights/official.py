@@ -3,7 +3,6 @@ import argparse
 import dataclasses
 import difflib
 import functools
-import json
 import logging
 import os
 import re
@@ -16,7 +15,7 @@ from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, Uni
 import torch
 from safetensors import SafetensorError
 from timm.models import create_model, get_pretrained_cfg, save_for_hf
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..catalog import CATALOG, Model
 from ..models.noah_deit import ThinDeit
@@ -146,7 +145,10 @@ def convert_file(path: Union[str, Path], name: str, output: Union[str, Path], em
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f'.{output.name}.{uuid.uuid4().hex[:8]}.partial')
     try:
-        _save(model, partial, model_args)
+        try:
+            save_for_hf(model, str(partial), model_args=model_args, safe_serialization=True)
+        except SafetensorError as error:  # a full disk, say
+            raise OSError(f'{partial}: {error}') from None
         if output.exists():
             output.rmdir()  # it is empty, and Windows does not rename onto a folder
         os.replace(partial, output)
@@ -155,18 +157,6 @@ def convert_file(path: Union[str, Path], name: str, output: Union[str, Path], em
         raise
     _logger.info('%s: converted %s to %s', name, path, output)
     return output
-
-
-def _save(model: nn.Module, folder: Path, model_args: Dict[str, Any]) -> None:
-    try:
-        save_for_hf(model, str(folder), model_args=model_args, safe_serialization=True)
-    except SafetensorError as error:  # a full disk, say
-        raise OSError(f'{folder}: {error}') from None
-    config_path = folder / 'config.json'
-    config = json.loads(config_path.read_text(encoding='utf-8'))
-    # timm may note that the pooling is off, which is true of a NOAH model only while it has classes.
-    config.get('model_args', {}).pop('global_pool', None)
-    config_path.write_text(json.dumps(config, indent=2), encoding='utf-8')
 
 
 def _names() -> List[str]:

@@ -236,6 +236,8 @@ def test_saved_by_timm_it_comes_back(name, tmp_path):
         pooled = again.forward_head(features, pre_logits=True)
         assert pooled.shape == (2, model.head_hidden_size)
         assert torch.equal(pooled, model.forward_head(features, pre_logits=True))
+        backbone = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, num_classes=0).eval()
+        assert torch.equal(backbone(x), pooled)
 
 
 @pytest.mark.parametrize('name, kwargs, message', [
@@ -292,5 +294,7 @@ def test_backbone_that_does_not_fit(tmp_path):
     with pytest.raises(ValueError, match=r"resnet18_noah: pretrained_backbone=.* does not fit resnet18's backbone: .*"
                                          r'surplus'):
         timm.create_model('resnet18_noah', pretrained_backbone=str(tmp_path / 'resnet34.pth'))
+    save_for_hf(timm.create_model('resnet18'), str(tmp_path / 'dir'), safe_serialization=True)
+    timm.create_model('resnet18_noah', pretrained_backbone=f'local-dir:{tmp_path / "dir"}')
     with pytest.raises(FileNotFoundError, match='gone.pth'):
         timm.create_model('resnet18_noah', pretrained_backbone=str(tmp_path / 'gone.pth'))

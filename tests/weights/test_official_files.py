@@ -170,7 +170,7 @@ def test_folder_rebuilds_the_model(tmp_path, case):
         assert pooled(batch).shape == (2, model.head_hidden_size)
 
     config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
-    assert config['architecture'] == name and config['model_args'].get('pre_logits', False) == (
+    assert config['architecture'] == name and config.get('model_args', {}).get('pre_logits', False) == (
         thin and not case.endswith('.plain'))
     for classifier in (model.get_classifier(), other.get_classifier()):
         if name == row.name:
@@ -270,13 +270,10 @@ def test_script_refuses_in_one_line(tmp_path, released):
     (tmp_path / 'full' / 'mine').write_text('mine')
     before = listing(tmp_path)
     for args, wanted in [
-        ((released, '--model', 'mobilenetv2_035', '--output', 'out'), f'_035: the weights are those of {NAME}'),
-        ((released, '--model', 'mobilenet', '--output', 'out'), 'is not a model of the release'),
         ((released, '--model', NAME, '--output', 'out', '--ema'), 'no averaged weights'),
         ((released, '--model', NAME, '--output', 'full'), 'exists and is not an empty folder'),
         (('evil.pth', '--model', NAME, '--output', 'out'), 'system'),
         (('cut.pth', '--model', NAME, '--output', 'new/out'), 'truncated'),
-        (('absent.pth', '--model', NAME, '--output', 'out'), 'absent.pth'),
     ]:
         result = run(*args, cwd=tmp_path)
         assert (result.returncode, result.stdout) == (2, '')

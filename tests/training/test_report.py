@@ -1,0 +1,44 @@
+"""The table over seeds, from the summaries that train.py writes."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from noah_zoo.training.report import report
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def write(folder, model, seed, top1, **config):
+    folder = folder / f'{model}-{seed}'
+    folder.mkdir(parents=True)
+    summary = {
+        'config': {'model': model, 'seed': seed, 'epochs': 3, **config}, 'top1': top1, 'seconds': 100 + seed,
+        'params': 1234567}
+    (folder / 'summary.json').write_text(json.dumps(summary))
+
+
+def test_mean_and_spread(tmp_path):
+    for seed, top1 in ((2, 93.0), (0, 90.0), (1, 91.5)):
+        write(tmp_path, 'a_noah', seed, top1)
+    write(tmp_path, 'a', 0, 80.25)
+    lines = report([str(tmp_path)]).splitlines()
+    assert lines[2] == '| a | 1,234,567 | 1 | 80.25 | 80.25 | 100 |'
+    assert lines[3] == '| a_noah | 1,234,567 | 3 | 91.50 ± 1.50 | 90.00, 91.50, 93.00 | 101 |'
+
+
+def test_unequal_budgets_are_not_compared(tmp_path):
+    write(tmp_path, 'a', 0, 90.)
+    write(tmp_path, 'b', 0, 91., epochs=30)
+    with pytest.raises(ValueError, match='differs from .* in epochs'):
+        report([str(tmp_path)])
+
+
+def test_nothing_to_report(tmp_path):
+    result = subprocess.run(
+        [sys.executable, str(ROOT / 'scripts' / 'report.py'), str(tmp_path)], capture_output=True, text=True,
+        timeout=100, check=False)
+    assert result.returncode == 2 and 'no summary.json of a finished run' in result.stderr
+    assert 'Traceback' not in result.stderr
