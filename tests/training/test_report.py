@@ -42,3 +42,9 @@ def test_nothing_to_report(tmp_path):
         timeout=100, check=False)
     assert result.returncode == 2 and 'no summary.json of a finished run' in result.stderr
     assert 'Traceback' not in result.stderr
+
+
+def test_the_figures_of_the_readme():
+    # The table in the README is what the command beside it prints.
+    table = report([str(ROOT / 'results' / 'fashion_mnist')])
+    assert table in (ROOT / 'README.md').read_text(encoding='utf-8')
