@@ -165,11 +165,9 @@ def family(*names: str) -> List[Model]:
 
 @dataclass(frozen=True)
 class Shipped:
-    """Weights inside the package.
+    """Weights inside the package, by name and tag of the model.
 
     Attributes:
-        model: Name of the model.
-        tag: Pretrained tag.
         file: The weights, safetensors.
         model_args: Arguments of the model that the weights need.
         input_size: Channels, height and width.
@@ -178,8 +176,6 @@ class Shipped:
         label_names: Class names, in the order of the logits.
         top1: Test top-1 accuracy in percent, measured here (README).
     """
-    model: str
-    tag: str
     file: Path
     model_args: Dict[str, Any]
     input_size: Tuple[int, int, int]
@@ -193,7 +189,6 @@ FASHION_MNIST_CLASSES = (
     'T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot')
 SHIPPED: Dict[str, Shipped] = {
     'mobilenetv2_035_noah.fashion_mnist': Shipped(
-        'mobilenetv2_035_noah', 'fashion_mnist',
         Path(__file__).parent / 'assets' / 'mobilenetv2_035_noah.fashion_mnist.safetensors',
         dict(output_stride=16), (3, 64, 64), (4, 4), 1.0, FASHION_MNIST_CLASSES, 89.77),
 }
