@@ -71,7 +71,7 @@ def test_a_damaged_image_does_not_stop_the_others(tmp_path):
 @pytest.mark.parametrize('args, message', [
     (['nowhere.jpg'], 'nowhere.jpg: no such file or folder'),
     (['--model', 'resnet18_noha'], "unknown model 'resnet18_noha'; did you mean resnet18_noah"),
-    (['--model', 'resnet50_noah'], 'no weights are published under this tag yet'),
+    (['--model', 'resnet50_noah.nobody'], 'Invalid pretrained tag (nobody)'),
     (['--device', 'gpu'], 'on gpu'),
     (['--model', 'local-dir:/nowhere'], '/nowhere'),
     (['--top-k', '0'], "'0' is not a positive number"),

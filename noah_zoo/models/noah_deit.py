@@ -4,12 +4,12 @@ from functools import partial
 from typing import Optional
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import VisionTransformer, build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import VisionTransformer, generate_default_cfgs, register_model
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
-from ..attach import build_noah
-from ..catalog import family
+from ..catalog import TWINS, family, weights_at
+from .build import build_model, build_noah
 
 
 class ThinDeit(VisionTransformer):
@@ -58,9 +58,10 @@ def _cfg(**kwargs):
 
 
 default_cfgs = generate_default_cfgs({
-    'deit_tiny_075_patch16_224.osvai_in1k*': _cfg(),
-    'deit_tiny_050_patch16_224.osvai_in1k*': _cfg(),
-    **{f'{row.name}.osvai_in1k*': _cfg(classifier=('head.key', 'head.value')) for row in family('deit')},
+    **{f'{row.vanilla}.osvai_in1k*': _cfg(**weights_at(row.vanilla))
+       for row in family('deit') if row.vanilla in TWINS},
+    **{f'{row.name}.osvai_in1k*': _cfg(classifier=('head.key', 'head.value'), **weights_at(row.name))
+       for row in family('deit')},
 })
 _FEATURES = dict(feature_cls='getter', out_indices=3)
 _create_noah = partial(
@@ -69,8 +70,8 @@ _create_noah = partial(
 
 
 def _create_thin(variant: str, pretrained: bool, **kwargs) -> ThinDeit:
-    return build_model_with_cfg(
-        ThinDeit, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, feature_cfg=dict(_FEATURES), **kwargs)
+    return build_model(
+        ThinDeit, variant, pretrained, filter_fn=checkpoint_filter_fn, feature_cfg=_FEATURES, **kwargs)
 
 
 @register_model

@@ -3,11 +3,11 @@ from functools import partial
 
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.layers import GatedMlp
-from timm.models import MlpMixer, build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import MlpMixer, generate_default_cfgs, register_model
 from timm.models.mlp_mixer import SpatialGatingBlock, checkpoint_filter_fn
 
-from ..attach import build_noah
-from ..catalog import family
+from ..catalog import TWINS, family, weights_at
+from .build import build_model, build_noah
 
 
 def _cfg(**kwargs):
@@ -21,18 +21,19 @@ def _cfg(**kwargs):
     }
 
 
-_THIN = ('mixer_s16_075_224', 'mixer_s16_050_224', 'gmlp_ti16_075_224', 'gmlp_ti16_050_224')
 default_cfgs = generate_default_cfgs({
-    **{f'{name}.osvai_in1k*': _cfg() for name in _THIN},
-    **{f'{row.name}.osvai_in1k*': _cfg(classifier=('head.key', 'head.value')) for row in family('mixer', 'gmlp')},
+    **{f'{row.vanilla}.osvai_in1k*': _cfg(**weights_at(row.vanilla))
+       for row in family('mixer', 'gmlp') if row.vanilla in TWINS},
+    **{f'{row.name}.osvai_in1k*': _cfg(classifier=('head.key', 'head.value'), **weights_at(row.name))
+       for row in family('mixer', 'gmlp')},
 })
 _FEATURES = dict(feature_cls='getter', out_indices=3)
 _create_noah = partial(build_noah, input_fmt='NLC', filter_fn=checkpoint_filter_fn, feature_cfg=_FEATURES)
 
 
 def _create_thin(variant: str, pretrained: bool, **kwargs) -> MlpMixer:
-    return build_model_with_cfg(
-        MlpMixer, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, feature_cfg=dict(_FEATURES), **kwargs)
+    return build_model(
+        MlpMixer, variant, pretrained, filter_fn=checkpoint_filter_fn, feature_cfg=_FEATURES, **kwargs)
 
 
 def _create_thin_gmlp(variant: str, pretrained: bool, **kwargs) -> MlpMixer:

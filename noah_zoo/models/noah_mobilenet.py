@@ -2,8 +2,8 @@
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import EfficientNet, generate_default_cfgs, register_model
 
-from ..attach import build_noah
-from ..catalog import SHIPPED, family
+from ..catalog import SHIPPED, family, weights_at
+from .build import build_noah
 
 
 def _cfg(**kwargs):
@@ -22,7 +22,7 @@ default_cfgs = generate_default_cfgs({
         file=str(shipped.file), num_classes=len(shipped.label_names), input_size=shipped.input_size,
         pool_size=shipped.pool_size, crop_pct=shipped.crop_pct, label_names=shipped.label_names,
         origin_url='https://github.com/zalandoresearch/fashion-mnist') for name, shipped in SHIPPED.items()},
-    **{f'{row.name}.osvai_in1k*': _cfg() for row in family('mobilenet')},
+    **{f'{row.name}.osvai_in1k*': _cfg(**weights_at(row.name)) for row in family('mobilenet')},
 })
 
 

@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, Mlp, create_classifier, resample_abs_pos_embed, to_2tuple, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from ..attach import build_noah
-from ..catalog import family
+from ..catalog import family, weights_at
+from .build import build_model, build_noah
 from .pyramid import take_indices
 
 
@@ -354,8 +354,9 @@ def _cfg(**kwargs):
 
 
 default_cfgs = generate_default_cfgs({
-    **{f'{row.vanilla}.osvai_in1k*': _cfg() for row in family('pvt')},
-    **{f'{row.name}.osvai_in1k*': _cfg(classifier=('head.key', 'head.value')) for row in family('pvt')},
+    **{f'{row.vanilla}.osvai_in1k*': _cfg(**weights_at(row.vanilla)) for row in family('pvt')},
+    **{f'{row.name}.osvai_in1k*': _cfg(classifier=('head.key', 'head.value'), **weights_at(row.name))
+       for row in family('pvt')},
 })
 _SHARED = dict(
     filter_fn=checkpoint_filter_fn, feature_cfg=dict(feature_cls='getter', out_indices=(0, 1, 2, 3)))
@@ -363,9 +364,7 @@ _create_noah = partial(build_noah, twin_args=dict(class_token=False), **_SHARED)
 
 
 def _create(variant: str, pretrained: bool, **kwargs) -> PyramidVisionTransformer:
-    return build_model_with_cfg(
-        PyramidVisionTransformer, variant, pretrained, pretrained_filter_fn=_SHARED['filter_fn'],
-        feature_cfg=dict(_SHARED['feature_cfg']), **kwargs)
+    return build_model(PyramidVisionTransformer, variant, pretrained, **_SHARED, **kwargs)
 
 
 @register_model

@@ -2,8 +2,8 @@
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import ResNet, generate_default_cfgs, register_model
 
-from ..attach import build_noah
-from ..catalog import family
+from ..catalog import family, weights_at
+from .build import build_noah
 
 
 def _cfg(**kwargs):
@@ -17,7 +17,8 @@ def _cfg(**kwargs):
     }
 
 
-default_cfgs = generate_default_cfgs({f'{row.name}.osvai_in1k*': _cfg() for row in family('resnet')})
+default_cfgs = generate_default_cfgs({
+    f'{row.name}.osvai_in1k*': _cfg(**weights_at(row.name)) for row in family('resnet')})
 
 
 @register_model

@@ -5,10 +5,11 @@ import torch
 import torchvision
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import create_classifier
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from ..attach import build_noah
+from ..catalog import weights_at
+from .build import build_model, build_noah
 from .pyramid import take_indices
 
 
@@ -150,8 +151,9 @@ def _cfg(**kwargs):
 
 
 default_cfgs = generate_default_cfgs({
-    'shufflenetv2_100.osvai_in1k*': _cfg(),
-    'shufflenetv2_100_noah.osvai_in1k*': _cfg(classifier=('fc.key', 'fc.value')),
+    'shufflenetv2_100.osvai_in1k*': _cfg(**weights_at('shufflenetv2_100')),
+    'shufflenetv2_100_noah.osvai_in1k*': _cfg(
+        classifier=('fc.key', 'fc.value'), **weights_at('shufflenetv2_100_noah')),
 })
 _FEATURES = dict(feature_cls='getter', out_indices=(0, 1, 2, 3))
 
@@ -160,8 +162,8 @@ _FEATURES = dict(feature_cls='getter', out_indices=(0, 1, 2, 3))
 def shufflenetv2_100(pretrained: bool = False, **kwargs) -> ShuffleNetV2:
     """ShuffleNetV2 1.0x."""
     model_args = dict(stages_repeats=[4, 8, 4], stages_out_channels=[24, 116, 232, 464, 1024])
-    return build_model_with_cfg(
-        ShuffleNetV2, 'shufflenetv2_100', pretrained, feature_cfg=dict(_FEATURES), **dict(model_args, **kwargs))
+    return build_model(
+        ShuffleNetV2, 'shufflenetv2_100', pretrained, feature_cfg=_FEATURES, **dict(model_args, **kwargs))
 
 
 @register_model

@@ -133,8 +133,10 @@ def train(config: TrainConfig) -> Dict[str, Any]:
     summary = {'config': settings, 'params': sum(p.numel() for p in model.parameters()), **record, **versions()}
     if accelerator.is_main_process:
         model.to(memory_format=torch.contiguous_format)
+        head = getattr(model, 'noah_cfg', {})
+        head = {name: head[name] for name in ('num_groups', 'key_ratio') if name in head}
         save_for_hf(
-            model, str(output), safe_serialization=True, model_args=config.model_kwargs,
+            model, str(output), safe_serialization=True, model_args={**head, **config.model_kwargs},
             model_config=dict(label_names=list(train_set.class_names)))
         (output / 'summary.json').write_text(json.dumps(summary, indent=2) + '\n')
     return summary

@@ -10,14 +10,14 @@ import shutil
 import uuid
 import warnings
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, Union
+from typing import Any, Dict, Iterable, Mapping, NamedTuple, Optional, Union
 
 import torch
 from safetensors import SafetensorError
 from timm.models import create_model, get_pretrained_cfg, save_for_hf
 from torch import Tensor
 
-from ..catalog import CATALOG, Model
+from ..catalog import CATALOG, TAG, Model, released
 from ..models.noah_deit import ThinDeit
 from .names import released_names
 
@@ -92,13 +92,13 @@ def convert_official(state_dict: Mapping[str, Any], name: str, ema: bool = False
         ValueError: If the name is unknown, the container has no averaged weights, or the weights are not this
             model's: keys, shapes, types, or a value that is not finite.
     """
-    _row(name)
-    given = _weights(state_dict, name, ema)
+    released_model(name)
+    given = weights_in(state_dict, name, ema)
     pre_logits = any(key.startswith('pre_logits.') for key in given)
     expected = _expected(name, pre_logits)
     problem = _mismatch(given, expected)
     if problem:
-        owner = next((other for other in _names() if not _mismatch(given, _expected(other, pre_logits))), None)
+        owner = next((other for other in released() if not _mismatch(given, _expected(other, pre_logits))), None)
         raise ValueError(f'{name}: the weights are those of {owner}' if owner else f'{name}: {problem}')
     for key, value in given.items():
         if not value.isfinite().all():
@@ -126,11 +126,31 @@ def convert_file(path: Union[str, Path], name: str, output: Union[str, Path], em
         OSError: If the file cannot be read, or the folder cannot be written or is not empty.
         ValueError: See `read_official` and `convert_official`.
     """
-    output = Path(output).resolve()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f'{output}: exists and is not an empty folder; nothing was written')
-    row = _row(name)
+    _check_empty(Path(output))
     weights = convert_official(read_official(path), name, ema)
+    output = write_folder(weights, name, output)
+    _logger.info('%s: converted %s to %s', name, path, output)
+    return output
+
+
+def write_folder(weights: Dict[str, Tensor], name: str, output: Union[str, Path]) -> Path:
+    """Write converted weights as a folder; see `convert_file`.
+
+    Args:
+        weights: A state dict of `convert_official`.
+        name: The timm name of a NOAH model or of its vanilla twin.
+        output: The folder, absent or empty. Parents are made.
+
+    Returns:
+        The folder, as an absolute path.
+
+    Raises:
+        OSError: If the folder cannot be written or is not empty.
+        RuntimeError: If the weights are not the model's.
+    """
+    output = Path(output).resolve()
+    _check_empty(output)
+    row = released_model(name)
     model_args = {}
     if name == row.name:
         model_args.update(num_groups=row.num_groups, key_ratio=row.key_ratio)
@@ -138,7 +158,7 @@ def convert_file(path: Union[str, Path], name: str, output: Union[str, Path], em
         model_args.update(pre_logits=True)
     # The twin is evaluated as its NOAH sibling, whatever timm's own default weights of that name want.
     cfg = dataclasses.replace(
-        get_pretrained_cfg(f'{row.name}.osvai_in1k'), architecture=name, classifier=get_pretrained_cfg(name).classifier)
+        get_pretrained_cfg(f'{row.name}.{TAG}'), architecture=name, classifier=get_pretrained_cfg(name).classifier)
     model = create_model(name, pretrained_cfg=cfg.to_dict(), **model_args)
     model.load_state_dict(weights)
 
@@ -155,23 +175,28 @@ def convert_file(path: Union[str, Path], name: str, output: Union[str, Path], em
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    _logger.info('%s: converted %s to %s', name, path, output)
     return output
 
 
-def _names() -> List[str]:
-    return [name for row in CATALOG.values() for name in (row.name, row.vanilla)]
+def _check_empty(output: Path) -> None:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f'{output}: exists and is not an empty folder; nothing was written')
 
 
-def _row(name: str) -> Model:
+def released_model(name: str) -> Model:
+    """The row of the catalog for a NOAH model or its vanilla twin.
+
+    Raises:
+        ValueError: If the name is neither.
+    """
     for row in CATALOG.values():
         if name in (row.name, row.vanilla):
             return row
-    close = difflib.get_close_matches(name, _names(), cutoff=0.5) or _names()
+    close = difflib.get_close_matches(name, released(), cutoff=0.5) or released()
     raise ValueError(f'{name!r} is not a model of the release; choose from {", ".join(close)}')
 
 
-def _weights(checkpoint: Any, name: str, ema: bool) -> Dict[str, Any]:
+def weights_in(checkpoint: Any, name: str, ema: bool = False) -> Dict[str, Any]:
     """The weights in a container, without the prefix of a parallel wrapper."""
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f'{name}: the file holds a {type(checkpoint).__name__}; expected a dict of tensors')
@@ -195,7 +220,7 @@ def _expected(name: str, pre_logits: bool) -> Dict[str, _Target]:
         if pre_logits and isinstance(model, ThinDeit):
             model = create_model(name, pre_logits=True)
     tensors = model.state_dict()
-    names = released_names(tensors, _row(name).family)
+    names = released_names(tensors, released_model(name).family)
     return {names[key]: _Target(key, tensor) for key, tensor in tensors.items()}
 
 

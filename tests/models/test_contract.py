@@ -252,11 +252,6 @@ def test_refused(name, kwargs, message):
         timm.create_model(name, **kwargs)
 
 
-def test_without_weights_it_raises():
-    with pytest.raises(RuntimeError, match=r'resnet50_noah.osvai_in1k: no weights .* scripts/convert.py'):
-        timm.create_model('resnet50_noah', pretrained=True)
-
-
 def test_backbone_from_a_checkpoint(tmp_path):
     from safetensors.torch import save_file
     for name, twin_args in (('resnet18_noah', {}), ('deit_tiny_050_patch16_224_noah', {}), ('pvt_tiny_050_noah', {})):

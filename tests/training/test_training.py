@@ -62,6 +62,8 @@ def run_dir(idx_dir, tmp_path_factory):
 def test_run_leaves_a_loadable_model(run_dir):
     model = timm.create_model(f'local-dir:{run_dir}', pretrained=True)
     assert model.get_classifier().num_groups == 4
+    args = json.loads((run_dir / 'config.json').read_text())['model_args']
+    assert (args['num_groups'], args['key_ratio'], args['output_stride']) == (4, 0.25, 16)
     assert model.pretrained_cfg['label_names'] == list(FASHION_MNIST_CLASSES)
     assert tuple(model.pretrained_cfg['input_size']) == (3, 32, 32)
     assert model.forward_features(torch.randn(1, 3, 32, 32)).shape[-1] == 2  # output_stride=16

@@ -1,0 +1,208 @@
+"""Floor 2: how a registered model is built, and how its weights come in."""
+from pathlib import Path
+from typing import Any, Callable, Dict, Optional, Tuple
+
+from safetensors import SafetensorError
+from timm.models import (
+    PretrainedCfg,
+    adapt_input_conv,
+    build_model_with_cfg,
+    create_model,
+    get_pretrained_cfg,
+    load_state_dict,
+    model_entrypoint,
+    resolve_pretrained_cfg,
+)
+from torch import Tensor, nn
+
+from ..attach import attach
+from ..catalog import CATALOG, SHIPPED
+
+HEAD_ARGS = ('num_groups', 'key_ratio', 'drop_rate', 'split_groups', 'split_kv')
+
+# Gives the cfg with the place of verified weights, and the arguments that these weights imply. It lives a floor above,
+# in noah_zoo.weights, which puts it here.
+find_weights: Optional[Callable[[str, PretrainedCfg, Optional[str]], Tuple[PretrainedCfg, Dict[str, Any]]]] = None
+
+
+class WeightsError(RuntimeError):
+    """Pretrained weights that were asked for cannot be had, or are not what they should be."""
+
+
+def build_noah(
+        variant: str,
+        pretrained: bool = False,
+        input_fmt: str = 'NCHW',
+        twin_args: Optional[Dict[str, Any]] = None,
+        filter_fn: Optional[Callable] = None,
+        pretrained_cfg: Any = None,
+        pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
+        pretrained_backbone: Optional[str] = None,
+        **kwargs,
+) -> nn.Module:
+    """Build a registered NOAH model: timm builds the twin, `attach` gives it the head, timm loads the weights.
+
+    Args:
+        variant: A name of the catalog.
+        pretrained: Load the weights of the pretrained cfg.
+        input_fmt: What the twin's `forward_features` gives.
+        twin_args: Arguments of the twin's entry point that the NOAH model fixes.
+        filter_fn: timm's checkpoint filter of the family.
+        pretrained_cfg: See timm.
+        pretrained_cfg_overlay: See timm.
+        pretrained_backbone: A timm name with tag, 'hf-hub:', 'local-dir:' or the path of a checkpoint: everything but
+            the head is loaded from it.
+        **kwargs: `num_groups`, `key_ratio`, `drop_rate`, `split_groups`, `split_kv`, and what timm's class takes.
+
+    Raises:
+        ValueError: If the head cannot be built or the backbone's weights do not fit.
+        WeightsError: If pretrained weights were asked for and cannot be had.
+    """
+    if pretrained and pretrained_backbone:
+        raise ValueError(
+            f'{variant}: pretrained=True and pretrained_backbone={pretrained_backbone!r} exclude each other')
+    row = CATALOG[variant]
+    noah_cfg = dict(num_groups=row.num_groups, key_ratio=row.key_ratio, drop_rate=row.drop_rate)
+    noah_cfg.update({name: kwargs.pop(name) for name in HEAD_ARGS if name in kwargs})
+    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
+    shipped = SHIPPED.get(f'{variant}.{cfg.tag}')
+    if shipped is not None:
+        kwargs = dict(shipped.model_args, **kwargs)
+    if kwargs.get('global_pool') == (kwargs.get('pretrained_model_args') or {}).get('global_pool') == '':
+        del kwargs['global_pool']  # a saved config says that the pooling was off, which it is under a NOAH head
+
+    def build_twin(num_classes: int = 1000, **model_args) -> nn.Module:
+        model = model_entrypoint(row.vanilla)(num_classes=0, **dict(twin_args or {}, **model_args))
+        try:
+            attach(model, num_classes, input_fmt, **noah_cfg)
+        except ValueError as error:
+            raise ValueError(f'{variant}: {error}') from None
+        if pretrained_backbone:
+            load_backbone(model, pretrained_backbone, variant, filter_fn)
+        return model
+
+    return build_model(build_twin, variant, pretrained, filter_fn, pretrained_cfg=cfg, **kwargs)
+
+
+def build_model(
+        model_cls: Callable[..., nn.Module],
+        variant: str,
+        pretrained: bool = False,
+        filter_fn: Optional[Callable] = None,
+        feature_cfg: Optional[Dict[str, Any]] = None,
+        pretrained_cfg: Any = None,
+        pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
+        cache_dir: Optional[str] = None,
+        **kwargs,
+) -> nn.Module:
+    """timm's `build_model_with_cfg`, with weights that are found and verified first, and loaded whole or not at all.
+
+    Args:
+        model_cls: Makes the model of `kwargs`.
+        variant: The model's name.
+        pretrained: Load the weights of the pretrained cfg.
+        filter_fn: timm's checkpoint filter of the family.
+        feature_cfg: timm's feature extraction config of the family.
+        pretrained_cfg: See timm.
+        pretrained_cfg_overlay: See timm.
+        cache_dir: The Hub cache to use.
+        **kwargs: Arguments of the model.
+
+    Raises:
+        WeightsError: If pretrained weights were asked for and cannot be had.
+    """
+    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
+    if pretrained:
+        cfg, model_args = find_weights(variant, cfg, cache_dir)
+        kwargs = dict(model_args, **kwargs)
+    try:
+        model = build_model_with_cfg(
+            model_cls, variant, pretrained, pretrained_cfg=cfg, feature_cfg=dict(feature_cfg or {}),
+            pretrained_filter_fn=_whole(variant, cfg, filter_fn), cache_dir=cache_dir, **kwargs)
+    except SafetensorError as error:
+        raise WeightsError(f'{variant}: {cfg.file} is damaged or not in the safetensors format: {error}') from None
+    model.pretrained_cfg.pop('state_dict', None)  # it has been loaded, and would only hold the memory
+    return model
+
+
+def _whole(variant: str, cfg: PretrainedCfg, filter_fn: Optional[Callable]) -> Callable:
+    """timm's checkpoint filter, and a check: once the classes differ, timm misses no keys and drops any head."""
+    classifiers = (cfg.classifier,) if isinstance(cfg.classifier, str) else cfg.classifier or ()
+    heads = tuple(f'{name}.' for name in classifiers)
+    first_conv = f'{cfg.first_conv}.weight'  # timm adapts it to the number of channels, or refuses
+
+    def check(state_dict: Dict[str, Tensor], model: nn.Module) -> Dict[str, Tensor]:
+        if filter_fn is not None:
+            state_dict = filter_fn(state_dict, model)
+        own = model.state_dict()
+        problems = [f'{k} is missing' for k in own if k not in state_dict and not k.startswith(heads)]
+        problems += [f'{k} is surplus' for k in state_dict if k not in own and not k.startswith(heads)]
+        problems += [
+            f'{k} has shape {list(state_dict[k].shape)}, not {list(v.shape)}' for k, v in own.items()
+            if k in state_dict and state_dict[k].shape != v.shape and not k.startswith((*heads, first_conv))]
+        if problems:
+            raise WeightsError(f'{variant}: the weights are not those of this model: {_some(problems)}')
+        head = [k for k in own if k.startswith(heads)]
+        fits = head and all(k in state_dict and state_dict[k].shape == own[k].shape for k in head)
+        if fits and model.num_classes != cfg.num_classes:
+            raise WeightsError(
+                f'{variant}: the weights have a head of {model.num_classes} classes, but would lose it: the pretrained '
+                f'cfg says {cfg.num_classes}; add num_classes={model.num_classes} to pretrained_cfg_overlay')
+        return state_dict
+
+    return check
+
+
+def load_backbone(model: nn.Module, source: str, variant: str, filter_fn: Optional[Callable] = None) -> None:
+    """Load everything but the head from the twin's weights, in place.
+
+    A class token that the model does not have is left out, and its position with it.
+
+    Args:
+        model: A NOAH model.
+        source: A timm name with tag, 'hf-hub:...', 'local-dir:...' or the path of a checkpoint.
+        variant: The model's name, for messages.
+        filter_fn: timm's checkpoint filter of the family.
+
+    Raises:
+        FileNotFoundError: If `source` has a checkpoint's suffix and is no file.
+        ValueError: If weights are missing, surplus or of another shape.
+    """
+    own = model.state_dict()
+    if Path(source).suffix in ('.safetensors', '.pt', '.pth', '.bin', '.tar'):
+        if not Path(source).is_file():
+            raise FileNotFoundError(f'{variant}: pretrained_backbone={source!r} is not a file')
+        state_dict = load_state_dict(source, weights_only=True)
+    else:
+        state_dict = create_model(source, pretrained=True).state_dict()
+    if filter_fn is not None:
+        state_dict = filter_fn(_without_class_token(state_dict, own), model)
+    places = (model.noah_place + '.', 'head_dist.')
+    state_dict = {k: v for k, v in state_dict.items() if not k.startswith(places)}
+    first_conv = get_pretrained_cfg(variant).first_conv + '.weight'
+    if first_conv in state_dict and state_dict[first_conv].shape[1] == 3:
+        state_dict[first_conv] = adapt_input_conv(own[first_conv].shape[1], state_dict[first_conv])
+    wanted = {k: v for k, v in own.items() if not k.startswith(places)}
+    problems = [f'{k} is missing' for k in wanted if k not in state_dict]
+    problems += [f'{k} is surplus' for k in state_dict if k not in wanted]
+    problems += [
+        f'{k} has shape {list(state_dict[k].shape)}, not {list(v.shape)}'
+        for k, v in wanted.items() if k in state_dict and state_dict[k].shape != v.shape]
+    if problems:
+        raise ValueError(
+            f"{variant}: pretrained_backbone={source!r} does not fit {CATALOG[variant].vanilla}'s backbone: "
+            f'{_some(problems)}')
+    model.load_state_dict(state_dict, strict=False)
+
+
+def _some(problems: list) -> str:
+    return ', '.join(problems[:3]) + (f' and {len(problems) - 3} more' if len(problems) > 3 else '')
+
+
+def _without_class_token(state_dict: Dict[str, Tensor], own: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    state_dict = dict(state_dict)
+    for token in [k for k in state_dict if k.endswith('cls_token') and k not in own]:
+        del state_dict[token]
+        pos_embed = token.replace('cls_token', 'pos_embed')
+        state_dict[pos_embed] = state_dict[pos_embed][:, 1:]
+    return state_dict

@@ -1,0 +1,181 @@
+"""Floor 3: the model card of a user's own training run."""
+import json
+import shlex
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple, Union
+
+import timm
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..catalog import CATALOG
+from .cards import BIBTEX, INSTALL, is_ours, make_card, make_table, preprocessing, snippet
+
+_DATASETS = {  # train.py's own names: id on the Hub, name, splits
+    'fashion_mnist': ('zalando-datasets/fashion_mnist', 'Fashion-MNIST', {'validation': 'test'})}
+
+
+def run_card(run_dir: Union[str, Path], repo_id: str) -> ModelCard:
+    """The card of a model that scripts/train.py has trained.
+
+    Nothing is said that the run does not record: no license, no dataset id for a folder, no base model for training
+    from scratch or from a local file. Local paths stay out of the card.
+
+    Args:
+        run_dir: Folder of a finished run, with `config.json` and `summary.json`.
+        repo_id: The repository on the Hub.
+
+    Raises:
+        FileNotFoundError: If one of the two files is missing.
+        ValueError: If one is not what train.py writes.
+    """
+    run_dir = Path(run_dir)
+    config, summary = _read(run_dir / 'config.json', 'architecture'), _read(run_dir / 'summary.json', 'config')
+    settings, architecture = summary['config'], config['architecture']
+    if not isinstance(settings, dict) or not {'model', 'dataset'} <= set(settings):
+        raise ValueError(f"{run_dir / 'summary.json'}: 'config' has no model and dataset; expected train.py's settings")
+    labels = config.get('label_names') or (config.get('pretrained_cfg') or {}).get('label_names') or []
+    dataset_id, dataset, split = _dataset(settings)
+    model_name = repo_id.split('/')[-1]
+    is_noah = architecture in CATALOG
+    results = [
+        EvalResult(
+            task_type='image-classification', task_name='Image Classification',
+            dataset_type=dataset_id or 'imagefolder', dataset_name=dataset, dataset_split=split,
+            metric_type='accuracy', metric_value=summary[key], metric_name=f'{label} accuracy')
+        for key, label in (('top1', 'Top-1'), ('top5', 'Top-5')) if isinstance(summary.get(key), (int, float))]
+    data = ModelCardData(
+        model_name=model_name if results else None,
+        library_name='timm',
+        pipeline_tag='image-classification',
+        base_model=_base_model(settings),
+        datasets=[dataset_id] if dataset_id else None,
+        metrics=['accuracy'] if results else None,
+        tags=['image-classification', 'timm'] + ['noah'] * is_noah,
+        eval_results=results or None)
+    measured = [f'{result.metric_name} {result.metric_value:.2f} %' for result in results]
+    measured = measured or ['no accuracy is recorded']
+    if isinstance(summary.get('val_loss'), (int, float)):
+        measured.append(f'cross-entropy {summary["val_loss"]:.4f}')
+    epochs, seed = settings.get('epochs', '?'), settings.get('seed', '?')
+    sections = (
+        f'# {model_name}', f'`{architecture}` trained on {dataset} with `scripts/train.py` of noah_zoo.',
+        '## Use', _run_usage(architecture, repo_id, bool(labels)),
+        '## Model', _run_details(config, summary),
+        '## Results', f'On the split `{split}` of {dataset}: {"; ".join(measured)}. One run of {epochs} epochs, '
+        f'seed {seed}; the weights are those of the last epoch.',
+        '## Training', f'```bash\n{_run_command(settings)}\n```', _run_versions(summary),
+        '## Classes', _label_list(labels),
+        *(('## Citation', f'```bibtex\n{BIBTEX}\n```') if is_noah else ()))
+    return make_card(data, sections)
+
+
+def _run_usage(architecture: str, repo_id: str, has_labels: bool) -> str:
+    ours = timm.is_model(architecture) and is_ours(architecture)
+    labels = "model.pretrained_cfg['label_names']" if has_labels else '[str(i) for i in range(model.num_classes)]'
+    return (f'{INSTALL}\n\n' if ours else '') + snippet(
+        f'hf-hub:{repo_id}', [f'names = {labels}'], 'create_transform, resolve_model_data_config', package=ours)
+
+
+def _run_details(config: Dict[str, Any], summary: Dict[str, Any]) -> str:
+    architecture, pretrained_cfg = config['architecture'], config.get('pretrained_cfg') or {}
+    rows = [('architecture', f'`{architecture}`'), ('classes', str(config.get('num_classes')))]
+    if architecture in CATALOG:
+        row, model_args = CATALOG[architecture], config.get('model_args') or {}
+        ratio = Fraction(model_args.get('key_ratio', row.key_ratio)).limit_denominator(1000)
+        rows += [('POCA blocks, N', str(model_args.get('num_groups', row.num_groups))), ('key ratio, r', str(ratio))]
+    if isinstance(summary.get('params'), int):
+        rows.append(('parameters', f'{summary["params"]:,}'))
+    if all(pretrained_cfg.get(key) for key in ('input_size', 'crop_pct', 'interpolation', 'mean', 'std')):
+        rows += preprocessing(pretrained_cfg)
+    return make_table(('property', 'value'), rows)
+
+
+def _run_versions(summary: Dict[str, Any]) -> str:
+    nested = summary.get('versions')
+    versions = {**summary, **(nested if isinstance(nested, dict) else {})}
+    keys = ('python', 'torch', 'timm', 'accelerate', 'device', 'machine', 'threads')
+    rows = [(key, str(versions[key])) for key in keys if versions.get(key) is not None]
+    return make_table(('version', 'value'), rows) if rows else ''
+
+
+def _read(path: Path, key: str) -> Dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f'{path} is missing; expected the folder of a finished run of scripts/train.py')
+    try:
+        content = json.loads(path.read_text(encoding='utf-8'))
+    except ValueError as error:
+        raise ValueError(f'{path}: not JSON: {error}') from None
+    if not isinstance(content, dict) or key not in content:
+        raise ValueError(f'{path}: has no {key!r}; expected what scripts/train.py writes')
+    return content
+
+
+def _dataset(settings: Dict[str, Any]) -> Tuple[Optional[str], str, str]:
+    """Id on the Hub or None, name, and the split that was evaluated."""
+    name, split = settings['dataset'], settings.get('val_split') or 'validation'
+    if name in _DATASETS:
+        dataset_id, label, splits = _DATASETS[name]
+        return dataset_id, label, splits.get(split, split)
+    if name.startswith(('hfds/', 'hfids/')):
+        dataset_id = name.split('/', 1)[1]
+        return dataset_id, dataset_id, split
+    return None, 'a folder of images' if name == 'folder' else name, split
+
+
+def _base_model(settings: Dict[str, Any]) -> Optional[str]:
+    """Id on the Hub of the weights that a run started from; None for none, or for a local file."""
+    pretrained = settings.get('pretrained')
+    source = settings['model'] if pretrained is True else pretrained
+    source = source or (settings.get('model_kwargs') or {}).get('pretrained_backbone')
+    if not source:
+        return None
+    scheme, _, rest = source.partition(':')
+    if scheme in ('hf-hub', 'hf_hub'):
+        return rest.split('@')[0]
+    try:
+        cfg = timm.get_pretrained_cfg(source)
+    except RuntimeError:  # a tag that timm does not know
+        return None
+    return cfg.hf_hub_id.split('@')[0] if cfg is not None and cfg.hf_hub_id else None
+
+
+def _run_command(settings: Dict[str, Any]) -> str:
+    """The command of a run. Local places become names to fill in."""
+    places = {'data_dir': 'DIR', 'output': 'OUTPUT'}
+    words = []
+    for key, value in {**settings, 'output': ''}.items():
+        flag = '--' + key.replace('_', '-')
+        if value is None or value is False or value == {}:
+            continue
+        if value is True:
+            words.append(flag)
+        elif isinstance(value, dict):
+            words.append(' '.join([flag, *(shlex.quote(f'{k}={_without_path(v)}') for k, v in value.items())]))
+        elif isinstance(value, (list, tuple)):
+            words.append(' '.join([flag, *(shlex.quote(str(v)) for v in value)]))
+        else:
+            words.append(f'{flag} {places.get(key) or shlex.quote(_without_path(value))}')
+    lines, line = [], 'accelerate launch scripts/train.py'
+    for word in words:
+        if len(line) + len(word) > 110:
+            lines.append(line)
+            line = ' '
+        line += f' {word}'
+    return ' \\\n'.join([*lines, line])
+
+
+def _without_path(value: Any) -> str:
+    text = str(value)
+    scheme, colon, rest = text.partition(':')
+    if scheme == 'local-dir':
+        return f'{scheme}{colon}{Path(rest).name}'
+    return Path(text).name if Path(text).is_absolute() or text.startswith(('.', '~')) else text
+
+
+def _label_list(labels: List[str], limit: int = 1000) -> str:
+    if not labels:
+        return 'The run has no class names.'
+    lines = [f'{i} {" ".join(str(label).split())}' for i, label in enumerate(labels[:limit])]
+    more = f'\n\nThe other {len(labels) - limit:,} are in `config.json`.' if len(labels) > limit else ''
+    return '````text\n' + '\n'.join(lines) + f'\n````{more}'
