@@ -70,17 +70,9 @@ def fetch(
     except WeightsError:
         raise
     except Exception as error:  # the client's come from httpx, requests, OSError and its own families
-        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-            kind, reason = MissingFileError, f'it has no {filename}'
-        else:
-            kind, folder = WeightsError, cache_dir or constants.HF_HUB_CACHE
-            reason = disk_trouble(error, folder)
-            if isinstance(error, HFValidationError):
-                reason = _one_line(error)
-            elif reason is None:
-                path = _cached(repo_id, filename, revision, cache_dir)
-                state = f'the cached {path} is damaged' if path else f'{filename} is not in {folder}'
-                reason = _explain(error, repo_id, state)
+        missing = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
+        kind = MissingFileError if missing else WeightsError
+        reason = f'it has no {filename}' if missing else _explain(error, repo_id, filename, revision, cache_dir)
         raise kind(f'{name}: no weights from {repo_id} on the Hub: {reason}') from error
 
 
@@ -158,7 +150,7 @@ def _fetch(
         return path
     ask = partial(get_hf_file_metadata, hf_hub_url(repo_id, filename, revision=revision), timeout=patience())
     try:
-        remote = _retried(name, partial(within, patience(), ask), _busy, () if path else WAITS)
+        remote = _retried(name, partial(within, patience(), ask), _busy, () if path and not pinned else WAITS)
     except Exception as error:
         unanswered = _busy(error) or _broken(error)
         if path is None or pinned or not unanswered or _damaged(name, path, sha256):
@@ -258,8 +250,14 @@ def _one_line(error: BaseException) -> str:
     return ' '.join(str(error).split()) or type(error).__name__
 
 
-def _explain(error: BaseException, repo_id: str, state: str) -> str:
+def _explain(
+        error: BaseException, repo_id: str, filename: str, revision: Optional[str],
+        cache_dir: Union[str, Path, None]) -> str:
     """What happened, and what to type next."""
+    folder = cache_dir or constants.HF_HUB_CACHE
+    trouble = disk_trouble(error, folder)
+    if trouble or isinstance(error, HFValidationError):
+        return trouble or _one_line(error)
     for link in _chain(error):
         if isinstance(link, GatedRepoError):
             return (
@@ -271,6 +269,8 @@ def _explain(error: BaseException, repo_id: str, state: str) -> str:
                 'private, log in with `hf auth login` or set HF_TOKEN')
         if isinstance(link, RevisionNotFoundError):
             return f'it has no such revision; {constants.ENDPOINT}/{repo_id} lists branches, tags and commits'
+    path = _cached(repo_id, filename, revision, cache_dir)
+    state = f'the cached {path} is damaged' if path else f'{filename} is not in {folder}'
     if constants.HF_HUB_OFFLINE:
         return (
             f'HF_HUB_OFFLINE is set, and {state}. Unset it once to download, or run `hf download {repo_id}` where '

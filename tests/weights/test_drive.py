@@ -5,12 +5,14 @@ import signal
 import socket
 import subprocess
 
+import gdown
 import pytest
+import requests
 import torch
 
-import noah_zoo  # noqa: F401
 from noah_zoo.catalog import drive_id
-from noah_zoo.weights import convert_official
+from noah_zoo.weights import WeightsError, convert_official
+from noah_zoo.weights.drive import fetch_released
 from tests.client import Client, SmallDisk, bound, digest
 from tests.drive_server import HOSTS, DriveServer
 from tests.hub_server import HubServer
@@ -251,6 +253,16 @@ def test_full_disk(drive, client, data, expected, tmp_path, free):
         assert big(disk) == [ballast]
         ballast.unlink()
         load(client, expected, disk)
+
+
+def test_an_error_of_the_network_is_none_of_the_disk(monkeypatch, cache):
+    def refuse(**kwargs):
+        raise requests.exceptions.ProxyError('refused')  # an OSError
+
+    monkeypatch.setattr(requests, 'head', lambda *args, **kwargs: None)
+    monkeypatch.setattr(gdown, 'download', refuse)
+    with pytest.raises(WeightsError, match="the authors' file on Google Drive: refused. To get it by hand: .*"):
+        fetch_released(NAME, cache)
 
 
 def test_a_file_where_the_folder_should_be(drive, client, cache):

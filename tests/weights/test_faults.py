@@ -368,6 +368,8 @@ def test_a_repository_with_a_pickle_only(hub, client, weights, cache, tmp_path):
         hub.put(f'owner/{name}', {'pytorch_model.bin': stream.getvalue()})
     load(client, weights, cache, **at('owner/plain_pickle'))
     fail(client, cache, 'owner/evil_pickle', 'mkdir', 'nothing in it was executed', **at('owner/evil_pickle'))
+    kwargs = dict(pretrained_cfg_overlay=dict(hf_hub_id='owner/plain_pickle', hf_hub_filename='ema.safetensors'))
+    fail(client, cache, 'it has no ema.safetensors', **kwargs)  # nothing else is taken where a file was named
     hub.put('owner/bare_pickle', {'pytorch_model.bin': pickle.dumps(Evil(str(marker)))})
     fail(client, cache, 'owner/bare_pickle', **at('owner/bare_pickle'))
     assert not marker.exists()
