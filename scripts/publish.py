@@ -57,7 +57,8 @@ def main() -> None:
     except KeyboardInterrupt:
         parser.exit(130, '\npublish.py: interrupted; run the same command again, it goes on where it was\n')
     if failed:
-        parser.exit(2, f'publish.py: {failed} of {len(names)} failed; run the same command again for those\n')
+        summary = f'publish.py: {failed} of {len(names)} failed; run the same command again for those\n'
+        parser.exit(2, summary if len(names) > 1 else None)
 
 
 if __name__ == '__main__':
