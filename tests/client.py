@@ -24,7 +24,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 CHILD = '''
-import io, json, logging, os, socket, sys, time, traceback
+import io, json, logging, os, signal, socket, sys, time, traceback
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -65,6 +65,7 @@ def stopped(number, arrived, name, **kwargs):
     """Call in another process, send it a signal once enough bytes have arrived below cache_dir, wait for its end."""
     pid = os.fork()
     if pid == 0:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent in the background has it ignored
         status = 0
         try:
             create(name, **kwargs)

@@ -308,7 +308,8 @@ def test_stopped_while_writing(tmp_path, number):
     command = [sys.executable, str(SCRIPT), 'file.pth', '--model', name, '--output', 'out']
     for _ in range(3):  # on a busy machine the whole file may be written between two looks
         process = subprocess.Popen(
-            command, cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            command, cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # in the background it is ignored
         while process.poll() is None and not list(tmp_path.glob('.out.*.partial')):
             time.sleep(0.001)
         process.send_signal(number)
