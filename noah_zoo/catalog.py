@@ -164,6 +164,14 @@ def family(*names: str) -> List[Model]:
     return [model for model in CATALOG.values() if model.family in names]
 
 
+def released_figures(name: str) -> Optional[Figures]:
+    """What the paper prints of a model, NOAH or vanilla; None for any other name."""
+    for row in CATALOG.values():
+        if name in (row.name, row.vanilla):
+            return row.paper if name == row.name else row.vanilla_paper
+    return None
+
+
 def drive_id(name: str) -> Optional[str]:
     """Google Drive id of the authors' checkpoint of a model, NOAH or vanilla; None for any other name."""
     for row in CATALOG.values():
@@ -233,95 +241,6 @@ SHIPPED: Dict[str, Shipped] = {
 }
 
 
-# How the authors trained, and where the paper prints the results.
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How the authors trained a family on ImageNet-1k, NOAH models and vanilla twins alike.
-
-    The paper's supplement A, and the released commands where it is silent or differs (`remark`).
-
-    Attributes:
-        epochs: Epochs.
-        batch_size: Images per update, over all processes.
-        opt: 'sgd' (without Nesterov momentum) or 'adamw'.
-        lr: Highest learning rate, at `batch_size`.
-        weight_decay: Weight decay.
-        undecayed: Parameters without weight decay; empty for none.
-        sched: 'step' (a tenth every `decay_epochs`), 'cosine' or 'linear'.
-        decay_epochs: See `sched`.
-        min_lr: Learning rate at the end.
-        warmup_epochs: Epochs of linear warm-up.
-        warmup_lr: Learning rate at its start.
-        cooldown_epochs: Epochs at `min_lr` that the command asks for after the schedule.
-        momentum: Momentum; the first beta of AdamW.
-        eps: AdamW's epsilon.
-        scale: Area range of the random crop.
-        ratio: Aspect ratio range of the random crop.
-        color_jitter: Strength of the colour jitter.
-        auto_augment: RandAugment, in timm's notation.
-        erasing: Probability of random erasing.
-        mixup: Alpha of mixup.
-        cutmix: Alpha of CutMix; a batch gets mixup or CutMix, each half of the time.
-        repeated_aug: Repeated augmentation.
-        smoothing: Label smoothing.
-        drop_path: Stochastic depth rate of the last block.
-        proj_drop: Dropout in the blocks' MLPs.
-        clip_grad: Largest norm of the gradient.
-        ema: Decay of the averaged weights.
-        remark: Where paper and released command differ.
-    """
-    epochs: int
-    batch_size: int
-    opt: str
-    lr: float
-    weight_decay: float
-    undecayed: str = ''
-    sched: str = 'cosine'
-    decay_epochs: int = 0
-    min_lr: float = 0.
-    warmup_epochs: int = 0
-    warmup_lr: float = 0.
-    cooldown_epochs: int = 0
-    momentum: float = 0.9
-    eps: float = 1e-8
-    scale: Tuple[float, float] = (0.08, 1.0)
-    ratio: Tuple[float, float] = (3 / 4, 4 / 3)
-    color_jitter: float = 0.
-    auto_augment: str = ''
-    erasing: float = 0.
-    mixup: float = 0.
-    cutmix: float = 0.
-    repeated_aug: bool = False
-    smoothing: float = 0.
-    drop_path: float = 0.
-    proj_drop: float = 0.
-    clip_grad: Optional[float] = None
-    ema: Optional[float] = None
-    remark: str = ''
-
-
-_VIT = dict(
-    epochs=300, batch_size=1024, opt='adamw', lr=1e-3, weight_decay=0.05, min_lr=1e-5, warmup_epochs=5, warmup_lr=1e-6,
-    cooldown_epochs=10, auto_augment='rand-m9-mstd0.5-inc1', erasing=0.25, mixup=0.8, cutmix=1.0, repeated_aug=True,
-    smoothing=0.1, drop_path=0.1, remark='The paper prints the learning rate before its scaling by batch size / 512, '
-    '0.0005, and lets it end at zero; the released command ends at 1e-05.')
-_MLP = Recipe(
-    epochs=300, batch_size=1536, opt='adamw', lr=7e-4, weight_decay=0.067, undecayed='norms and biases', min_lr=1e-5,
-    warmup_epochs=20, warmup_lr=1e-6, eps=1e-6, ratio=(0.67, 1.5), color_jitter=0.4,
-    auto_augment='rand-m6-n3-mstd1.0-inc1', mixup=0.5, cutmix=1.0, smoothing=0.1, drop_path=0.1, proj_drop=0.02333,
-    clip_grad=1.0, ema=0.99992, remark='The paper lets the learning rate end at zero and names random erasing; the '
-    'released settings end at 1e-05 and do without it.')
-RECIPES: Dict[str, Recipe] = {  # by family
-    'resnet': Recipe(100, 256, 'sgd', 0.1, 1e-4, sched='step', decay_epochs=30),
-    'mobilenet': Recipe(150, 256, 'sgd', 0.05, 4e-5),
-    'shufflenet': Recipe(240, 1024, 'sgd', 0.5, 4e-5, undecayed='norms and biases', sched='linear'),
-    'deit': Recipe(**_VIT, undecayed='norms, biases and position embeddings', color_jitter=0.3, ema=0.99996),
-    'pvt': Recipe(**_VIT, undecayed='norms and biases', color_jitter=0.4),
-    'mixer': _MLP,
-    'gmlp': _MLP,
-}
 PAPER_TABLES: Dict[str, str] = {  # the table with a family's parameters and accuracy
     'resnet': 'I', 'mobilenet': 'I', 'shufflenet': 'I', 'deit': 'II', 'pvt': 'II', 'mixer': 'III', 'gmlp': 'III'}
 

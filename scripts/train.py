@@ -1,65 +1,130 @@
 """Floor 5: train a model on one or many devices.
 
-    accelerate launch scripts/train.py --model mobilenetv2_035_noah --dataset fashion_mnist --output runs/first
+    accelerate launch scripts/train.py --model resnet18_noah --dataset folder --data-dir /data/imagenet \\
+        --output runs/resnet18_noah
+    accelerate launch scripts/train.py --model deit_tiny_patch16_224_noah --dataset folder --data-dir /data/imagenet \\
+        --output runs/short --epochs 100 --batch-size 512 --device-batch-size 64 --mixup 0 --model-ema-decay none
 
-`python scripts/train.py ...` does the same on one device. The run's folder has the weights in timm's Hub layout:
-timm.create_model('local-dir:runs/first', pretrained=True) gives the model.
+The recipe is chosen by the model: the paper's for its 25 models and their vanilla twins, else plain defaults. A flag
+comes before the recipe; 'none' and --no-... switch off. `python scripts/train.py ...` does the same on one device.
 """
 import argparse
+import ast
+import dataclasses
+import importlib
+import importlib.util
+import inspect
 import logging
-from typing import Tuple
+import os
+import re
+import sys
+import types
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Tuple, get_args
+
+SHORT = {'batch_size': ['-b'], 'workers': ['-j']}
+METAVARS = {int: 'N', float: 'F', str: 'NAME'}
 
 
-def parse_args() -> Tuple[argparse.ArgumentParser, argparse.Namespace]:
-    from timm.utils import ParseKwargs
+def read_settings() -> Tuple[type, type, List[str]]:
+    """Recipe, TrainConfig and the recipes' names, read without the package around them.
 
+    Its __init__ imports timm, which takes seconds; --help and a mistyped flag need not wait for that.
+    """
+    spec = importlib.util.find_spec('noah_zoo')
+    if spec is None:
+        raise ModuleNotFoundError("No module named 'noah_zoo': pip install .")
+    for name, folder in (('_noah_zoo', '.'), ('_noah_zoo.training', 'training')):
+        sys.modules[name] = package = types.ModuleType(name)
+        package.__path__ = [str(Path(path) / folder) for path in spec.submodule_search_locations]
+    recipes = importlib.import_module('_noah_zoo.recipes')
+    return recipes.Recipe, importlib.import_module('_noah_zoo.training.config').TrainConfig, list(recipes.RECIPES)
+
+
+def read_help(cls: type) -> Dict[str, str]:
+    """What the docstring of a dataclass says of its fields."""
+    attributes = inspect.getdoc(cls).partition('Attributes:\n')[2]
+    entries = re.findall(r'^    (\w+): (.*(?:\n {5,}.*)*)', attributes, re.M)
+    return {name: ' '.join(text.split()) for name, text in entries}
+
+
+class KeyValue(argparse.Action):
+    """KEY=VALUE, the value a Python literal, else a string; a repeated flag adds to the first."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        pairs = dict(getattr(namespace, self.dest, {}))
+        for word in values:
+            key, equals, text = word.partition('=')
+            if not (key and equals):
+                parser.error(f'argument {option_string}: expected KEY=VALUE, not {word!r}')
+            try:
+                pairs[key] = ast.literal_eval(text)
+            except (ValueError, SyntaxError, TypeError):
+                pairs[key] = text
+        setattr(namespace, self.dest, pairs)
+
+
+def or_none(kind: Callable) -> Callable:
+    def convert(text: str) -> Any:
+        return None if text.lower() == 'none' else kind(text)
+    convert.__name__ = f"{kind.__name__} or 'none'"  # for argparse's message
+    return convert
+
+
+def argument_of(kind: Any) -> Dict[str, Any]:
+    """The arguments of `add_argument` for a field of this type."""
+    if kind is bool:
+        return dict(action=argparse.BooleanOptionalAction)
+    if kind in METAVARS:
+        return dict(type=kind, metavar=METAVARS[kind])
+    if kind == Dict[str, Any]:
+        return dict(nargs='*', action=KeyValue, metavar='KEY=VALUE')
+    if type(None) in get_args(kind):
+        return dict(type=or_none(get_args(kind)[0]), metavar=METAVARS[get_args(kind)[0]])
+    return dict(type=get_args(kind)[0], nargs=len(get_args(kind)), metavar=METAVARS[get_args(kind)[0]])  # a tuple
+
+
+def parse_args(argv: Optional[List[str]] = None) -> Tuple[argparse.ArgumentParser, argparse.Namespace]:
+    """The namespace has what was given, and nothing else: the recipe decides the rest."""
+    recipe_class, config_class, names = read_settings()
     parser = argparse.ArgumentParser(
-        prog='train.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add('--model', required=True, metavar='NAME', help='timm name, NOAH or vanilla')
-    add('--output', required=True, metavar='DIR', help='folder of the run: weights, config.json, log, summary')
-    add('--dataset', metavar='NAME', help="'fashion_mnist' (default), 'folder' or 'hfds/NAME'")
-    add('--data-dir', metavar='DIR', help='folder of the data')
-    add('--train-split', metavar='NAME', help='split to train on (train)')
-    add('--val-split', metavar='NAME', help='split to evaluate on (validation)')
-    add('--model-kwargs', nargs='*', action=ParseKwargs, metavar='KEY=VALUE', help='arguments of the model')
-    add('--img-size', type=int, metavar='N', help="image size (the model's)")
-    add('--crop-pct', type=float, metavar='F', help="share of the image that evaluation crops (the model's)")
-    add('--scale', type=float, nargs=2, metavar='F', help='area range of the random crop (0.08 1.0)')
-    add('--ratio', type=float, nargs=2, metavar='F', help='aspect ratio range of the random crop (0.75 1.33)')
-    add('--hflip', type=float, metavar='P', help='probability of a horizontal flip (0.5)')
-    add('--epochs', type=int, metavar='N', help='epochs (100)')
-    add('-b', '--batch-size', type=int, metavar='N', help='batch size per process (128)')
-    add('--opt', metavar='NAME', help="optimizer of timm.optim ('sgd')")
-    add('--lr', type=float, metavar='F', help='learning rate (0.1)')
-    add('--momentum', type=float, metavar='F', help='momentum (0.9)')
-    add('--weight-decay', type=float, metavar='F', help='weight decay (0.0001)')
-    add('--sched', metavar='NAME', help="scheduler of timm.scheduler ('cosine')")
-    add('--warmup-epochs', type=int, metavar='N', help='epochs of linear warm-up (0)')
-    add('--warmup-lr', type=float, metavar='F', help='learning rate at the start of the warm-up (0)')
-    add('--min-lr', type=float, metavar='F', help='learning rate at the end (0)')
-    add('--smoothing', type=float, metavar='F', help='label smoothing (0)')
-    add('--seed', type=int, metavar='N', help='random seed (0)')
-    add('-j', '--workers', type=int, metavar='N', help='data loading processes (2)')
-    add('--channels-last', action='store_true', help='NHWC memory layout')
-    add('--torchcompile', action='store_true', help='compile the training step')
-    add('--cpu', action='store_true', help='do not use an accelerator')
-    return parser, parser.parse_args()
+        prog='train.py', usage='train.py --model NAME --output DIR [--recipe NAME] [flags]; see --help',
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS,
+        allow_abbrev=False)
+    run = parser.add_argument_group('run')
+    hyper = parser.add_argument_group('hyper-parameters', "the recipe's, unless given")
+    hyper.add_argument(
+        '--recipe', metavar='NAME', choices=['auto', 'none', *names],
+        help=f"'auto' is that of the model, 'none' the plain defaults, else {', '.join(names)}")
+    of_recipe, of_run = read_help(recipe_class), read_help(config_class)
+    for field in dataclasses.fields(config_class):
+        group, text = (hyper, of_recipe[field.name]) if field.name in of_recipe else (run, of_run[field.name])
+        required = field.default is field.default_factory  # both missing
+        if group is run and not (required or field.default in (None, False)):
+            text += f' ({field.default})'
+        group.add_argument(
+            *SHORT.get(field.name, []), '--' + field.name.replace('_', '-'), required=required,
+            help=text.replace('%', '%%'), **argument_of(field.type))
+    return parser, parser.parse_args(argv)
 
 
 def main() -> None:
     parser, args = parse_args()
-    import noah_zoo  # noqa: F401
-    from noah_zoo.training import TrainConfig, train
+    from noah_zoo.training.engine import train
+    from noah_zoo.training.recipes import configure
 
-    logging.basicConfig(level=logging.INFO, format='%(message)s')
+    is_main = os.environ.get('RANK', '0') == '0'
+    logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format='%(message)s')
+    logging.getLogger('accelerate').setLevel(logging.WARNING)  # it tells of every file of a checkpoint
     try:
-        summary = train(TrainConfig(**{k: v for k, v in vars(args).items() if v is not None}))
+        summary = train(configure(**vars(args)))
     except (OSError, ValueError, RuntimeError, FloatingPointError) as error:
         parser.exit(2, f'train.py: error: {error}\n')
     except KeyboardInterrupt:
         parser.exit(130, f'\ntrain.py: interrupted; {args.output} has the log so far and no finished run\n')
-    print(f'{args.model}: test top-1 {summary["top1"]:.2f} after {summary["epoch"]} epochs, {summary["seconds"]:.0f} s')
+    if is_main:
+        print(f'{args.model}: test top-1 {summary["top1"]:.2f} after {summary["epoch"]} epochs, '
+              f'{summary["seconds"]:.0f} s')
 
 
 if __name__ == '__main__':

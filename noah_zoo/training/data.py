@@ -1,19 +1,169 @@
-"""Floor 4: datasets. Everything but Fashion-MNIST's IDX files is timm.data's."""
+"""Floor 4: datasets of images with one class each. Everything but Fashion-MNIST's IDX files is found by timm.data."""
+import copy
 import gzip
+import io
+import itertools
+import json
+import logging
+import math
+import multiprocessing
+import os
+import random
+import tarfile
 from pathlib import Path
-from typing import Callable, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import timm.data
 import torch
-from PIL import Image
+from huggingface_hub.utils import tqdm
+from PIL import Image, UnidentifiedImageError
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ..catalog import FASHION_MNIST_CLASSES
+from .config import TrainConfig
+
+_logger = logging.getLogger(__name__)
 
 FASHION_MNIST_DIR = Path('/usr/share/datasets/fashion-mnist')  # Debian's package dataset-fashion-mnist
+DATASETS = 'fashion_mnist, folder, hfds/NAME, hfids/NAME, wds/'
+SPLITS = ('train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation', 'test')
+_UNREADABLE = ': not a readable image: '
 
 
-class FashionMnist(torch.utils.data.Dataset):
+class DamagedImageError(ValueError):
+    """An image that cannot be read: '<where>: not a readable image: <reason>'. Made of one string, as torch's
+    DataLoader makes a worker's exception anew from its text."""
+
+
+def read_image(source: Union[str, Path, bytes], where: Optional[str] = None) -> Image.Image:
+    """Read an image file whole, as RGB.
+
+    As everywhere in timm, transparency is dropped, the first frame of several is taken, and EXIF orientation is not
+    applied. Not as in timm, where they become white: see `to_rgb` for 16-bit and floating-point images.
+
+    Args:
+        source: The file's path or content.
+        where: What errors call the image; the path if None.
+
+    Raises:
+        DamagedImageError: If it is no image, is cut short, or has so many pixels that Pillow refuses it.
+        OSError: If the file cannot be opened or read, which says nothing of the image.
+    """
+    where = str(source) if where is None else where
+    data = source if isinstance(source, bytes) else Path(source).read_bytes()
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return to_rgb(image)
+    except (MemoryError, Warning):  # not the image's fault; warnings come here under python -W error
+        raise
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others
+        reason = 'the file is empty' if not data else str(error) or type(error).__name__
+        if data and isinstance(error, UnidentifiedImageError):  # its text has an address in memory
+            reason = 'not a format that Pillow knows'
+        raise DamagedImageError(f'{where}{_UNREADABLE}{reason}') from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """`image.convert('RGB')`, but for the modes that it clips to white.
+
+    16-bit grey, which is 'I;16' or 'I' by format and version of Pillow, is divided by 256. Floating-point grey of 0 to
+    1 is multiplied by 255; of 0 to 255 it is rounded down.
+
+    Raises:
+        ValueError: If values are out of these ranges.
+    """
+    if image.mode != 'F' and not image.mode.startswith('I'):
+        if image.mode == 'P' and isinstance(image.info.get('transparency'), bytes):
+            image = image.convert('RGBA')  # the same colours, without Pillow's warning
+        return image.convert('RGB')
+    values = np.asarray(image)
+    low, high = values.min(), values.max()
+    largest = 255 if image.mode == 'F' else 65535
+    if not (low >= 0 and high <= largest):  # in this form for NaN
+        raise ValueError(f'mode {image.mode} with values from {low} to {high}, accepted are 0 to {largest}')
+    if image.mode == 'F':
+        values = np.rint(values * 255) if high <= 1 else values
+    else:
+        values = values // 256
+    return Image.fromarray(values.astype(np.uint8)).convert('RGB')
+
+
+class Images(Dataset):
+    """Images that can be read in any order.
+
+    Attributes:
+        class_names: Names in the order of the labels.
+        labels: Label of every row of the source, int64.
+        rows: Rows of the source that are in this dataset, in order, int64.
+        damaged: Where -> reason, of the images left out.
+        transform: Applied to the image by `[]`, not by `read`; timm's loaders set it.
+    """
+
+    def __init__(self, class_names: Sequence[str], labels: Sequence[int]) -> None:
+        self.class_names: Tuple[str, ...] = tuple(class_names)
+        self.labels = np.asarray(labels, np.int64)
+        self.rows = np.arange(len(self.labels))
+        self.damaged: Dict[str, str] = {}
+        self.transform: Optional[Callable] = None
+        wrong = np.flatnonzero((self.labels < 0) | (self.labels >= len(self.class_names)))
+        if len(wrong):
+            raise ValueError(
+                f'{self.where(wrong[0])}: the label is {self.labels[wrong[0]]}, accepted are 0 to '
+                f'{len(self.class_names) - 1} ({len(wrong)} such images)')
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Tuple[Any, int]:
+        image, label = self.read(index)
+        return image if self.transform is None else self.transform(image), label
+
+    def read(self, index: int) -> Tuple[Image.Image, int]:
+        """An RGB image and its label.
+
+        Raises:
+            DamagedImageError: If the image cannot be read.
+            OSError: If its file cannot be.
+        """
+        row = int(self.rows[index])
+        return self._image(row), int(self.labels[row])
+
+    def where(self, index: int) -> str:
+        """What a person finds the image by: the file's path, or 'NAME[split] row 17'."""
+        return self._where(int(self.rows[index]))
+
+    def take(self, indices: Sequence[int]) -> 'Images':
+        """Some of the images, in the order given, from the same source."""
+        images = copy.copy(self)
+        images.rows = self.rows[np.asarray(indices, np.int64)]
+        return images
+
+    def with_classes(self, class_names: Sequence[str]) -> 'Images':
+        """The same images, labelled in the order of another split's or a model's classes, some of which may lack.
+
+        Raises:
+            ValueError: If there are images of other classes.
+        """
+        if tuple(class_names) == self.class_names:
+            return self
+        index = {name: i for i, name in enumerate(class_names)}
+        used = [self.class_names[i] for i in np.unique(self.labels[self.rows])]
+        _check_classes([name for name in used if name not in index], class_names)
+        images = copy.copy(self)
+        images.class_names = tuple(class_names)
+        images.labels = np.array([index.get(name, -1) for name in self.class_names], np.int64)[self.labels]
+        return images
+
+    def _image(self, row: int) -> Image.Image:
+        raise NotImplementedError
+
+    def _where(self, row: int) -> str:
+        raise NotImplementedError
+
+
+class FashionMnist(Images):
     """Fashion-MNIST (https://github.com/zalandoresearch/fashion-mnist) from its four IDX files, plain or gzipped.
 
     Args:
@@ -25,22 +175,26 @@ class FashionMnist(torch.utils.data.Dataset):
         FileNotFoundError: If a file is missing.
         ValueError: If `split` is unknown, or a file is damaged.
     """
-    class_names = FASHION_MNIST_CLASSES
 
     def __init__(self, root: Path, split: str, transform: Optional[Callable] = None) -> None:
         prefixes = {'train': 'train', 'test': 't10k', 'validation': 't10k'}
         if split not in prefixes:
             raise ValueError(f"fashion_mnist: split={split!r} is not one of 'train', 'test'")
+        self.split = split
         self.images = read_idx(Path(root), f'{prefixes[split]}-images-idx3-ubyte')
-        self.labels = read_idx(Path(root), f'{prefixes[split]}-labels-idx1-ubyte')
+        labels = read_idx(Path(root), f'{prefixes[split]}-labels-idx1-ubyte')
+        if self.images.ndim != 3 or labels.shape != self.images.shape[:1]:
+            raise ValueError(
+                f'fashion_mnist: {root} has images of shape {self.images.shape} and labels of shape {labels.shape} for '
+                f'split={split!r}')
+        super().__init__(FASHION_MNIST_CLASSES, labels)
         self.transform = transform
 
-    def __len__(self) -> int:
-        return len(self.labels)
+    def _image(self, row: int) -> Image.Image:
+        return Image.fromarray(self.images[row]).convert('RGB')
 
-    def __getitem__(self, index: int) -> Tuple[object, int]:
-        image = Image.fromarray(self.images[index]).convert('RGB')
-        return image if self.transform is None else self.transform(image), int(self.labels[index])
+    def _where(self, row: int) -> str:
+        return f'fashion_mnist[{self.split}] row {row}'
 
 
 def read_idx(root: Path, name: str) -> np.ndarray:
@@ -67,27 +221,440 @@ def read_idx(root: Path, name: str) -> np.ndarray:
     return np.frombuffer(data, np.uint8, offset=4 + 4 * rank).reshape(shape)
 
 
-def create_dataset(name: str, data_dir: Optional[str], split: str) -> torch.utils.data.Dataset:
-    """A dataset of (image, label) with the tuple `class_names`.
+class Folder(Images):
+    """A folder per class, by timm's reader: a class is called by the innermost folder, in natural order.
 
     Args:
-        name: 'fashion_mnist', 'folder', or a name of `timm.data.create_dataset` ('hfds/NAME').
-        data_dir: Folder of the images or files; for 'hfds/' the cache.
-        split: 'train', or the name of the split to evaluate.
+        data_dir: Folder of the splits' folders, or of one split.
+        split: 'train', 'validation' or the name of a folder; timm takes `val` for 'validation' and so on.
 
     Raises:
-        FileNotFoundError: If `data_dir` is not there.
-        ValueError: If a folder has to be named and is not.
+        FileNotFoundError: If there is no such folder, or `data_dir` has other splits only.
+        ValueError: If it has no images, or images outside of class folders.
     """
+
+    def __init__(self, data_dir: str, split: str) -> None:
+        if not Path(data_dir).is_dir():
+            raise FileNotFoundError(f'folder: {data_dir} is not a folder')
+        extensions = sorted({*timm.data.get_img_extensions(), *IMG_EXTENSIONS})  # timm's own are .png, .jpg and .jpeg
+        try:
+            dataset = timm.data.create_dataset('', root=data_dir, split=split, input_key=';'.join(extensions))
+        except RuntimeError as error:  # timm's 'Found 0 images'
+            raise ValueError(f'folder: {error}') from None
+        self.reader = dataset.reader
+        self.root = Path(self.reader.root)
+        others = [name for name in SPLITS if (self.root / name).is_dir()]
+        if self.root == Path(data_dir) and others:  # timm falls back on the whole of it
+            raise FileNotFoundError(f'folder: {data_dir} has {"/, ".join(others)}/, but no folder for split {split!r}')
+        idx_to_class = {index: name for name, index in self.reader.class_to_idx.items()}
+        super().__init__(
+            [idx_to_class[i] for i in range(len(idx_to_class))], [label for _, label in self.reader.samples])
+        if '' in self.class_names:
+            raise ValueError(f'folder: {self.where(list(self.labels).index(self.class_names.index("")))} is an image '
+                             f'outside of class folders')
+        start = len(str(self.root)) + 1
+        filled = {path[start:].split(os.sep, 1)[0] for path, _ in self.reader.samples}
+        empty = sorted(path.name for path in self.root.iterdir() if path.is_dir() and path.name not in filled)
+        if empty:
+            _logger.warning('%s: no images in %s, which are no classes therefore', self.root, ', '.join(empty))
+
+    def _image(self, row: int) -> Image.Image:
+        return read_image(self.reader.samples[row][0])
+
+    def _where(self, row: int) -> str:
+        return str(self.reader.samples[row][0])
+
+
+class HubImages(Images):
+    """A dataset of the Hugging Face Hub, or a local one of its layout, by timm's 'hfds/' reader.
+
+    The classes are the label column's; those of a column without names are called by its values.
+
+    Args:
+        name: What `datasets.load_dataset` takes.
+        data_dir: Cache; the library's own if None.
+        split: A split, or a slice of one: 'train[:1000]'.
+        input_key: Column of the images; 'image' if None.
+        target_key: Column of the labels; 'label' if None.
+
+    Raises:
+        FileNotFoundError: If there is no such dataset.
+        ValueError: If there is no such split or column, or the labels are not one class per image.
+    """
+
+    def __init__(
+            self, name: str, data_dir: Optional[str], split: str, input_key: Optional[str] = None,
+            target_key: Optional[str] = None,
+    ) -> None:
+        self.name, self.split = name, split
+        input_key, target_key = input_key or 'image', target_key or 'label'
+        try:
+            dataset = timm.data.create_dataset(
+                f'hfds/{name}', root=data_dir, split=split, input_key=input_key, target_key=target_key)
+        except (KeyError, ValueError) as error:
+            raise ValueError(
+                f'hfds/{name}: {_one_line(error)} (split {split!r})') from error
+        self.reader = dataset.reader
+        columns = self.reader.dataset.column_names
+        if self.reader.dataset.data.column(input_key).null_count == len(self.reader) > 0:  # timm adds a lacking one
+            columns = ', '.join(name for name in columns if name != input_key)
+            raise ValueError(f'hfds/{name}: no images in a column {input_key!r}; the others are {columns}')
+        if target_key not in columns:
+            raise ValueError(f'hfds/{name}: no column {target_key!r} for the labels, only {", ".join(columns)}')
+        labels = self.reader.dataset.select_columns(target_key)[target_key][:]
+        wrong = next((i for i, label in enumerate(labels) if not isinstance(label, (int, str))), None)
+        if wrong is not None:
+            raise ValueError(f'{self._where(wrong)}: the label {labels[wrong]!r} is not one class')
+        names = sorted(self.reader.class_to_idx, key=self.reader.class_to_idx.get)
+        if not names:
+            values = sorted(set(labels))
+            index = {value: i for i, value in enumerate(values)}
+            names, labels = [str(value) for value in values], [index[label] for label in labels]
+        super().__init__(names, labels)
+
+    def _image(self, row: int) -> Image.Image:
+        where = self._where(row)
+        try:
+            file, *_ = self.reader[row]
+        except (AssertionError, TypeError):  # the cell is null
+            raise DamagedImageError(f'{where}{_UNREADABLE}the row has no image') from None
+        with file:
+            return read_image(file.read(), where)
+
+    def _where(self, row: int) -> str:
+        return f'{self.name}[{self.split}] row {row}'
+
+
+class Stream(IterableDataset):
+    """Images that come one after the other: 'hfids/NAME' by timm's reader, and the shards of 'wds/'.
+
+    A process of a distributed run, and each of its workers, reads its own shards: give the loader to no one who deals
+    out batches again (Accelerate's `prepare`). In training every worker gives the same number of images, which may mean
+    some twice; otherwise each image comes once, however unequal the shards are.
+
+    timm decodes the images of both inside of libraries that lose a damaged image's name, and leaves it out of 'wds/'
+    without counting. So its 'hfids/' reader is told not to decode, and its 'wds/' reader's list of shards is read here.
+
+    Attributes:
+        class_names: Names in the order of the labels.
+        transform: Applied to the RGB image.
+    """
+
+    def __init__(
+            self, name: str, data_dir: Optional[str], split: str, training: bool = False, seed: int = 0,
+            skip_damaged: bool = False, input_key: Optional[str] = None, target_key: Optional[str] = None,
+    ) -> None:
+        self.name, self.split = name, split
+        self.training, self.seed, self.skip_damaged = training, seed, skip_damaged
+        self.is_wds = name.partition('/')[0].lower() == 'wds'
+        self.transform: Optional[Callable] = None
+        if self.is_wds and not data_dir:
+            raise ValueError('wds/: name the folder of the shards and of _info.json with --data-dir')
+        kwargs = {'input_key': input_key, 'target_key': target_key}
+        try:
+            dataset = timm.data.create_dataset(
+                name, root=data_dir, split=split, is_training=training, seed=seed, input_img_mode='',
+                **{key: value for key, value in kwargs.items() if value})
+        except RuntimeError as error:  # an unknown split, or no package webdataset
+            raise ValueError(f'{name}: {error}') from error
+        self.reader = dataset.reader
+        self.class_names: Tuple[str, ...] = tuple(self._shard_classes() if self.is_wds else self._hub_classes())
+        self._skipped = multiprocessing.Value('q', 0)
+
+    @property
+    def skipped(self) -> int:
+        """Number of damaged images left out so far, over all workers of this process."""
+        return self._skipped.value
+
+    def __len__(self) -> int:
+        """Images of this process and epoch, as far as the source tells; in training once `set_loader_cfg` was told."""
+        return len(self.reader) if self.training else math.ceil(
+            self.reader.num_samples / self.reader.dist_num_replicas)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next pass; it reaches workers that have started, too."""
+        self.reader.set_epoch(epoch)
+
+    def set_loader_cfg(self, num_workers: Optional[int] = None, batch_size: Optional[int] = None) -> None:
+        """Tell the number of the loader's workers, and the batch size that the images of each shall be divisible by."""
+        self.reader.batch_size = batch_size or self.reader.batch_size
+        self.reader.set_loader_cfg(num_workers)
+
+    def __iter__(self) -> Iterator[Tuple[Any, int]]:
+        for key, data, label in self._shard_samples() if self.is_wds else self._hub_samples():
+            where = f'{self.name}[{self.split}] {key}'
+            if label not in range(len(self.class_names)):
+                raise ValueError(f'{where}: the label is {label}, accepted are 0 to {len(self.class_names) - 1}')
+            try:
+                image = read_image(data, where)
+            except DamagedImageError as error:
+                if not self.skip_damaged:
+                    raise
+                with self._skipped.get_lock():
+                    self._skipped.value += 1
+                _logger.warning('skipped: %s', error)
+                continue
+            yield image if self.transform is None else self.transform(image), label
+
+    def _hub_classes(self) -> List[str]:
+        import datasets
+        names = sorted(self.reader.class_to_idx, key=self.reader.class_to_idx.get)
+        if not names:
+            raise ValueError(f'{self.name}: column {self.reader.target_key!r} has no class names; use hfds/ instead')
+        features = self.reader.builder.info.features
+        if self.reader.input_key not in features:
+            raise ValueError(
+                f'{self.name}: no column {self.reader.input_key!r} for the images, only {", ".join(features)}')
+        features = features.copy()
+        features[self.reader.input_key] = datasets.Image(decode=False)
+        self.reader.builder.info.features = features
+        return names
+
+    def _hub_samples(self) -> Iterator[Tuple[str, bytes, int]]:
+        import fsspec
+        worker = get_worker_info()
+        for number, (image, label) in enumerate(self.reader):
+            path, data = (image or {}).get('path'), (image or {}).get('bytes') or b''
+            if path and not data:
+                with fsspec.open(path, 'rb') as file:
+                    data = file.read()
+            yield path or f'sample {number} of worker {worker.id if worker else 0}', data, label
+
+    def _shard_classes(self) -> List[str]:
+        import webdataset
+        try:
+            with webdataset.gopen(os.path.join(self.reader.root, 'classnames.txt')) as file:
+                return file.read().decode().splitlines()
+        except OSError as error:
+            raise ValueError(
+                f'{self.name}: {self.reader.root} has no readable classnames.txt, the names of the classes in order of '
+                f'the labels, a line each: {error}') from error
+
+    def _shard_samples(self) -> Iterator[Tuple[str, bytes, int]]:
+        import webdataset
+        reader, worker = self.reader, get_worker_info()
+        workers, worker_id = (worker.num_workers, worker.id) if worker else (1, 0)
+        reader.set_loader_cfg(workers)
+        shards = [os.path.join(reader.root, name) for name in reader.split_info.filenames]
+        passed, target = 0, len(reader) // workers
+        for cycle in itertools.count():
+            rng = random.Random(f'{self.seed} {reader.epoch_count.value} {cycle}')
+            if self.training:
+                rng.shuffle(shards)  # as in the other workers and processes
+            mine = shards[reader.dist_rank * workers + worker_id::reader.dist_num_replicas * workers]
+            if not mine:
+                if self.training:
+                    raise ValueError(
+                        f'{self.name}[{self.split}]: {len(shards)} shards are too few for '
+                        f'{reader.dist_num_replicas} processes of {workers} workers; use fewer --workers')
+                return
+            stages = [webdataset.SimpleShardList(mine), webdataset.tarfile_to_samples()]
+            if self.training:
+                stages.append(webdataset.shuffle(reader.sample_shuffle_size, reader.sample_initial_size, rng=rng))
+            passed_before = passed
+            try:
+                for sample in webdataset.DataPipeline(*stages):
+                    if self.training and passed == target:
+                        return
+                    yield self._shard_sample(sample)
+                    passed += 1
+            except (tarfile.TarError, EOFError) as error:
+                raise ValueError(f'{self.name}[{self.split}]: a shard is damaged: {error}') from error
+            if passed == passed_before:
+                raise ValueError(f'{self.name}[{self.split}]: no samples in {", ".join(mine)}')
+            if not self.training:
+                return
+
+    def _shard_sample(self, sample: Dict[str, Any]) -> Tuple[str, bytes, int]:
+        key, field = sample['__key__'], self.reader.target_key or self.reader.split_info.alt_label
+        where = f'{Path(sample["__url__"]).name} {key}'
+        suffixes = self.reader.input_key.split(';')
+        data = next((sample[suffix] for suffix in suffixes if suffix in sample), b'')
+        try:
+            return where, data, int(json.loads(sample['json'])[field] if field else sample['cls'])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f'{self.name}[{self.split}] {where}: no label: {_one_line(error)}') from None
+
+
+def create_dataset(
+        name: str, data_dir: Optional[str], split: str, *, training: bool = False, seed: int = 0,
+        skip_damaged: bool = False, input_key: Optional[str] = None, target_key: Optional[str] = None,
+) -> Union[Images, Stream]:
+    """One split of a dataset.
+
+    Args:
+        name: 'fashion_mnist', 'folder', 'hfds/NAME', 'hfids/NAME' (streaming) or 'wds/'.
+        data_dir: Folder of the images, IDX files or shards; for 'hfds/' and 'hfids/' the cache.
+        split: 'train', or the name of the split to evaluate.
+        training: Shuffle a stream.
+        seed: Random seed of that.
+        skip_damaged: Leave damaged images out of a stream.
+        input_key: Column of the images, of 'hfds/' and 'hfids/'; their file extensions for 'wds/'.
+        target_key: Column of the labels; key in the JSON files for 'wds/'.
+
+    Raises:
+        FileNotFoundError: If the data are not there.
+        ValueError: If the name, split or labels are not as described, or a folder has to be named and is not.
+    """
+    prefix, slash, rest = name.partition('/')
     if name == 'fashion_mnist':
         return FashionMnist(Path(data_dir) if data_dir else FASHION_MNIST_DIR, split)
     if name == 'folder':
         if not data_dir:
             raise ValueError('folder: name the folder that has train/ and validation/ with --data-dir')
-        if not Path(data_dir).is_dir():
-            raise FileNotFoundError(f'folder: {data_dir} is not a folder')
-        name = ''
-    dataset = timm.data.create_dataset(name, root=data_dir, split=split)
-    class_to_idx = dataset.reader.class_to_idx
-    dataset.class_names = tuple(sorted(class_to_idx, key=class_to_idx.get))
-    return dataset
+        return Folder(data_dir, split)
+    if prefix.lower() == 'hfds' and rest:
+        return HubImages(rest, data_dir, split, input_key, target_key)
+    if prefix.lower() == 'hfids' and rest or prefix.lower() == 'wds' and slash:
+        return Stream(name, data_dir, split, training, seed, skip_damaged, input_key, target_key)
+    raise ValueError(f'no dataset {name!r}; accepted are {DATASETS}')
+
+
+def create_datasets(
+        config: TrainConfig, damaged: Optional[Dict[str, str]] = None,
+) -> Tuple[Union[Images, Stream], Union[Images, Stream]]:
+    """The images to train on and to evaluate on.
+
+    With `config.skip_damaged` all images are read once, each process of an initialised `torch.distributed` reading its
+    share, and the damaged ones are left out of `Images` and listed in `damaged`. So the order of an epoch depends on
+    the seed alone. A `Stream` leaves them out as it meets them.
+
+    Args:
+        config: The settings.
+        damaged: Where -> reason, as found by an earlier run; then no image is read.
+
+    Raises:
+        FileNotFoundError: If the data are not there.
+        ValueError: If the validation split has other classes, is the training split, or a split is empty.
+    """
+    def create(split: str, training: bool) -> Union[Images, Stream]:
+        return create_dataset(
+            config.dataset, config.data_dir, split, training=training, seed=config.seed,
+            skip_damaged=config.skip_damaged)
+
+    train_set = create(config.train_split, True)
+    if config.val_fraction:
+        if isinstance(train_set, Stream):
+            raise ValueError(f'{config.dataset}: val_fraction={config.val_fraction} needs a dataset that is no stream')
+        train_set, val_set = split_images(train_set, config.val_fraction, config.seed)
+    else:
+        val_set = create(config.val_split, False)
+        if isinstance(train_set, Folder) and config.train_split != config.val_split and train_set.root == val_set.root:
+            raise ValueError(
+                f'folder: {train_set.root} has no folder for split {config.val_split!r}; choose a --val-fraction')
+        if isinstance(val_set, Images):
+            val_set = val_set.with_classes(train_set.class_names)
+        elif val_set.class_names != train_set.class_names:
+            _check_classes(
+                [name for name in val_set.class_names if name not in train_set.class_names], train_set.class_names)
+            raise ValueError(f'{config.dataset}: the classes of {config.val_split!r} are not those of '
+                             f'{config.train_split!r} in the same order')
+    if config.skip_damaged and isinstance(train_set, Images):
+        train_set, val_set = (leave_out_damaged(images, config.workers, damaged) for images in (train_set, val_set))
+    _logger.info(
+        '%s: %s training images, %s validation images, %d classes', config.dataset, f'{len(train_set):,}',
+        f'{len(val_set):,}', len(train_set.class_names))
+    return train_set, val_set
+
+
+def split_images(images: Images, fraction: float, seed: int) -> Tuple[Images, Images]:
+    """Hold out a fraction of the images, and nearly the same one of each class. A class keeps at least one image.
+
+    Raises:
+        ValueError: If the fraction is not between 0 and 1, or so small that it holds out none.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f'val_fraction={fraction} is not between 0 and 1')
+    labels = images.labels[images.rows]
+    counts = np.bincount(labels, minlength=len(images.class_names))
+    shares = np.minimum(fraction * counts, np.maximum(counts - 1, 0))
+    held_out = np.floor(shares).astype(np.int64)
+    missing = min(round(fraction * len(labels)), int(np.ceil(shares).sum())) - held_out.sum()
+    largest_remainders = np.argsort(held_out - shares, kind='stable')
+    held_out[largest_remainders[:missing]] += 1
+    if not held_out.sum():
+        raise ValueError(f'val_fraction={fraction} of {len(labels)} images in {len(counts)} classes holds out none')
+    rng = np.random.RandomState(seed)  # the one generator of NumPy that never changes
+    val = np.zeros(len(labels), bool)
+    for label, count in enumerate(held_out):
+        val[rng.permutation(np.flatnonzero(labels == label))[:count]] = True
+    return images.take(np.flatnonzero(~val)), images.take(np.flatnonzero(val))
+
+
+def leave_out_damaged(images: Images, workers: int = 0, damaged: Optional[Dict[str, str]] = None) -> Images:
+    """Images without those that cannot be read, which `damaged` of the result lists.
+
+    Args:
+        images: Images.
+        workers: Processes that read them.
+        damaged: Where -> reason, if known; then none is read.
+
+    Raises:
+        ValueError: If none is left.
+    """
+    if damaged is None:
+        found = find_damaged(images, workers)
+    else:
+        places = ((i, images.where(i)) for i in range(len(images) if damaged else 0))
+        found = {i: damaged[where] for i, where in places if where in damaged}
+    for index, reason in found.items():
+        _logger.warning('left out: %s%s%s', images.where(index), _UNREADABLE, reason)
+    if found:
+        _logger.warning('left out %d of %d images', len(found), len(images))
+    result = images.take([i for i in range(len(images)) if i not in found])
+    result.damaged = {images.where(index): reason for index, reason in found.items()}
+    if not len(result):
+        raise ValueError(f'all {len(images)} images are damaged, as is {images.where(0)}' if found else 'no images')
+    return result
+
+
+def find_damaged(images: Images, workers: int = 0) -> Dict[int, str]:
+    """Read every image once, with a progress bar, and say why some cannot be: index -> reason, in order.
+
+    The processes of an initialised `torch.distributed` read a share each, and all get the whole answer.
+    """
+    rank, world = 0, 1
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    indices = range(rank, len(images), world)
+    loader = DataLoader(_Reasons(images, indices), batch_size=16, num_workers=workers, collate_fn=list)
+    found: Dict[int, str] = {}
+    with tqdm(total=len(indices), desc='reading images', unit='image', disable=rank > 0, leave=False) as progress:
+        for reasons in loader:
+            found.update((index, reason) for index, reason in reasons if reason is not None)
+            progress.update(len(reasons))
+    if world > 1:
+        parts: List[Dict[int, str]] = [{}] * world
+        torch.distributed.all_gather_object(parts, found)
+        found = {index: reason for part in parts for index, reason in part.items()}
+    return dict(sorted(found.items()))
+
+
+class _Reasons(Dataset):
+    """(index, why the image cannot be read or None)."""
+
+    def __init__(self, images: Images, indices: Sequence[int]) -> None:
+        self.images, self.indices = images, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, item: int) -> Tuple[int, Optional[str]]:
+        index = self.indices[item]
+        try:
+            self.images.read(index)
+        except DamagedImageError as error:
+            return index, str(error).removeprefix(f'{self.images.where(index)}{_UNREADABLE}')
+        return index, None
+
+
+def _check_classes(unknown: Sequence[str], known: Sequence[str]) -> None:
+    if unknown:
+        more = f' and {len(unknown) - 10} more' if len(unknown) > 10 else ''
+        raise ValueError(
+            f'the validation split has {len(unknown)} classes that the training split, of {len(known)}, lacks: '
+            f'{", ".join(map(repr, unknown[:10]))}{more}')
+
+
+def _one_line(error: Exception) -> str:
+    return ' '.join(str(error).split()) or type(error).__name__

@@ -1,192 +1,474 @@
-"""Floor 4: the training loop, on Accelerate, timm.optim and timm.scheduler."""
+"""Floor 4: the training loop, on Accelerate and timm."""
 import json
 import logging
+import math
+import os
 import platform
+import shutil
+import signal
+import subprocess
+import threading
 import time
-from dataclasses import asdict, dataclass, field
+from contextlib import nullcontext
+from copy import deepcopy
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import accelerate
 import timm
 import torch
+import yaml
 from accelerate import Accelerator
-from accelerate.utils import set_seed, tqdm
-from timm.data import create_loader, resolve_data_config
+from accelerate.utils import DistributedType, tqdm
+from timm.data import Mixup, create_transform, resolve_data_config
+from timm.layers import convert_sync_batchnorm
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models import save_for_hf
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3, distribute_bn
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, IterableDataset
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
 
-from .data import create_dataset
+from .checkpoint import Progress, newest_checkpoint, save_checkpoint
+from .config import TrainConfig
+from .curve import draw_curve
+from .data import create_datasets
+from .loader import EpochBatches, EvalBatches, create_loader, seed_everything
+from .recipes import learning_rate, plan_batch
 
 _logger = logging.getLogger(__name__)
 
-
-@dataclass
-class TrainConfig:
-    """One run. Names and meanings are those of timm's train.py; `batch_size` is per process."""
-    model: str
-    output: str
-    dataset: str = 'fashion_mnist'
-    data_dir: Optional[str] = None
-    train_split: str = 'train'
-    val_split: str = 'validation'
-    model_kwargs: Dict[str, Any] = field(default_factory=dict)
-    img_size: Optional[int] = None
-    crop_pct: Optional[float] = None
-    scale: Tuple[float, float] = (0.08, 1.0)
-    ratio: Tuple[float, float] = (3 / 4, 4 / 3)
-    hflip: float = 0.5
-    epochs: int = 100
-    batch_size: int = 128
-    opt: str = 'sgd'
-    lr: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    sched: str = 'cosine'
-    warmup_epochs: int = 0
-    warmup_lr: float = 0.
-    min_lr: float = 0.
-    smoothing: float = 0.
-    seed: int = 0
-    workers: int = 2
-    channels_last: bool = False
-    torchcompile: bool = False
-    cpu: bool = False
+TERMINATED = 143  # exit code after SIGTERM: 128 + 15
+PLACE = ('output', 'data_dir', 'resume', 'workers', 'log_with', 'checkpoint_hist', 'device_batch_size')
 
 
 def train(config: TrainConfig) -> Dict[str, Any]:
-    """Train a model and leave it, in timm's Hub layout, with its log under `config.output`.
+    """Train a model. The order of the data and everything random depend on the seed and the step alone, so a run that
+    was stopped anywhere, and goes on with `resume='auto'`, ends with the same weights.
 
-    Written there: `model.safetensors` and `config.json` (`timm.create_model('local-dir:OUTPUT', pretrained=True)`),
-    `log.jsonl` with a line per epoch, and `summary.json` with the settings, versions and the last epoch's figures.
+    Written under `config.output`: `best/` in timm's Hub layout, the weights of the best epoch as they were evaluated;
+    `checkpoints/`; `log.jsonl` with a line per epoch; `args.yaml`; at the end `summary.json` with settings, versions
+    and figures, and `curve.png`.
 
     Returns:
         The summary.
 
     Raises:
-        FileExistsError: If `config.output` has a finished run already.
+        FileExistsError: If `config.output` has a run already, and `resume` does not say to go on with it.
         FileNotFoundError: If the data are not there.
         FloatingPointError: If the loss is not finite.
-        ValueError: If timm does not know the model, or the training set does not fill a batch.
+        OSError: If the disk is full; the checkpoints before are good.
+        SystemExit: With 143, after a checkpoint, if the process is sent SIGTERM.
+        ValueError: If timm does not know the model, or settings contradict each other or the run that goes on.
     """
-    output = Path(config.output)
-    if (output / 'summary.json').exists():
-        raise FileExistsError(f'{output} has a finished run; name another --output')
-    accelerator = Accelerator(cpu=config.cpu)
-    set_seed(config.seed)
-    train_set = create_dataset(config.dataset, config.data_dir, config.train_split)
-    val_set = create_dataset(config.dataset, config.data_dir, config.val_split)
-    model = _create_model(config, train_set.class_names)
-    train_loader, val_loader = _create_loaders(config, resolve_data_config({}, model=model), train_set, val_set)
-    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    model.to(memory_format=memory_format)
-    optimizer = create_optimizer_v2(
-        model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum)
-    # Accelerate steps no scheduler here: timm's is stepped by hand, once per update.
-    trained, optimizer, train_loader, val_loader = accelerator.prepare(
-        torch.compile(model) if config.torchcompile else model, optimizer, train_loader, val_loader)
-    if not len(train_loader):
-        raise ValueError(
-            f'the training set has {len(train_set)} images, fewer than a batch of {config.batch_size} for each of '
-            f'{accelerator.num_processes} processes')
-    scheduler, _ = create_scheduler_v2(
-        optimizer, sched=config.sched, num_epochs=config.epochs, warmup_epochs=config.warmup_epochs,
-        warmup_lr=config.warmup_lr, min_lr=config.min_lr, step_on_epochs=False, updates_per_epoch=len(train_loader))
-    criterion = nn.CrossEntropyLoss(label_smoothing=config.smoothing)
+    return _Run(config).train()
 
-    if accelerator.is_main_process:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / 'log.jsonl').unlink(missing_ok=True)
-    started, updates, record = time.time(), 0, {}
-    scheduler.step_update(0)
-    for epoch in range(config.epochs):
-        trained.train()
-        total_loss, epoch_started = 0., time.time()
-        progress = tqdm(train_loader, desc=f'epoch {epoch + 1}/{config.epochs}', unit='batch', leave=False)
-        for images, targets in progress:
-            with accelerator.autocast():
-                loss = criterion(trained(images.to(memory_format=memory_format)), targets)
-            if not torch.isfinite(loss):
-                raise FloatingPointError(f'the loss is {loss.item()} in update {updates} (epoch {epoch + 1})')
-            accelerator.backward(loss)
-            optimizer.step()
-            optimizer.zero_grad()
-            updates += 1
-            scheduler.step_update(updates)
-            total_loss += loss.item()
-            progress.set_postfix(loss=f'{loss.item():.3f}', lr=f'{optimizer.param_groups[0]["lr"]:.4f}')
-        train_seconds = time.time() - epoch_started
-        record = {
-            'epoch': epoch + 1, 'train_loss': total_loss / len(train_loader),
-            **evaluate(accelerator, model, val_loader),
-            'train_seconds': round(train_seconds, 1), 'seconds': round(time.time() - started, 1)}
+
+class _Run:
+    """A run of `train`: what it is made of, and its loop."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config, self.output = config, Path(config.output)
+        self.finished = _check_output(config, self.output)
+        if self.finished:
+            return
+        self.accelerator = Accelerator(
+            cpu=config.cpu, mixed_precision=config.mixed_precision, log_with=config.log_with, project_dir=config.output)
+        self.plan = plan_batch(config, self.accelerator.num_processes)
+        seed_everything(config.seed)
+        known = self.output / 'damaged.json'  # of a run that goes on: it has looked at every image
+        train_set, val_set = create_datasets(config, json.loads(known.read_text()) if known.exists() else None)
+        self.class_names = train_set.class_names
+        self.damaged = {**getattr(train_set, 'damaged', {}), **getattr(val_set, 'damaged', {})}
+        model = _create_model(config, self.class_names)
+        self._make_loaders(train_set, val_set, resolve_data_config({}, model=model))
+        self._make_model(model)
+        self.mixup = Mixup(
+            config.mixup, config.cutmix, switch_prob=config.mixup_switch_prob, label_smoothing=config.smoothing,
+            num_classes=len(self.class_names)) if config.mixup or config.cutmix else None
+        self.criterion = SoftTargetCrossEntropy() if self.mixup else (
+            LabelSmoothingCrossEntropy(config.smoothing) if config.smoothing else nn.CrossEntropyLoss())
+        self.terminated = False
+
+    def _make_loaders(self, train_set: Any, val_set: Any, data_config: Dict[str, Any]) -> None:
+        config, plan, rank = self.config, self.plan, self.accelerator.process_index
+        shared = {name: data_config[name] for name in ('input_size', 'mean', 'std')}
+        train_transform = create_transform(
+            is_training=True, interpolation=config.train_interpolation or data_config['interpolation'],
+            scale=config.scale, ratio=config.ratio, hflip=config.hflip, color_jitter=config.color_jitter,
+            auto_augment=config.aa, re_prob=config.reprob, re_mode='pixel', **shared)
+        val_transform = create_transform(
+            crop_pct=data_config['crop_pct'], interpolation=data_config['interpolation'], **shared)
+        self.sampler, val_sampler = None, None
+        if not isinstance(train_set, IterableDataset):
+            self.sampler = EpochBatches(
+                len(train_set), plan.per_device, plan.processes, rank, config.seed, config.aug_repeats)
+        if not isinstance(val_set, IterableDataset):
+            val_sampler = EvalBatches(len(val_set), plan.per_device, plan.processes, rank)
+        self.train_loader = create_loader(
+            train_set, train_transform, self.sampler, config.workers, plan.per_device, config.seed, rank)
+        self.val_loader = create_loader(val_set, val_transform, val_sampler, config.workers, plan.per_device)
+        self.batches = len(self.sampler) if self.sampler else len(train_set) // plan.per_device
+        if config.smoke:
+            self.batches = min(self.batches, config.smoke * plan.accumulation)
+        if not self.batches:
+            raise ValueError(
+                f'the training set has {len(train_set)} images, fewer than a batch of {plan.per_device} for each of '
+                f'{plan.processes} processes')
+        self.updates = -(-self.batches // plan.accumulation)  # in an epoch
+
+    def _make_model(self, model: nn.Module) -> None:
+        config, accelerator = self.config, self.accelerator
+        if config.sync_bn:
+            if accelerator.device.type == 'cpu':
+                raise ValueError('sync_bn needs a GPU: PyTorch has no synchronised batch statistics on the CPU')
+            model = convert_sync_batchnorm(model)
+        if config.grad_checkpointing:
+            model.set_grad_checkpointing()
+        if config.freeze:
+            model.requires_grad_(False)
+            model.get_classifier().requires_grad_(True)
+        self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.model = model.to(accelerator.device, memory_format=self.memory_format)
+        lr, reason = learning_rate(config)
+        _logger.info('learning rate: %s; batch: %s', reason, self.plan)
+        optimizer = create_optimizer_v2(
+            self.model, opt=config.opt, lr=lr, weight_decay=config.weight_decay, momentum=config.momentum,
+            param_group_fn=self._parameter_groups, **({} if config.opt_eps is None else dict(eps=config.opt_eps)))
+        # timm's scheduler is stepped by hand, so Accelerate is not told of it.
+        self.trained, self.optimizer = accelerator.prepare(
+            torch.compile(self.model) if config.torchcompile else self.model, optimizer)
+        self.scheduler, _ = create_scheduler_v2(
+            optimizer, sched=config.sched, num_epochs=config.epochs, decay_epochs=config.decay_epochs,
+            decay_rate=config.decay_rate, warmup_epochs=config.warmup_epochs, warmup_lr=config.warmup_lr,
+            min_lr=config.min_lr, step_on_epochs=not config.sched_on_updates, updates_per_epoch=self.updates)
+        self.ema = None
+        if config.model_ema_decay:
+            if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU,
+                                                    DistributedType.MULTI_GPU):
+                raise ValueError(f'model_ema_decay does not go with {accelerator.distributed_type.value}')
+            self.ema = ModelEmaV3(self.model, decay=config.model_ema_decay)
+        self.progress = Progress()
+        accelerator.register_for_checkpointing(*filter(None, (self.progress, self.scheduler, self.ema)))
+
+    def _parameter_groups(self, model: nn.Module) -> List[Dict[str, Any]]:
+        """timm's groups, with the layer decay, and those of the head with a factor of their own."""
+        config = self.config
+        shared = dict(
+            weight_decay=config.weight_decay, weight_decay_exclude_1d=not config.decay_norms,
+            no_weight_decay_list=model.no_weight_decay() if hasattr(model, 'no_weight_decay') else ())
+        if config.layer_decay:
+            groups = param_groups_layer_decay(model, layer_decay=config.layer_decay, **shared)
+        else:
+            groups = param_groups_weight_decay(model, **shared)
+        head = {id(p) for p in model.get_classifier().parameters()} if config.head_lr_factor != 1 else set()
+        split = []
+        for group in groups:
+            for mine, factor in ((False, 1.), (True, config.head_lr_factor)):
+                params = [p for p in group['params'] if (id(p) in head) is mine]
+                if params:
+                    split.append({**group, 'params': params, 'lr_scale': group.get('lr_scale', 1.) * factor})
+        return split
+
+    def train(self) -> Dict[str, Any]:
+        if self.finished:
+            return self.finished
+        accelerator, progress, config = self.accelerator, self.progress, self.config
+        self._resume()
         if accelerator.is_main_process:
-            with (output / 'log.jsonl').open('a') as log:
+            self._begin()
+        if config.log_with:
+            accelerator.init_trackers('noah_zoo')
+        with self._sigterm():
+            while progress.epoch < (min(config.epochs, 2) if config.smoke else config.epochs):
+                self._epoch()
+        summary = self._end()
+        accelerator.end_training()
+        return summary
+
+    def _epoch(self) -> None:
+        config, progress, accelerator = self.config, self.progress, self.accelerator
+        began, done = time.perf_counter(), progress.seconds
+        self._train_epoch(lambda: done + time.perf_counter() - began)
+        evaluated = self.ema.module if self.ema else self.model
+        if accelerator.num_processes > 1:
+            distribute_bn(evaluated, accelerator.num_processes)  # the first process's, as DistributedDataParallel does
+        train_seconds = time.perf_counter() - began
+        figures = evaluate(accelerator, evaluated, self.val_loader, len(self.class_names), config.smoke or None)
+        progress.epoch += 1
+        progress.seconds = done + time.perf_counter() - began
+        record = {
+            'epoch': progress.epoch, 'train_loss': progress.loss / max(progress.updates_in_epoch, 1),
+            'lr': self.optimizer.param_groups[0]['lr'], **figures, 'train_seconds': round(train_seconds, 1),
+            'seconds': round(progress.seconds, 1)}
+        if not config.sched_on_updates:
+            self.scheduler.step(progress.epoch)
+        if figures['top1'] > progress.best:
+            progress.best, progress.best_epoch = figures['top1'], progress.epoch
+            self._save_best(evaluated)
+        if accelerator.is_main_process:
+            with (self.output / 'log.jsonl').open('a', encoding='utf-8') as log:
                 log.write(json.dumps(record) + '\n')
             _logger.info(
-                'epoch %d: train loss %.4f, top-1 %.2f, %.0f s', epoch + 1, record['train_loss'], record['top1'],
+                'epoch %d: train loss %.4f, top-1 %.2f, %.0f s', record['epoch'], record['train_loss'], record['top1'],
                 record['seconds'])
-    settings = {k: v for k, v in asdict(config).items() if k != 'output'}
-    summary = {'config': settings, 'params': sum(p.numel() for p in model.parameters()), **record, **versions()}
-    if accelerator.is_main_process:
-        model.to(memory_format=torch.contiguous_format)
+        if config.log_with:
+            accelerator.log({k: v for k, v in record.items() if k != 'epoch'}, step=progress.epoch)
+        progress.batch = progress.updates_in_epoch = 0
+        progress.loss = 0.
+        self._save()
+
+    def _train_epoch(self, elapsed: Callable[[], float]) -> None:
+        """What is left of the epoch under way."""
+        config, plan, progress = self.config, self.plan, self.progress
+        self.trained.train()
+        if config.freeze:
+            self.model.eval()
+            self.model.get_classifier().train()
+        batches = iter(self._batches())
+        size = plan.per_device * plan.processes
+        bar = tqdm(
+            total=self.batches * size, initial=progress.batch * size, unit='img', unit_scale=True, leave=False,
+            desc=f'epoch {progress.epoch + 1}/{config.epochs}')
+        with bar:
+            while progress.batch < self.batches:
+                window = min(plan.accumulation, self.batches - progress.batch)
+                loss = self._update(batches, window)
+                progress.batch += window
+                bar.update(window * size)
+                bar.set_postfix(loss=f'{loss:.3f}', lr=f'{self.optimizer.param_groups[0]["lr"]:.2e}', refresh=False)
+                progress.seconds = elapsed()
+                stop = self._stop_requested()
+                if stop or config.checkpoint_steps and progress.update % config.checkpoint_steps == 0:
+                    path = self._save()
+                if stop:
+                    _logger.warning('SIGTERM: saved %s; go on with --resume auto', path)
+                    raise SystemExit(TERMINATED)
+
+    def _batches(self) -> DataLoader:
+        """The loader, from where the epoch stands."""
+        if self.sampler is not None:
+            self.sampler.epoch, self.sampler.start = self.progress.epoch, self.progress.batch
+            return self.train_loader
+        self.train_loader.dataset.epoch = self.progress.epoch
+        batches = iter(self.train_loader)
+        for _ in range(self.progress.batch):
+            next(batches)
+        return batches
+
+    def _update(self, batches: Any, window: int) -> float:
+        """One step of the optimizer over `window` batches; gives the mean loss over all processes."""
+        config, accelerator, progress = self.config, self.accelerator, self.progress
+        if config.sched_on_updates:
+            self.scheduler.step_update(progress.update)
+        total = torch.zeros((), device=accelerator.device)
+        for micro in range(window):
+            images, targets = next(batches)
+            images = images.to(accelerator.device, non_blocking=True, memory_format=self.memory_format)
+            targets = targets.to(accelerator.device, non_blocking=True)
+            seed_everything(config.seed, 1, progress.epoch, progress.batch + micro, accelerator.process_index)
+            if self.mixup is not None:
+                images, targets = self.mixup(images, targets)
+            last = micro == window - 1
+            with nullcontext() if last else accelerator.no_sync(self.trained):
+                with accelerator.autocast():
+                    loss = self.criterion(self.trained(images), targets) / window
+                accelerator.backward(loss)
+            total += loss.detach()
+        value = accelerator.reduce(total, 'mean').item()
+        progress.update += 1
+        if not math.isfinite(value):  # on any process
+            progress.skipped += 1
+            self.optimizer.zero_grad()
+            if progress.skipped > config.skip_nonfinite:
+                newest = newest_checkpoint(self.output / 'checkpoints')
+                raise FloatingPointError(
+                    f'the loss is {value} in update {progress.update} (epoch {progress.epoch + 1}); the last good '
+                    f'checkpoint is {newest}. A lower learning rate may help, or --skip-nonfinite N')
+            _logger.warning('update %d: the loss is %s; left out', progress.update, value)
+            return value
+        if config.clip_grad:
+            accelerator.clip_grad_norm_(self.trained.parameters(), config.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.update(self.model)
+        progress.loss += value
+        progress.updates_in_epoch += 1
+        return value
+
+    def _save(self) -> Path:
+        return save_checkpoint(
+            self.accelerator, self.output / 'checkpoints', self.progress.update, self.config.checkpoint_hist)
+
+    def _resume(self) -> None:
+        config, folder = self.config, self.output / 'checkpoints'
+        path = newest_checkpoint(folder) if config.resume == 'auto' else config.resume and Path(config.resume)
+        if not path:
+            self.scheduler.step_update(0) if config.sched_on_updates else self.scheduler.step(0)
+            return
+        if not path.is_dir():
+            raise FileNotFoundError(f'--resume {path}: no such folder; accepted are a checkpoint and auto')
+        self.accelerator.load_state(str(path))
+        best, old = self.output / 'best', self.output / '.best.old'
+        if self.accelerator.is_main_process and old.exists() and not best.exists():
+            os.replace(old, best)  # stopped between two renamings
+        _logger.info('going on with %s: epoch %d, update %d', path, self.progress.epoch + 1, self.progress.update)
+
+    def _begin(self) -> None:
+        """Write down what the run is; drop what the log has of epochs that are done again."""
+        self.output.mkdir(parents=True, exist_ok=True)
+        _write(self.output / 'args.yaml', yaml.safe_dump(_plain(asdict(self.config)), sort_keys=False))
+        if self.config.skip_damaged:
+            _write(self.output / 'damaged.json', json.dumps(self.damaged, indent=2) + '\n')
+        log = self.output / 'log.jsonl'
+        if log.exists():
+            lines = log.read_text(encoding='utf-8').splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith('\n') and json.loads(line)['epoch'] <= self.progress.epoch]
+            _write(log, ''.join(kept))
+
+    def _save_best(self, model: nn.Module) -> None:
+        """Save the weights as they were evaluated, beside their place, and rename."""
+        if not self.accelerator.is_main_process:
+            return
+        best, partial, old = self.output / 'best', self.output / '.best.partial', self.output / '.best.old'
+        for folder in (partial, old):
+            shutil.rmtree(folder, ignore_errors=True)
+        model = deepcopy(model).cpu().to(memory_format=torch.contiguous_format)
         head = getattr(model, 'noah_cfg', {})
         head = {name: head[name] for name in ('num_groups', 'key_ratio') if name in head}
         save_for_hf(
-            model, str(output), safe_serialization=True, model_args={**head, **config.model_kwargs},
-            model_config=dict(label_names=list(train_set.class_names)))
-        (output / 'summary.json').write_text(json.dumps(summary, indent=2) + '\n')
-    return summary
+            model, str(partial), safe_serialization=True, model_args={**head, **_model_kwargs(self.config)},
+            model_config=dict(label_names=list(self.class_names)))
+        if best.exists():
+            os.replace(best, old)
+        os.replace(partial, best)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _end(self) -> Dict[str, Any]:
+        progress, log = self.progress, self.output / 'log.jsonl'
+        self.accelerator.wait_for_everyone()
+        records = [json.loads(line) for line in log.read_text(encoding='utf-8').splitlines()]
+        summary = {
+            'config': {k: v for k, v in _plain(asdict(self.config)).items() if k not in ('output', 'resume')},
+            'batch': self.plan._asdict(), 'params': sum(p.numel() for p in self.model.parameters()),
+            **records[-1], 'best': records[progress.best_epoch - 1], 'skipped_updates': progress.skipped,
+            'damaged': len(self.damaged), **versions()}
+        if self.accelerator.is_main_process:
+            draw_curve(log, self.output / 'curve.png', self.config.model)
+            _write(self.output / 'summary.json', json.dumps(summary, indent=2) + '\n')
+        return summary
+
+    def _sigterm(self) -> Any:
+        """A context in which SIGTERM is taken note of."""
+        run = self
+
+        class Listening:
+            def __enter__(self) -> None:
+                if threading.current_thread() is threading.main_thread():
+                    self.before = signal.signal(signal.SIGTERM, lambda *_: setattr(run, 'terminated', True))
+
+            def __exit__(self, *exc: object) -> None:
+                if hasattr(self, 'before'):
+                    signal.signal(signal.SIGTERM, self.before)
+
+        return Listening()
+
+    def _stop_requested(self) -> bool:
+        """Whether any process was told to stop."""
+        if self.accelerator.num_processes == 1:
+            return self.terminated
+        flag = torch.tensor(float(self.terminated), device=self.accelerator.device)
+        return self.accelerator.reduce(flag, 'sum').item() > 0
 
 
 @torch.inference_mode()
-def evaluate(accelerator: Accelerator, model: nn.Module, loader: DataLoader) -> Dict[str, float]:
-    """Top-1 accuracy in percent and mean cross-entropy over a prepared loader, each sample counted once."""
+def evaluate(
+        accelerator: Accelerator, model: nn.Module, loader: DataLoader, num_classes: int,
+        max_batches: Optional[int] = None,
+) -> Dict[str, float]:
+    """Top-1 and top-5 accuracy in percent and mean cross-entropy, over the loaders of all processes.
+
+    Every image counts once if every process loads its own. With fewer than five classes there is no top-5.
+    """
+    metrics = {'top1': MulticlassAccuracy(num_classes, average='micro')}
+    if num_classes > 5:
+        metrics['top5'] = MulticlassAccuracy(num_classes, top_k=5, average='micro')
+    accuracy, loss = MetricCollection(metrics).to(accelerator.device), MeanMetric().to(accelerator.device)
     model.eval()
-    correct, loss, count = 0, 0., 0
-    for images, targets in loader:
+    for i, (images, targets) in enumerate(loader):
+        if i == max_batches:
+            break
+        images, targets = images.to(accelerator.device), targets.to(accelerator.device)
         with accelerator.autocast():
             logits = model(images)
-        logits, targets = accelerator.gather_for_metrics((logits.float(), targets))
-        correct += (logits.argmax(dim=1) == targets).sum().item()
-        loss += nn.functional.cross_entropy(logits, targets, reduction='sum').item()
-        count += len(targets)
-    return {'top1': round(100 * correct / count, 4), 'val_loss': loss / count}
+        accuracy.update(logits.float(), targets)
+        loss.update(nn.functional.cross_entropy(logits.float(), targets), weight=len(targets))
+    figures = {name: round(100 * value.item(), 4) for name, value in accuracy.compute().items()}
+    return {**figures, 'val_loss': loss.compute().item()}
 
 
-def versions() -> Dict[str, str]:
-    """What a figure depends on: Python, torch, timm, accelerate, the processor and its threads."""
+def versions() -> Dict[str, Any]:
+    """What a figure depends on: the code's revision, the packages, the processor and its threads."""
+    git = subprocess.run(
+        ['git', '-C', str(Path(__file__).parent), 'rev-parse', 'HEAD'], capture_output=True, text=True, check=False)
     return {
-        'python': platform.python_version(), 'torch': torch.__version__, 'timm': timm.__version__,
-        'accelerate': accelerate.__version__, 'machine': platform.machine(), 'threads': torch.get_num_threads()}
+        'revision': git.stdout.strip() or None, 'python': platform.python_version(), 'torch': torch.__version__,
+        'timm': timm.__version__, 'accelerate': accelerate.__version__, 'machine': platform.machine(),
+        'device': torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu',
+        'threads': torch.get_num_threads()}
+
+
+def _check_output(config: TrainConfig, output: Path) -> Optional[Dict[str, Any]]:
+    """The summary of a finished run that is to go on; None for a run to be made."""
+    args, summary = output / 'args.yaml', output / 'summary.json'
+    if not args.exists():
+        return None
+    if not config.resume:
+        state = 'a finished' if summary.exists() else 'an unfinished'
+        raise FileExistsError(f'{output} has {state} run; go on with it by --resume auto, or name another --output')
+    before = yaml.safe_load(args.read_text(encoding='utf-8'))
+    now = _plain(asdict(config))
+    different = [
+        f'{k} was {before[k]!r}, now {v!r}'
+        for k, v in now.items() if k in before and before[k] != v and k not in PLACE]
+    if different:
+        raise ValueError(f'{output} cannot go on with other settings: {"; ".join(different)}')
+    return json.loads(summary.read_text(encoding='utf-8')) if summary.exists() else None
+
+
+def _model_kwargs(config: TrainConfig) -> Dict[str, Any]:
+    drop_path = {} if config.drop_path is None else dict(drop_path_rate=config.drop_path)
+    return {**drop_path, **config.model_kwargs}
 
 
 def _create_model(config: TrainConfig, class_names: Tuple[str, ...]) -> nn.Module:
     """The model, its pretrained cfg that of this run: timm reads preprocessing from there and saves it."""
-    cfg = timm.get_pretrained_cfg(config.model)
-    if cfg is None:
+    if not timm.is_model(config.model.split('.')[0]) and ':' not in config.model:
         raise ValueError(f'timm knows no model {config.model!r}')
-    overlay = dict(num_classes=len(class_names), tag=None, license=None, origin_url=None)
+    overlay: Dict[str, Any] = {}
     if config.img_size:
         overlay.update(input_size=(3, config.img_size, config.img_size), pool_size=None)
-    if config.crop_pct:
-        overlay.update(crop_pct=config.crop_pct)
-    return timm.create_model(config.model, pretrained_cfg_overlay=overlay, **config.model_kwargs)
+    overlay.update({name: getattr(config, name) for name in ('crop_pct', 'interpolation') if getattr(config, name)})
+    if not config.pretrained:
+        overlay.update(num_classes=len(class_names), tag=None, license=None, origin_url=None)
+    try:
+        return timm.create_model(
+            config.model, pretrained=config.pretrained, num_classes=len(class_names), pretrained_cfg_overlay=overlay,
+            **_model_kwargs(config))
+    except TypeError as error:
+        raise ValueError(f'{config.model} does not take these arguments: {error}') from None
 
 
-def _create_loaders(
-        config: TrainConfig, data_config: Dict[str, Any], train_set: Dataset, val_set: Dataset,
-) -> Tuple[DataLoader, DataLoader]:
-    shared = dict(
-        input_size=data_config['input_size'], interpolation=data_config['interpolation'], mean=data_config['mean'],
-        std=data_config['std'], batch_size=config.batch_size, num_workers=config.workers, use_prefetcher=False,
-        persistent_workers=config.workers > 0)
-    train_loader = create_loader(
-        train_set, is_training=True, scale=config.scale, ratio=config.ratio, hflip=config.hflip, color_jitter=0.,
-        **shared)
-    return train_loader, create_loader(val_set, crop_pct=data_config['crop_pct'], **shared)
+def _plain(settings: Dict[str, Any]) -> Dict[str, Any]:
+    return json.loads(json.dumps(settings))
 
 
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f'.{path.name}.partial')
+    partial.write_text(text, encoding='utf-8')
+    os.replace(partial, path)

@@ -12,7 +12,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import model_entrypoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..catalog import CATALOG, NAMESPACE, PAPER_TABLES, PUBLISHED, RECIPES, TAG, Model, Recipe, drive_id, released
+from ..catalog import CATALOG, NAMESPACE, PAPER_TABLES, PUBLISHED, TAG, Model, drive_id, released
+from ..recipes import RECIPES, REMARKS, Recipe, learning_rate
 from .official import released_model
 
 PAPER = 'https://arxiv.org/abs/2402.02377'
@@ -29,7 +30,6 @@ BIBTEX = '''\
 FIX = 'python scripts/cards.py'
 MARKERS = ('<!-- models:begin -->', '<!-- models:end -->')
 INSTALL = 'Install `noah_zoo` from a checkout of its repository, `pip install .`, then:'
-_PROCESSES = 8  # of the training command
 _LABELS = {
     'resnet': 'ResNet', 'mobilenet': 'MobileNetV2', 'shufflenet': 'ShuffleNetV2', 'deit': 'DeiT',
     'pvt': 'Pyramid Vision Transformer', 'mixer': 'MLP-Mixer', 'gmlp': 'gMLP'}
@@ -272,112 +272,71 @@ def _comparison(row: Model) -> str:
 
 
 def _training(row: Model, is_noah: bool) -> str:
-    recipe = RECIPES[row.family]
-    name = row.name if is_noah else row.vanilla
-    remark = f'{recipe.remark}\n\n' if recipe.remark else ''
+    recipe, remark = RECIPES[row.family], REMARKS.get(row.family)
+    name, head_dropout = (row.name, row.drop_rate) if is_noah else (row.vanilla, 0.)
+    thin = '`--model-kwargs pre_logits=True` adds the layer named above. ' if _is_thin_deit(name) else ''
+    command = (
+        f'accelerate launch scripts/train.py --model {name} --dataset folder --data-dir /data/imagenet \\\n'
+        f'  --output runs/{name}')
     return (
         f"The authors trained from scratch on ImageNet-1k, with [their own code]({RELEASE}); these weights come from "
         f"there. Their settings, from the paper's supplement and the released commands:\n\n"
-        f'{make_table(("setting", "value"), _settings(recipe, row.drop_rate if is_noah else 0.))}\n\n{remark}'
-        f'noah_zoo trains the same architecture, here on {_PROCESSES} devices and folders '
-        f'`/data/imagenet/train` and `/data/imagenet/validation`:\n\n'
-        f'```bash\n{_command(row, is_noah)}\n```\n\n'
-        f"This is the authors' recipe only in part. Not covered by these flags: "
-        f"{'; '.join(_uncovered(row, name))}. noah_zoo has trained no model on ImageNet.")
+        f'{make_table(("setting", "value"), _settings(recipe, head_dropout, row.family))}\n\n'
+        f'{remark + chr(10) * 2 if remark else ""}'
+        f'noah_zoo trains the same architecture with these settings. The recipe is chosen by the model; the images lie '
+        f'in `/data/imagenet/train` and `/data/imagenet/validation`:\n\n'
+        f'```bash\n{command}\n```\n\n'
+        f'The batch size is that of all devices together; `--device-batch-size` accumulates it where memory is short. '
+        f'{thin}noah_zoo has trained no model on ImageNet.')
 
 
-def _settings(recipe: Recipe, head_dropout: float) -> List[Tuple[str, ...]]:
+def _settings(recipe: Recipe, head_dropout: float, family: str) -> List[Tuple[str, ...]]:
     """The recipe in words."""
     schedule = {
-        'step': f'a tenth every {recipe.decay_epochs} epochs', 'cosine': f'cosine to {recipe.min_lr:g}',
-        'linear': f'linear to {recipe.min_lr:g}'}[recipe.sched]
+        'step': f'a tenth every {recipe.decay_epochs:g} epochs', 'cosine': f'cosine to {recipe.min_lr:g}, per epoch',
+        'poly': f'linear to {recipe.min_lr:g}, per epoch'}[recipe.sched]
     optimizer = {
-        'sgd': f'SGD, momentum {recipe.momentum:g}, not Nesterov',
-        'adamw': f'AdamW, first beta {recipe.momentum:g}, epsilon {recipe.eps:g}'}[recipe.opt]
+        'momentum': f'SGD, momentum {recipe.momentum:g}, not Nesterov',
+        'adamw': f'AdamW, betas 0.9 and 0.999, epsilon {recipe.opt_eps or 1e-8:g}'}[recipe.opt]
+    undecayed = 'norms, biases and position embeddings' if family == 'deit' else 'norms and biases'
     area, aspect = (f'{low:.3g} to {high:.3g}' for low, high in (recipe.scale, recipe.ratio))
+    dropout = recipe.model_kwargs.get('proj_drop_rate')
     return _present(
         (True, ('epochs', str(recipe.epochs))),
-        (True, ('batch size, all processes', str(recipe.batch_size))),
+        (True, ('batch size, all devices', str(recipe.batch_size))),
         (True, ('optimizer', optimizer)),
         (True, ('learning rate', '; '.join(_present(
-            (True, f'{recipe.lr:g}'),
+            (True, learning_rate(recipe)[1].removesuffix(' as given')),
             (recipe.warmup_epochs, f'{recipe.warmup_epochs} epochs of warm-up from {recipe.warmup_lr:g}'),
-            (True, schedule),
-            (recipe.cooldown_epochs, f'{recipe.cooldown_epochs} cool-down epochs asked for'))))),
+            (True, schedule))))),
         (True, ('weight decay', f'{recipe.weight_decay:g}, ' + (
-            f'not on {recipe.undecayed}' if recipe.undecayed else 'on all parameters'))),
+            'on all parameters' if recipe.decay_norms else f'not on {undecayed}'))),
         (True, ('augmentation', '; '.join(_present(
-            (True, f'random resized crop (area {area}, aspect ratio {aspect})'),
+            (True, f'random resized crop (area {area}, aspect ratio {aspect}, '
+                   f'{recipe.train_interpolation or recipe.interpolation} interpolation)'),
             (True, 'horizontal flip'),
-            (recipe.color_jitter, f'colour jitter {recipe.color_jitter:g}'),
-            (recipe.auto_augment, f'RandAugment `{recipe.auto_augment}`'),
-            (recipe.erasing, f'random erasing {recipe.erasing:g}'),
+            (recipe.color_jitter and not recipe.aa, f'colour jitter {recipe.color_jitter}'),
+            (recipe.aa, f'RandAugment `{recipe.aa}`'),
+            (recipe.reprob, f'random erasing {recipe.reprob:g}'),
             (recipe.mixup, f'mixup {recipe.mixup:g} or CutMix {recipe.cutmix:g}, half of the batches each'),
-            (recipe.repeated_aug, 'repeated augmentation'))))),
+            (recipe.aug_repeats, f'repeated augmentation, {recipe.aug_repeats} times'))))),
         (recipe.smoothing or recipe.drop_path or head_dropout, ('regularization', '; '.join(_present(
             (recipe.smoothing, f'label smoothing {recipe.smoothing:g}'),
-            (recipe.drop_path, f'stochastic depth {recipe.drop_path:g}'),
-            (recipe.proj_drop, f"dropout {recipe.proj_drop:g} in the blocks' MLPs"),
+            (recipe.drop_path, f'stochastic depth {recipe.drop_path}'),
+            (dropout, f"dropout {dropout} in the blocks' MLPs"),
             (head_dropout, f"dropout {head_dropout:g} on the head's values"))))),
         (recipe.clip_grad, ('gradient clipping', f'norm {recipe.clip_grad}')),
-        (recipe.ema, ('averaged weights', f'decay {recipe.ema}, kept beside the plain ones')))
+        (recipe.model_ema_decay, ('averaged weights', f'decay {recipe.model_ema_decay}')))
 
 
 def _present(*items: Tuple[Any, Any]) -> List[Any]:
     return [item for condition, item in items if condition]
 
 
-def _command(row: Model, is_noah: bool) -> str:
-    """The flags of scripts/train.py that come from the recipe."""
-    recipe = RECIPES[row.family]
-    name = row.name if is_noah else row.vanilla
-    opt = {'sgd': 'momentum', 'adamw': 'adamw'}[recipe.opt]  # timm's 'sgd' is Nesterov's
-    crop_pct = timm.get_pretrained_cfg(f'{row.name}.{TAG}').crop_pct
-    lines = (
-        (f'--model {name} --dataset folder --data-dir /data/imagenet --output runs/{name}',),
-        (f'--epochs {recipe.epochs} --batch-size {recipe.batch_size // _PROCESSES}',),
-        (f'--opt {opt} --lr {recipe.lr:g} --momentum {recipe.momentum:g} --weight-decay {recipe.weight_decay:g}',),
-        _present(
-            (True, f'--sched cosine --min-lr {recipe.min_lr:g}'),
-            (recipe.warmup_epochs, f'--warmup-epochs {recipe.warmup_epochs} --warmup-lr {recipe.warmup_lr:g}')),
-        _present(
-            (recipe.scale != Recipe.scale, '--scale {:g} {:g}'.format(*recipe.scale)),
-            (recipe.ratio != Recipe.ratio, '--ratio {:g} {:g}'.format(*recipe.ratio)),
-            (True, f'--crop-pct {crop_pct:g}'),
-            (recipe.smoothing, f'--smoothing {recipe.smoothing:g}')),
-        _present(
-            (recipe.drop_path or recipe.proj_drop, '--model-kwargs'),
-            (recipe.drop_path, f'drop_path_rate={recipe.drop_path:g}'),
-            (recipe.proj_drop, f'proj_drop_rate={recipe.proj_drop:g}')))
-    launch = f'accelerate launch --num_processes {_PROCESSES} scripts/train.py'
-    return ' \\\n  '.join([launch, *(' '.join(line) for line in lines if line)])
-
-
-def _uncovered(row: Model, name: str) -> List[str]:
-    """What of the recipe the command leaves out."""
-    recipe = RECIPES[row.family]
-    authors, default = timm.get_pretrained_cfg(f'{row.name}.{TAG}'), timm.get_pretrained_cfg(name)
-    return _present(
-        (recipe.sched != 'cosine', f'the {recipe.sched} schedule, for which the command has a cosine'),
-        (recipe.cooldown_epochs, 'the cool-down'),
-        (not recipe.undecayed, 'weight decay on norms and biases'),
-        (recipe.opt == 'adamw' and recipe.eps != Recipe.eps, "AdamW's epsilon"),
-        (recipe.color_jitter, 'colour jitter'),
-        (recipe.auto_augment, 'RandAugment'),
-        (recipe.erasing, 'random erasing'),
-        (recipe.mixup, 'mixup and CutMix'),
-        (recipe.repeated_aug, 'repeated augmentation'),
-        (recipe.clip_grad, 'gradient clipping'),
-        (recipe.ema, 'averaged weights'),
-        *((getattr(authors, key) != getattr(default, key),
-           f"the authors' {key}, where timm's default for `{name}` is another")
-          for key in ('interpolation', 'mean', 'std')))
-
-
 def _provenance(row: Model, is_noah: bool, sha256: Optional[str]) -> str:
     name = row.name if is_noah else row.vanilla
     file = drive_id(name)
-    ema = ' `--ema` takes the averaged weights, where the file has them.' if RECIPES[row.family].ema else ''
+    ema = ' `--ema` takes the averaged weights, where the file has them.' if RECIPES[row.family].model_ema_decay else ''
     known = f'`{sha256}`' if sha256 else 'recorded here when the weights are published'
     return (
         f"The authors' file on Google Drive: [{file}](https://drive.google.com/file/d/{file}/view). Converted with\n\n"

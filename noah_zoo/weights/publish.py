@@ -84,7 +84,7 @@ def publish_model(
 
 def publish_run(
         run_dir: Union[str, Path], repo_id: str, private: bool = False, dry_run: bool = False) -> Optional[Published]:
-    """Publish the model of a training run; `timm.create_model('hf-hub:REPO_ID', pretrained=True)` loads it elsewhere.
+    """Publish the best weights of a training run, for `timm.create_model('hf-hub:REPO_ID', pretrained=True)`.
 
     Args:
         run_dir: The folder of a finished run of `noah_zoo.training.train`.
@@ -100,12 +100,12 @@ def publish_run(
     """
     if not re.fullmatch(r'[\w.-]+/[\w.-]+', repo_id):
         raise ValueError(f'--repo-id {repo_id!r} is not of the form USER/MODEL')
-    for filename in (WEIGHTS, CONFIG, 'summary.json'):
+    for filename in ('summary.json', f'best/{WEIGHTS}', f'best/{CONFIG}'):
         if not (Path(run_dir) / filename).is_file():
             raise FileNotFoundError(f'{run_dir} has no {filename}: not the folder of a finished run')
     if not dry_run:
         _check_login(repo_id)
-    return publish_folder(Path(run_dir), repo_id, run_card(Path(run_dir), repo_id), private, dry_run)
+    return publish_folder(Path(run_dir) / 'best', repo_id, run_card(Path(run_dir), repo_id), private, dry_run)
 
 
 def publish_folder(

@@ -22,7 +22,7 @@ def run_card(run_dir: Union[str, Path], repo_id: str) -> ModelCard:
     from scratch or from a local file. Local paths stay out of the card.
 
     Args:
-        run_dir: Folder of a finished run, with `config.json` and `summary.json`.
+        run_dir: Folder of a finished run, with `best/config.json` and `summary.json`.
         repo_id: The repository on the Hub.
 
     Raises:
@@ -30,8 +30,9 @@ def run_card(run_dir: Union[str, Path], repo_id: str) -> ModelCard:
         ValueError: If one is not what train.py writes.
     """
     run_dir = Path(run_dir)
-    config, summary = _read(run_dir / 'config.json', 'architecture'), _read(run_dir / 'summary.json', 'config')
-    settings, architecture = summary['config'], config['architecture']
+    config = _read(run_dir / 'best' / 'config.json', 'architecture')
+    summary = _read(run_dir / 'summary.json', 'best')
+    settings, architecture, best = summary.get('config'), config['architecture'], summary['best']
     if not isinstance(settings, dict) or not {'model', 'dataset'} <= set(settings):
         raise ValueError(f"{run_dir / 'summary.json'}: 'config' has no model and dataset; expected train.py's settings")
     labels = config.get('label_names') or (config.get('pretrained_cfg') or {}).get('label_names') or []
@@ -42,8 +43,8 @@ def run_card(run_dir: Union[str, Path], repo_id: str) -> ModelCard:
         EvalResult(
             task_type='image-classification', task_name='Image Classification',
             dataset_type=dataset_id or 'imagefolder', dataset_name=dataset, dataset_split=split,
-            metric_type='accuracy', metric_value=summary[key], metric_name=f'{label} accuracy')
-        for key, label in (('top1', 'Top-1'), ('top5', 'Top-5')) if isinstance(summary.get(key), (int, float))]
+            metric_type='accuracy', metric_value=best[key], metric_name=f'{label} accuracy')
+        for key, label in (('top1', 'Top-1'), ('top5', 'Top-5')) if isinstance(best.get(key), (int, float))]
     data = ModelCardData(
         model_name=model_name if results else None,
         library_name='timm',
@@ -55,15 +56,15 @@ def run_card(run_dir: Union[str, Path], repo_id: str) -> ModelCard:
         eval_results=results or None)
     measured = [f'{result.metric_name} {result.metric_value:.2f} %' for result in results]
     measured = measured or ['no accuracy is recorded']
-    if isinstance(summary.get('val_loss'), (int, float)):
-        measured.append(f'cross-entropy {summary["val_loss"]:.4f}')
+    if isinstance(best.get('val_loss'), (int, float)):
+        measured.append(f'cross-entropy {best["val_loss"]:.4f}')
     epochs, seed = settings.get('epochs', '?'), settings.get('seed', '?')
     sections = (
         f'# {model_name}', f'`{architecture}` trained on {dataset} with `scripts/train.py` of noah_zoo.',
         '## Use', _run_usage(architecture, repo_id, bool(labels)),
         '## Model', _run_details(config, summary),
         '## Results', f'On the split `{split}` of {dataset}: {"; ".join(measured)}. One run of {epochs} epochs, '
-        f'seed {seed}; the weights are those of the last epoch.',
+        f'seed {seed}; the weights are those of epoch {best["epoch"]}, the best on this split.',
         '## Training', f'```bash\n{_run_command(settings)}\n```', _run_versions(summary),
         '## Classes', _label_list(labels),
         *(('## Citation', f'```bibtex\n{BIBTEX}\n```') if is_noah else ()))
@@ -156,7 +157,7 @@ def _run_command(settings: Dict[str, Any]) -> str:
             words.append(' '.join([flag, *(shlex.quote(str(v)) for v in value)]))
         else:
             words.append(f'{flag} {places.get(key) or shlex.quote(_without_path(value))}')
-    lines, line = [], 'accelerate launch scripts/train.py'
+    lines, line = [], 'accelerate launch scripts/train.py --recipe none'
     for word in words:
         if len(line) + len(word) > 110:
             lines.append(line)

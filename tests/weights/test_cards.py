@@ -17,9 +17,10 @@ import timm
 import torch
 from huggingface_hub import ModelCard
 from timm.models import save_for_hf
-from timm.optim import create_optimizer_v2
 
-from noah_zoo.catalog import CATALOG, PAPER_TABLES, RECIPES, released
+from noah_zoo.catalog import CATALOG, PAPER_TABLES, released
+from noah_zoo.recipes import RECIPES, REMARKS, learning_rate
+from noah_zoo.training.recipes import configure
 from noah_zoo.weights import cards, convert_file
 from noah_zoo.weights.cards import macs, model_card, readme_table, write_cards
 from noah_zoo.weights.run_card import run_card
@@ -177,41 +178,41 @@ def test_snippet_compiles(name):
 
 
 @pytest.mark.parametrize('name', ROWS)
-def test_training_command_is_accepted(name, monkeypatch):
+def test_training_command_is_the_recipe(name, monkeypatch):
     row, recipe = ROWS[name], RECIPES[ROWS[name].family]
     (command,) = re.findall(r'^accelerate launch.*?(?=\n```)', card(name).text, re.M | re.S)
-    args = parse_training_command(command, monkeypatch)
-    assert (args.model, args.dataset, args.data_dir) == (name, 'folder', '/data/imagenet')
-    assert args.epochs == recipe.epochs and args.lr == recipe.lr and args.weight_decay == recipe.weight_decay
-    processes = int(re.search(r'--num_processes (\d+)', command)[1])
-    assert args.batch_size * processes == recipe.batch_size
-    assert args.crop_pct == timm.get_pretrained_cfg(f'{row.name}.osvai_in1k').crop_pct
-    optimizer = create_optimizer_v2(
-        torch.nn.Linear(2, 2), opt=args.opt, lr=args.lr, weight_decay=args.weight_decay, momentum=args.momentum)
-    assert type(optimizer).__name__ == {'sgd': 'SGD', 'adamw': 'AdamW'}[recipe.opt]
-    assert not optimizer.defaults.get('nesterov')
-    if args.model_kwargs and row.params < 10e6:
-        model = timm.create_model(name, **args.model_kwargs)
-        rates = {type(m).__name__: getattr(m, 'drop_prob', getattr(m, 'p', 0)) for m in model.modules()}
-        assert rates['DropPath'] == pytest.approx(recipe.drop_path)
+    config = configure(**vars(parse_training_command(command, monkeypatch)))
+    assert (config.model, config.dataset, config.data_dir) == (name, 'folder', '/data/imagenet')
+    assert config.output == f'runs/{name}' and config.crop_pct == timm.get_pretrained_cfg(
+        f'{row.name}.osvai_in1k').crop_pct
+    assert {key: getattr(config, key) for key in vars(recipe)} == vars(recipe)
 
 
-@pytest.mark.parametrize('family', RECIPES)
+@pytest.mark.parametrize('family', [family for family in RECIPES if family != 'aggressive'])
 def test_the_recipe_in_words(family):
     recipe = RECIPES[family]
     row = next(row for row in CATALOG.values() if row.family == family)
     for name, dropout in ((row.name, row.drop_rate), (row.vanilla, 0)):
         text = card(name).text
-        settings = table_rows(text[text.index('## Training'):])
+        text = text[text.index('## Training'):text.index('## Where')]
+        settings = table_rows(text)
         assert int(settings['epochs'][0]) == recipe.epochs
-        assert int(settings['batch size, all processes'][0]) == recipe.batch_size
-        assert settings['learning rate'][0].startswith(f'{recipe.lr:g};')
-        assert ("on the head's values" in text) == bool(dropout)
-        uncovered = re.search('Not covered by these flags: (.*)', text)[1]
-        for word, said in (
-                ('mixup', recipe.mixup), ('RandAugment', recipe.auto_augment), ('averaged', recipe.ema),
-                ('schedule', recipe.sched != 'cosine'), ('repeated', recipe.repeated_aug)):
-            assert (word in uncovered) == bool(said)
+        assert int(settings['batch size, all devices'][0]) == recipe.batch_size
+        assert settings['optimizer'][0].startswith({'momentum': 'SGD, momentum 0.9, not', 'adamw': 'AdamW'}[recipe.opt])
+        assert re.match(f'{learning_rate(recipe)[0]:g}( =|;)', settings['learning rate'][0])
+        assert f'{recipe.weight_decay:g}, ' in settings['weight decay'][0]
+        assert ('on all parameters' in settings['weight decay'][0]) == recipe.decay_norms
+        for words, said in (
+                ("on the head's values", dropout), ('mixup', recipe.mixup), ('RandAugment', recipe.aa),
+                ('averaged weights |', recipe.model_ema_decay), ('repeated augmentation', recipe.aug_repeats),
+                ('linear to 0', recipe.sched == 'poly'), ('a tenth every 30 epochs', recipe.sched == 'step'),
+                ('cosine to', recipe.sched == 'cosine'), ('warm-up from 1e-06', recipe.warmup_epochs),
+                ('random erasing 0.25', recipe.reprob), ('label smoothing', recipe.smoothing),
+                ('norm 1.0', recipe.clip_grad), ('stochastic depth', recipe.drop_path),
+                (f'{recipe.train_interpolation or recipe.interpolation} interpolation', True),
+                ("in the blocks' MLPs", recipe.model_kwargs), ('colour jitter', False)):
+            assert (words in text) == bool(said), words
+        assert family not in REMARKS or REMARKS[family] in text
 
 
 def run_snippets(codes, cwd):
@@ -225,16 +226,18 @@ def run_snippets(codes, cwd):
     return output.stdout.splitlines()
 
 
-def make_run(folder, settings=(), **summary):
+def make_run(folder, settings=(), **best):
     """A run's folder, as the engine leaves it, of a model with three classes."""
     model = timm.create_model('mobilenetv2_035_noah', num_classes=3, pretrained_cfg_overlay=dict(
         num_classes=3, tag=None, license=None, origin_url=None, input_size=(3, 64, 64), pool_size=None))
     save_for_hf(
-        model, str(folder), safe_serialization=True, model_args={}, model_config=dict(label_names=list(LABELS)))
+        model, str(folder / 'best'), safe_serialization=True, model_args={},
+        model_config=dict(label_names=list(LABELS)))
     content = json.loads(RUN_SUMMARY.read_text(encoding='utf-8'))
     content['config'].update(settings)
-    content.update(summary)
-    (folder / 'summary.json').write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+    content['best'] = {key: content[key] for key in ('epoch', 'top1', 'val_loss')}
+    content['best'].update(best)
+    (folder / 'summary.json').write_text(json.dumps(content))
     return folder
 
 
@@ -249,7 +252,7 @@ def test_snippets_run(tmp_path):
     run = snippet(run_card(make_run(tmp_path / 'run'), 'me/run').text)
     assert 'hf-hub:noah-zoo/mobilenetv2_035.osvai_in1k' in twin and 'hf-hub:me/run' in run
     twin = twin.replace('hf-hub:noah-zoo/mobilenetv2_035.osvai_in1k', f'local-dir:{tmp_path / "twin"}')
-    run = run.replace('hf-hub:me/run', f'local-dir:{tmp_path / "run"}')
+    run = run.replace('hf-hub:me/run', f'local-dir:{tmp_path / "run" / "best"}')
 
     lines = run_snippets((noah, thin, twin, run), tmp_path)
     assert len(lines) == 6 + 6 + 6 + 4
@@ -315,7 +318,8 @@ def test_no_run(tmp_path):
     with pytest.raises(FileNotFoundError, match='config.json is missing; expected the folder of a finished run'):
         run_card(tmp_path, 'me/run')
     make_run(tmp_path)
-    for text, message in (('{"config"', 'not JSON'), ('[]', "has no 'config'"), ('{"config": {}}', 'no model and dat')):
+    for text, message in (
+            ('{"best"', 'not JSON'), ('[]', "has no 'best'"), ('{"best": {}, "config": {}}', 'no model and dat')):
         (tmp_path / 'summary.json').write_text(text)
         with pytest.raises(ValueError, match=f'summary.json.*{message}'):
             run_card(tmp_path, 'me/run')

@@ -187,13 +187,14 @@ def test_a_run_goes_up_the_same_way(project):
     torch.manual_seed(0)
     model = timm.create_model(NOAH, pretrained_cfg_overlay=overlay, output_stride=16)
     timm.models.save_for_hf(
-        model, str(run), safe_serialization=True, model_args=dict(output_stride=16),
+        model, str(run / 'best'), safe_serialization=True, model_args=dict(output_stride=16),
         model_config=dict(label_names=labels))
     example = ROOT / 'results' / 'fashion_mnist' / f'{NOAH}-seed1' / 'summary.json'
     summary = json.loads(example.read_text())
     summary['config'].update(dataset='hfds/someone/pets', model_kwargs=dict(output_stride=16))
+    summary['best'] = {key: summary[key] for key in ('epoch', 'top1', 'val_loss')}
     (run / 'summary.json').write_text(json.dumps(summary))
-    (run / 'optimizer.pt').write_bytes(b'not to be sent')
+    (run / 'best' / 'optimizer.pt').write_bytes(b'not to be sent')
 
     message = project.run('scripts/publish.py', '--from', run, '--repo-id', 'you/pets', '--private')
     assert "timm.create_model('hf-hub:you/pets', pretrained=True)" in message
@@ -250,7 +251,7 @@ for args in (('weights', 'you/pets'), ('weights', 'pets')):
     for (kwargs, message), line in zip(cases, printed):
         assert message in line, kwargs
     assert printed[len(cases):] == [
-        'weights has no model.safetensors: not the folder of a finished run',
+        'weights has no summary.json: not the folder of a finished run',
         "--repo-id 'pets' is not of the form USER/MODEL"]
     assert project.record.read_text() == '{}\n' and not project.hub.tags(f'open/{NOAH}.osvai_in1k')
     for token in (None, 'hf_expired'):

@@ -1,0 +1,160 @@
+"""Floor 1: the paper's training settings, as arguments of noah_zoo.training, named as those of timm's train.py."""
+from dataclasses import dataclass, field
+from typing import Any, Dict, Optional, Tuple
+
+from .catalog import CATALOG
+
+
+@dataclass
+class Recipe:
+    """Hyper-parameters of a run.
+
+    Attributes:
+        epochs: Epochs.
+        batch_size: Images per update, over all processes and accumulation steps.
+        opt: Optimizer of timm.optim; 'momentum' is SGD without Nesterov momentum.
+        opt_eps: Epsilon of the optimizer; its own if None.
+        momentum: Momentum of SGD; timm leaves Adam's betas, 0.9 and 0.999, as they are.
+        weight_decay: Weight decay.
+        decay_norms: Weight decay on norms and biases, too.
+        lr: Highest learning rate; if None, `lr_base` x `batch_size` / `lr_base_size`.
+        lr_base: See `lr`.
+        lr_base_size: See `lr`.
+        sched: Scheduler of timm.scheduler; 'poly' with `decay_rate` 1 is a straight line.
+        sched_on_updates: Step the scheduler with every update, not every epoch.
+        decay_epochs: Epochs between steps of 'step'.
+        decay_rate: Factor of 'step', exponent of 'poly'.
+        warmup_epochs: Epochs of linear warm-up.
+        warmup_lr: Learning rate at its start.
+        min_lr: Learning rate at the end.
+        layer_decay: Factor of the learning rate from layer to layer, from the head down.
+        head_lr_factor: Factor of the head's learning rate.
+        clip_grad: Largest norm of the gradient.
+        scale: Area range of the random crop.
+        ratio: Aspect ratio range of the random crop.
+        hflip: Probability of a horizontal flip.
+        color_jitter: Strength of colour jitter; `aa` takes its place.
+        aa: AutoAugment or RandAugment, in timm's notation.
+        reprob: Probability of random erasing, by random pixels.
+        mixup: Alpha of mixup.
+        cutmix: Alpha of CutMix.
+        mixup_switch_prob: Probability of CutMix where both are on.
+        aug_repeats: Times that an image is in an epoch's batches, augmented anew; 0 is once.
+        smoothing: Label smoothing.
+        drop_path: Stochastic depth rate of the last block.
+        model_ema_decay: Decay of averaged weights, which are then evaluated and kept; None for none.
+        interpolation: How images are resized, 'bilinear' or 'bicubic'; the model's if None.
+        train_interpolation: The same in training, 'random' too; `interpolation` if None.
+        crop_pct: Share of the image that evaluation crops; the model's if None.
+        model_kwargs: More arguments of the model.
+    """
+    epochs: int = 100
+    batch_size: int = 128
+    opt: str = 'sgd'
+    opt_eps: Optional[float] = None
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    decay_norms: bool = False
+    lr: Optional[float] = None
+    lr_base: float = 0.1
+    lr_base_size: int = 256
+    sched: str = 'cosine'
+    sched_on_updates: bool = False
+    decay_epochs: float = 30
+    decay_rate: float = 0.1
+    warmup_epochs: int = 0
+    warmup_lr: float = 1e-5
+    min_lr: float = 0.
+    layer_decay: Optional[float] = None
+    head_lr_factor: float = 1.
+    clip_grad: Optional[float] = None
+    scale: Tuple[float, float] = (0.08, 1.)
+    ratio: Tuple[float, float] = (3 / 4, 4 / 3)
+    hflip: float = 0.5
+    color_jitter: Optional[float] = None
+    aa: Optional[str] = None
+    reprob: float = 0.
+    mixup: float = 0.
+    cutmix: float = 0.
+    mixup_switch_prob: float = 0.5
+    aug_repeats: int = 0
+    smoothing: float = 0.
+    drop_path: Optional[float] = None
+    model_ema_decay: Optional[float] = None
+    interpolation: Optional[str] = None
+    train_interpolation: Optional[str] = None
+    crop_pct: Optional[float] = None
+    model_kwargs: Dict[str, Any] = field(default_factory=dict)
+
+
+_CNN = dict(opt='momentum', momentum=0.9, interpolation='bilinear', crop_pct=0.875)  # supplement; the last two: command
+_VIT = dict(
+    epochs=300, batch_size=1024, opt='adamw', weight_decay=0.05,  # supplement, DeiT and PVT; its momentum: timm's beta
+    lr_base=5e-4, lr_base_size=512,  # the supplement's 5e-4 is the command's flag, which it scales by batch / 512
+    sched='cosine', warmup_epochs=5, warmup_lr=1e-6, min_lr=1e-5,  # command; the supplement lets it end at zero
+    smoothing=0.1, aa='rand-m9-mstd0.5-inc1', reprob=0.25, mixup=0.8, cutmix=1.,  # supplement names, command's values
+    aug_repeats=3, drop_path=0.1, interpolation='bicubic', crop_pct=0.875)  # command
+_MLP = Recipe(
+    epochs=300, batch_size=1536, opt='adamw', lr=7e-4, weight_decay=0.067,  # supplement, Mixer and gMLP
+    opt_eps=1e-6, sched='cosine', warmup_epochs=20, warmup_lr=1e-6, min_lr=1e-5,  # command; the supplement ends at zero
+    smoothing=0.1, aa='rand-m6-n3-mstd1.0-inc1', mixup=0.5, cutmix=1.,  # supplement names, command's values
+    reprob=0.,  # command; the supplement names random erasing
+    color_jitter=0.4, ratio=(0.67, 1.5), drop_path=0.1, clip_grad=1., model_ema_decay=0.99992,  # command
+    interpolation='bicubic', train_interpolation='random', crop_pct=0.9,  # command
+    model_kwargs=dict(proj_drop_rate=0.02333))  # command
+RECIPES: Dict[str, Recipe] = {
+    'resnet': Recipe(
+        **_CNN, epochs=100, batch_size=256, lr=0.1, weight_decay=1e-4,  # supplement, ResNet
+        sched='step', decay_epochs=30, decay_rate=0.1,  # supplement, ResNet
+        decay_norms=True),  # command
+    'mobilenet': Recipe(
+        **_CNN, epochs=150, batch_size=256, lr=0.05, weight_decay=4e-5,  # supplement, MobileNet
+        sched='cosine', min_lr=0.,  # supplement, MobileNet; per epoch: command
+        decay_norms=True),  # command
+    'shufflenet': Recipe(
+        **_CNN, epochs=240, batch_size=1024, lr=0.5, weight_decay=4e-5,  # supplement, ShuffleNetV2
+        sched='poly', decay_rate=1., min_lr=0.,  # supplement, ShuffleNetV2: linearly to zero; per epoch: command
+        decay_norms=False),  # command
+    'deit': Recipe(**_VIT, color_jitter=0.3, model_ema_decay=0.99996),  # command
+    'pvt': Recipe(**_VIT, color_jitter=0.4),  # command
+    'mixer': _MLP,
+    'gmlp': _MLP,
+    'aggressive': Recipe(
+        epochs=300, batch_size=4096, opt='adamw', lr=4e-3, weight_decay=0.05,  # supplement, Table XVI
+        sched='cosine', warmup_epochs=20,  # supplement
+        sched_on_updates=True, warmup_lr=0., min_lr=1e-6,  # ConvNeXt
+        smoothing=0.1, aa='rand-m9-mstd0.5-inc1', reprob=0.25, mixup=0.8, cutmix=1.,  # supplement, ConvNeXt's values
+        model_ema_decay=0.9999,  # supplement; ConvNeXt's value
+        color_jitter=0.4, interpolation='bicubic', crop_pct=0.875)}  # ConvNeXt
+_VIT_REMARK = (
+    'The paper prints the learning rate before it is scaled by batch size / 512, and lets it end at zero. The released '
+    'command ends at 1e-05, asks for ten cool-down epochs that it never reaches, and applies every learning rate one '
+    'epoch late; this delay is left out here.')
+_MLP_REMARK = (
+    'The paper lets the learning rate end at zero and names random erasing; the released settings end at 1e-05 and do '
+    'without it.')
+REMARKS: Dict[str, str] = {  # where paper and released command disagree, the command wins
+    'deit': f'{_VIT_REMARK} The released command keeps averaged weights, and evaluates the plain '
+            'ones; here the averaged ones are evaluated.',
+    'pvt': _VIT_REMARK,
+    'mixer': _MLP_REMARK,
+    'gmlp': _MLP_REMARK,
+    'aggressive':
+        'ResNet50 of Table XVI, trained with the defaults of the public ConvNeXt code. LayerScale is left out: '
+        "timm's ResNet has none. The paper names stochastic depth, ConvNeXt's default rate is 0, and so it is here; "
+        "see --drop-path. ConvNeXt's cosine begins after the warm-up, timm's counts it: the learning rate is lower by "
+        'up to 6 % of its peak.'}
+
+
+def learning_rate(recipe: Recipe) -> Tuple[float, str]:
+    """The highest learning rate of a recipe or a run, and where it comes from: '0.001 = 0.0005 x 1024 / 512'."""
+    if recipe.lr is not None:
+        return recipe.lr, f'{recipe.lr:g} as given'
+    lr = recipe.lr_base * recipe.batch_size / recipe.lr_base_size
+    return lr, f'{lr:g} = {recipe.lr_base:g} x {recipe.batch_size} / {recipe.lr_base_size}'
+
+
+def recipe_of(model: str) -> Optional[str]:
+    """The recipe's name of a NOAH model or of a vanilla twin of the catalog, with or without tag; None for others."""
+    name = model.partition('.')[0]
+    return next((row.family for row in CATALOG.values() if name in (row.name, row.vanilla)), None)

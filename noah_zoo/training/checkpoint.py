@@ -1,0 +1,92 @@
+"""Floor 4: checkpoints that are whole or absent, and the newest of them."""
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+from accelerate import Accelerator
+
+_logger = logging.getLogger(__name__)
+
+PREFIX = 'update-'
+
+
+class Progress:
+    """Where a run is: kept in its checkpoints.
+
+    Attributes:
+        epoch: Epochs done.
+        update: Updates done, in all epochs.
+        batch: Batches of a process done in the epoch under way.
+        updates_in_epoch: Updates done in it.
+        loss: Sum of the losses of the epoch's updates so far.
+        best: The best top-1 accuracy so far.
+        best_epoch: Its epoch.
+        skipped: Updates left out, as their loss was not finite.
+        seconds: Time that the run took.
+    """
+
+    def __init__(self) -> None:
+        self.epoch = self.update = self.batch = self.best_epoch = self.skipped = self.updates_in_epoch = 0
+        self.loss = self.seconds = 0.
+        self.best = -1.
+
+    def state_dict(self) -> Dict[str, Any]:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        vars(self).update(state)
+
+
+def save_checkpoint(accelerator: Accelerator, folder: Path, update: int, keep: int) -> Path:
+    """Write a checkpoint beside its place, rename it, and remove all but the newest.
+
+    Args:
+        accelerator: What it prepared and registered is saved.
+        folder: Where the checkpoints are.
+        update: Updates done.
+        keep: Checkpoints to keep.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        OSError: If it cannot be written. The checkpoints that are there stay as they are.
+    """
+    path = folder / f'{PREFIX}{update:09}'
+    partial = folder / f'.{path.name}.partial'
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    try:
+        accelerator.save_state(str(partial))
+        accelerator.wait_for_everyone()
+    except (OSError, RuntimeError) as error:  # torch.save tells of a full disk by a RuntimeError
+        shutil.rmtree(partial, ignore_errors=True)
+        newest = newest_checkpoint(folder)
+        kept = f'the last good one is {newest}' if newest else 'there is none yet'
+        raise OSError(f'{path}: the checkpoint cannot be written ({_reason(error, folder)}); {kept}') from error
+    if accelerator.is_main_process:
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(partial, path)
+        for old in checkpoints(folder)[:-keep]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+    return path
+
+
+def _reason(error: Exception, folder: Path) -> str:
+    free = shutil.disk_usage(folder).free
+    return f'{" ".join(str(error).split())}; {free / 1e6:.0f} MB are free'
+
+
+def checkpoints(folder: Path) -> List[Path]:
+    """All checkpoints, oldest first. A folder under a temporary name is none."""
+    return sorted(folder.glob(f'{PREFIX}*')) if folder.is_dir() else []
+
+
+def newest_checkpoint(folder: Path) -> Optional[Path]:
+    """The newest checkpoint, or None."""
+    return next(reversed(checkpoints(folder)), None)

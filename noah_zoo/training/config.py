@@ -1,0 +1,65 @@
+"""Floor 4: the settings of a run."""
+from dataclasses import dataclass
+from typing import Optional
+
+from ..recipes import Recipe
+
+
+@dataclass(kw_only=True)
+class TrainConfig(Recipe):
+    """One run: a recipe's hyper-parameters, and what follows. Names and meanings are those of timm's train.py.
+
+    Attributes:
+        model: A timm name.
+        output: Folder of the run.
+        dataset: 'fashion_mnist', 'folder', or a name of `timm.data.create_dataset`.
+        data_dir: Folder of the data.
+        train_split: Split to train on.
+        val_split: Split to evaluate on.
+        val_fraction: Share of the training split that is held out for evaluation; then `val_split` is not read.
+        skip_damaged: Leave out images that cannot be read, instead of stopping.
+        workers: Data loading processes per process.
+        pretrained: Start from the pretrained weights.
+        img_size: Image size; the model's if None.
+        grad_checkpointing: Recompute activations in the backward pass.
+        freeze: Train the head only.
+        device_batch_size: Largest batch of a device; accumulation makes up `batch_size`. All of its share if None.
+        mixed_precision: 'no', 'fp16' or 'bf16'; that of `accelerate config` if None.
+        channels_last: NHWC memory layout.
+        torchcompile: Compile the model.
+        sync_bn: Batch statistics over all processes.
+        cpu: Do not use an accelerator.
+        seed: Random seed.
+        checkpoint_steps: Updates between checkpoints inside an epoch; 0 for none.
+        checkpoint_hist: Checkpoints to keep, besides the best weights.
+        resume: 'auto' goes on with the newest checkpoint in `output`, if there is one; or a checkpoint's folder.
+        skip_nonfinite: Updates with a loss that is not finite to leave out before giving up.
+        log_with: A tracker of Accelerate, 'tensorboard' say.
+        smoke: Stop every epoch after so many updates, evaluate as many batches, and stop after two epochs; 0 for not.
+    """
+    model: str
+    output: str
+    dataset: str = 'fashion_mnist'
+    data_dir: Optional[str] = None
+    train_split: str = 'train'
+    val_split: str = 'validation'
+    val_fraction: float = 0.
+    skip_damaged: bool = False
+    workers: int = 2
+    pretrained: bool = False
+    img_size: Optional[int] = None
+    grad_checkpointing: bool = False
+    freeze: bool = False
+    device_batch_size: Optional[int] = None
+    mixed_precision: Optional[str] = None
+    channels_last: bool = False
+    torchcompile: bool = False
+    sync_bn: bool = False
+    cpu: bool = False
+    seed: int = 0
+    checkpoint_steps: int = 0
+    checkpoint_hist: int = 2
+    resume: Optional[str] = None
+    skip_nonfinite: int = 0
+    log_with: Optional[str] = None
+    smoke: int = 0

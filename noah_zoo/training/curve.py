@@ -1,0 +1,32 @@
+"""Floor 4: the learning curve of a run as a picture."""
+import json
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+
+def draw_curve(log: Path, path: Path, title: str) -> None:
+    """Draw loss and accuracy over epochs from a run's `log.jsonl`.
+
+    Args:
+        log: The log, a line per epoch.
+        path: The PNG to write.
+        title: Title of the picture.
+    """
+    records = [json.loads(line) for line in log.read_text(encoding='utf-8').splitlines()]
+    epochs = [record['epoch'] for record in records]
+    figure = Figure(figsize=(9, 3.5), layout='constrained')
+    losses, accuracy = figure.subplots(1, 2)
+    for key, label, style in (('train_loss', 'training', '-'), ('val_loss', 'evaluation', '--')):
+        losses.plot(epochs, [record[key] for record in records], style, marker='.', label=label)
+    losses.set(xlabel='epoch', ylabel='loss', title=title)
+    for key, label, style in (('top1', 'top-1', '-'), ('top5', 'top-5', '--')):
+        if key in records[0]:
+            accuracy.plot(epochs, [record[key] for record in records], style, marker='.', label=label)
+    best = max(records, key=lambda record: record['top1'])
+    accuracy.annotate(f'{best["top1"]:.2f}', (best['epoch'], best['top1']), textcoords='offset points', xytext=(0, -14))
+    accuracy.set(xlabel='epoch', ylabel='accuracy, %', title=f'best top-1 {best["top1"]:.2f} in epoch {best["epoch"]}')
+    for axes in (losses, accuracy):
+        axes.legend()
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,72 @@
+"""Floor 4: the accuracy of a pretrained model on a dataset."""
+from typing import Any, Dict, Optional
+
+import timm
+from accelerate import Accelerator
+from timm.data import create_transform, resolve_data_config
+from torch.utils.data import IterableDataset
+
+from ..catalog import TAG, released_figures
+from .data import create_dataset
+from .engine import evaluate
+from .loader import EvalBatches, create_loader
+
+
+def validate(
+        model: str,
+        dataset: str = 'fashion_mnist',
+        data_dir: Optional[str] = None,
+        split: str = 'validation',
+        batch_size: int = 64,
+        workers: int = 2,
+        img_size: Optional[int] = None,
+        cpu: bool = False,
+) -> Dict[str, Any]:
+    """Evaluate a pretrained model, with its own preprocessing, every image once on any number of processes.
+
+    Args:
+        model: A timm name, with or without tag, 'hf-hub:...' or 'local-dir:...'.
+        dataset: 'fashion_mnist', 'folder', or a name of `timm.data.create_dataset`.
+        data_dir: Folder of the data.
+        split: Split to evaluate on.
+        batch_size: Images in a batch of a process.
+        workers: Data loading processes per process.
+        img_size: Another image size than the model's.
+        cpu: Do not use an accelerator.
+
+    Returns:
+        'top1' and 'top5' in percent, 'val_loss', 'images'; and 'paper', the paper's figures on ImageNet-1k, if the
+        weights are the authors'.
+
+    Raises:
+        FileNotFoundError: If the data are not there.
+        RuntimeError: If the weights cannot be had.
+        ValueError: If the classes of the model and the dataset do not match.
+    """
+    accelerator = Accelerator(cpu=cpu)
+    net = timm.create_model(model, pretrained=True, **({} if img_size is None else dict(img_size=img_size)))
+    images = create_dataset(dataset, data_dir, split)
+    names = net.pretrained_cfg.get('label_names')
+    if net.num_classes != len(images.class_names):
+        raise ValueError(
+            f'{model} tells {net.num_classes} classes apart, {dataset} has {len(images.class_names)} '
+            f'({", ".join(images.class_names[:3])}, ...); they have to be the same')
+    stream = isinstance(images, IterableDataset)
+    if names and not stream:
+        images = images.with_classes(names)  # in the order of the logits
+    config = resolve_data_config({} if img_size is None else dict(img_size=img_size), model=net)
+    transform = create_transform(
+        input_size=config['input_size'], interpolation=config['interpolation'], mean=config['mean'],
+        std=config['std'], crop_pct=config['crop_pct'])
+    sampler = None if stream else EvalBatches(
+        len(images), batch_size, accelerator.num_processes, accelerator.process_index)
+    loader = create_loader(images, transform, sampler, workers, batch_size)
+    figures = evaluate(accelerator, net.to(accelerator.device), loader, net.num_classes)
+    result: Dict[str, Any] = {'model': model, 'dataset': dataset, 'split': split, **figures}
+    if not stream:
+        result['images'] = len(images)
+    architecture = net.pretrained_cfg.get('architecture', '')
+    paper = released_figures(architecture)
+    if paper and net.pretrained_cfg.get('tag') == TAG and net.num_classes == 1000:
+        result['paper'] = {'top1': paper.top1, 'top5': paper.top5}
+    return result

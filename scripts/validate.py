@@ -1,0 +1,57 @@
+"""Evaluate a pretrained model on a dataset: top-1 and top-5, beside the paper's figures for the authors' weights.
+
+    python scripts/validate.py --model resnet50_noah --dataset folder --data-dir /data/imagenet
+    python scripts/validate.py --model mobilenetv2_035_noah.fashion_mnist --dataset fashion_mnist
+    accelerate launch scripts/validate.py --model local-dir:runs/pets/best --dataset folder --data-dir /data/pets
+"""
+import argparse
+import json
+import logging
+import os
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
+    add = parser.add_argument
+    add('--model', required=True, metavar='NAME', help="timm name, with or without tag, 'hf-hub:...', 'local-dir:...'")
+    add('--dataset', metavar='NAME', help="'fashion_mnist' (default), 'folder', 'hfds/NAME', 'hfids/NAME' or 'wds/...'")
+    add('--data-dir', metavar='DIR', help='folder of the data')
+    add('--split', metavar='NAME', help='split to evaluate on (validation)')
+    add('-b', '--batch-size', type=int, metavar='N', help='batch size per process (64)')
+    add('-j', '--workers', type=int, metavar='N', help='data loading processes (2)')
+    add('--img-size', type=int, metavar='N', help="image size (the model's)")
+    add('--cpu', action='store_true', help='do not use an accelerator')
+    add('--json', action='store_true', help='print JSON')
+    return parser, parser.parse_args()
+
+
+def main() -> None:
+    parser, args = parse_args()
+    import noah_zoo  # noqa: F401
+    from noah_zoo.training.validate import validate
+
+    logging.basicConfig(level=logging.WARNING, format='%(message)s')
+    settings = dict(vars(args))
+    as_json = settings.pop('json', False)
+    try:
+        result = validate(**settings)
+    except (OSError, ValueError, RuntimeError) as error:
+        parser.exit(2, f'validate.py: error: {error}\n')
+    except KeyboardInterrupt:
+        parser.exit(130, '\nvalidate.py: interrupted\n')
+    if os.environ.get('RANK', '0') != '0':
+        return
+    if as_json:
+        print(json.dumps(result, indent=2))
+        return
+    print(f'{result["model"]} on {result["dataset"]} [{result["split"]}]')
+    for key, label in (('top1', 'top-1'), ('top5', 'top-5')):
+        if key in result:
+            paper = f'   paper, on ImageNet-1k: {result["paper"][key]:.2f} %' if 'paper' in result else ''
+            print(f'{label}: {result[key]:.2f} %{paper}')
+    print(f'cross-entropy: {result["val_loss"]:.4f}')
+
+
+if __name__ == '__main__':
+    main()

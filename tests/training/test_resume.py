@@ -1,0 +1,215 @@
+"""A run survives: killed, terminated, out of disk, or with a loss that is not finite. The real script, real kills."""
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+import noah_zoo  # noqa: F401
+from noah_zoo.training.data import FashionMnist
+
+from ..client import SmallDisk
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / 'scripts' / 'train.py'
+# Accumulation with a last window of its own (48 images: 12 batches of 4 in windows of 5), mixup, EMA, workers.
+EVERYTHING = {
+    '--model': 'mobilenetv2_035_noah', '--img-size': 32, '--epochs': 6, '--batch-size': 20, '--device-batch-size': 4,
+    '--lr': 0.02, '--opt': 'momentum', '--mixup': 0.2, '--smoothing': 0.1, '--aa': 'rand-m5-n2', '--reprob': 0.2,
+    '--model-ema-decay': 0.9, '--workers': 2, '--checkpoint-steps': 1}
+PLAIN = {
+    '--model': 'mixer_s16_050_224_noah', '--img-size': 32, '--epochs': 2, '--batch-size': 16, '--lr': 0.01,
+    '--opt': 'momentum', '--workers': 0, '--recipe': 'none', '--model-kwargs': 'drop_rate=0.'}  # and no batch norm
+
+
+def start(idx_dir, output, settings, processes=1, *more):
+    args = [str(word) for pair in settings.items() for word in pair]
+    launch = [sys.executable] if processes == 1 else [
+        sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(processes)]
+    return subprocess.Popen(
+        [*launch, str(SCRIPT), '--cpu', '--data-dir', str(idx_dir), '--output', str(output), *args, *more],
+        env={**os.environ, 'OMP_NUM_THREADS': '1'}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        start_new_session=True)
+
+
+def run(*args, code=0):
+    process = start(*args)
+    try:
+        out, err = process.communicate(timeout=240)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == code, err[-3000:]
+    return out + err
+
+
+def checkpoints(output):
+    return sorted(path.name for path in (output / 'checkpoints').glob('update-*'))
+
+
+def left(output):
+    """All that a run leaves, but for its times: hashes of weights and states, and the log."""
+    newest = output / 'checkpoints' / checkpoints(output)[-1]
+    files = [newest / 'model.safetensors', newest / 'optimizer.bin', newest / 'custom_checkpoint_2.pkl',
+             output / 'best' / 'model.safetensors']
+    lines = [json.loads(line) for line in (output / 'log.jsonl').read_text().splitlines()]
+    return (
+        [hashlib.sha256(path.read_bytes()).hexdigest() for path in files],
+        [{key: value for key, value in line.items() if 'seconds' not in key} for line in lines])
+
+
+@pytest.fixture(scope='module')
+def whole(idx_dir, tmp_path_factory):
+    """The folder of a run that nobody stops."""
+    output = tmp_path_factory.mktemp('whole') / 'run'
+    run(idx_dir, output, EVERYTHING)
+    return output
+
+
+@pytest.fixture(scope='module')
+def whole_of_two(idx_dir, tmp_path_factory):
+    """The folder of a run of two processes that nobody stops."""
+    output = tmp_path_factory.mktemp('whole') / 'run'
+    run(idx_dir, output, EVERYTHING, 2)
+    assert json.loads((output / 'summary.json').read_text())['batch']['processes'] == 2
+    return output
+
+
+def wait_for(process, condition):
+    end = time.monotonic() + 120
+    while process.poll() is None and not condition():
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize('processes', [1, 2])
+def test_killed_and_resumed_ends_with_the_same_weights(processes, request, idx_dir, tmp_path):
+    expected = left(request.getfixturevalue('whole' if processes == 1 else 'whole_of_two'))
+    output, chance = tmp_path / 'run', random.Random(processes)
+    kills = 0
+    while kills < 3:
+        process = start(idx_dir, output, EVERYTHING, processes, '--resume', 'auto')
+        before = checkpoints(output)
+        wait_for(process, lambda: checkpoints(output) != before)  # noqa: B023
+        time.sleep(chance.random() / 10)
+        if process.poll() is not None:  # it was done before
+            assert process.returncode == 0, process.communicate()[1][-3000:]
+            break
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        kills += 1
+    assert kills
+    run(idx_dir, output, EVERYTHING, processes, '--resume', 'auto')
+    assert left(output) == expected
+
+
+def test_sigterm_saves_and_says_so_to_the_scheduler(whole, idx_dir, tmp_path):
+    output = tmp_path / 'run'
+    settings = {**EVERYTHING, '--checkpoint-steps': 0}
+    process = start(idx_dir, output, settings)
+    wait_for(process, lambda: (output / 'args.yaml').exists())
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
+    assert 'SIGTERM: saved' in err and 'Traceback' not in err and checkpoints(output)
+    assert not (output / 'summary.json').exists()
+    assert 'other settings: checkpoint_steps was 0' in run(
+        idx_dir, output, EVERYTHING, 1, '--resume', 'auto', code=2)
+    run(idx_dir, output, settings, 1, '--resume', 'auto')
+    assert left(output) == left(whole)
+
+
+def test_two_processes_give_the_curve_of_one(idx_dir, tmp_path):
+    curves = []
+    for processes in (1, 2):
+        output = tmp_path / str(processes)
+        run(idx_dir, output, PLAIN, processes)
+        lines = [json.loads(line) for line in (output / 'log.jsonl').read_text().splitlines()]
+        curves.append([line[key] for line in lines for key in ('train_loss', 'val_loss', 'top1')])
+        assert json.loads((output / 'summary.json').read_text())['batch']['processes'] == processes
+        correct = lines[-1]['top1'] * 12 / 100
+        assert correct == pytest.approx(round(correct), abs=0.01)  # 12 images, each counted once
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
+
+
+def test_accumulation(idx_dir, tmp_path):
+    def losses(batch, device, lr):
+        output = tmp_path / f'{batch}-{device}-{lr}'
+        run(idx_dir, output, {**PLAIN, '--batch-size': batch, '--device-batch-size': device, '--lr': lr})
+        return [json.loads(line)['train_loss'] for line in (output / 'log.jsonl').read_text().splitlines()]
+
+    assert losses(16, 4, 0.01) == pytest.approx(losses(16, 16, 0.01), rel=1e-5)
+    # 48 images at a learning rate of nothing, in windows of 8; of 40 and 8; of 20, 20 and 8.
+    all_8, last_8, twenty = (losses(batch, device, 1e-12)[0] for batch, device in ((8, 8), (40, 8), (20, 4)))
+    first_40 = (6 * all_8 - 2 * last_8) / 4
+    rest = 2 * last_8 - first_40
+    assert abs(first_40 - rest) > 1e-3  # so it matters how they are weighted
+    assert twenty == pytest.approx((2 * first_40 + rest) / 3, rel=1e-5)
+
+
+def test_what_was_evaluated_is_what_is_saved(whole, idx_dir):
+    output = whole
+    best = load_file(output / 'best' / 'model.safetensors')
+    newest = output / 'checkpoints' / checkpoints(output)[-1]
+    assert not torch.equal(best['conv_stem.weight'], load_file(newest / 'model.safetensors')['conv_stem.weight'])
+    model = timm.create_model(f'local-dir:{output / "best"}', pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model))
+    with torch.no_grad():
+        correct = sum(
+            model(transform(image)[None]).argmax().item() == label for image, label in FashionMnist(idx_dir, 'test'))
+    summary = json.loads((output / 'summary.json').read_text())
+    assert summary['best']['top1'] == pytest.approx(100 * correct / 12, abs=1e-3)
+    assert (output / 'curve.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_a_full_disk(idx_dir, tmp_path):
+    settings = {**EVERYTHING, '--epochs': 100, '--checkpoint-hist': 1000, '--workers': 0}
+    with SmallDisk(tmp_path / 'disk', 60) as disk:
+        message = run(idx_dir, disk / 'run', settings, code=2)
+        newest = disk / 'run' / 'checkpoints' / checkpoints(disk / 'run')[-1]
+        assert 'cannot be written' in message and f'the last good one is {newest}' in message
+        assert 'Traceback' not in message
+        load_file(newest / 'model.safetensors')
+        for name in checkpoints(disk / 'run')[:-1]:
+            for path in (disk / 'run' / 'checkpoints' / name).iterdir():
+                path.unlink()
+            (disk / 'run' / 'checkpoints' / name).rmdir()
+        process = start(idx_dir, disk / 'run', settings, 1, '--resume', 'auto')
+        wait_for(process, lambda: len(checkpoints(disk / 'run')) > 1)
+        process.kill()
+        assert f'going on with {newest}' in process.communicate()[1]
+
+
+def test_a_loss_that_is_not_finite(idx_dir, tmp_path):
+    settings = {**PLAIN, '--lr': 1e20, '--checkpoint-steps': 1}
+    message = run(idx_dir, tmp_path / 'run', settings, code=2)
+    assert 'the loss is' in message and 'in update 2' in message and 'update-000000001' in message
+    assert checkpoints(tmp_path / 'run') == ['update-000000001']
+    message = run(idx_dir, tmp_path / 'other', {**settings, '--skip-nonfinite': 2}, code=2)
+    assert message.count('left out') == 2
+
+
+def test_a_run_is_not_overwritten(idx_dir, tmp_path):
+    output = tmp_path / 'run'
+    run(idx_dir, output, PLAIN)
+    before = left_files(output)
+    assert 'has a finished run' in run(idx_dir, output, PLAIN, code=2)
+    run(idx_dir, output, PLAIN, 1, '--resume', 'auto')  # nothing to do
+    assert left_files(output) == before
+    (output / 'summary.json').unlink()
+    assert 'has an unfinished run; go on with it by --resume auto' in run(idx_dir, output, PLAIN, code=2)
+    assert 'no such folder' in run(idx_dir, output, PLAIN, 1, '--resume', 'nowhere', code=2)
+
+
+def left_files(output):
+    return {path: path.stat().st_mtime_ns for path in output.rglob('*') if path.is_file()}

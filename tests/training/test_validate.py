@@ -1,0 +1,48 @@
+"""scripts/validate.py, on real images."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = ['--model', 'mobilenetv2_035_noah.fashion_mnist', '--cpu', '--workers', '0']
+
+
+def run(*args, launch=()):
+    return subprocess.run(
+        [sys.executable, *launch, str(ROOT / 'scripts' / 'validate.py'), *map(str, args)],
+        capture_output=True, text=True, timeout=200, check=False)
+
+
+def test_on_any_number_of_processes(idx_dir):
+    results = []
+    for launch in ((), ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2')):
+        result = run(*SHIPPED, '--data-dir', idx_dir, '-b', 5, '--json', launch=launch)
+        assert result.returncode == 0, result.stderr
+        results.append(json.loads(result.stdout))
+    assert results[0]['images'] == 12 and 'paper' not in results[0]
+    assert results[0]['top1'] > 80 and results[0]['top5'] == 100
+    assert results[1] == pytest.approx(results[0])
+
+
+def test_printed(idx_dir):
+    lines = run(*SHIPPED, '--data-dir', idx_dir).stdout.splitlines()
+    assert lines[0] == 'mobilenetv2_035_noah.fashion_mnist on fashion_mnist [validation]'
+    assert lines[1].startswith('top-1: ') and lines[1].endswith(' %')
+
+
+@pytest.mark.parametrize('args, message', [
+    (['--model', 'mobilenetv2_035_noah.fashion_mnist', '--data-dir', '/nowhere'], 'neither t10k-images-idx3-ubyte nor'),
+    (['--model', 'mobilenetv2_035_noah.fashion_mnist', '--dataset', 'folder', '--data-dir', '{folder}'],
+     'tells 10 classes apart, folder has 2 (cat, dog, ...)'),
+    (['--model', 'resnet18_noha'], 'resnet18_noha'),
+])
+def test_bad_input(args, message, tmp_path):
+    from PIL import Image
+    for name in ('cat', 'dog'):
+        (tmp_path / 'validation' / name).mkdir(parents=True)
+        Image.new('RGB', (8, 8)).save(tmp_path / 'validation' / name / '1.png')
+    result = run(*[arg.format(folder=tmp_path) for arg in args], '--cpu')
+    assert result.returncode == 2 and message in result.stderr and 'Traceback' not in result.stderr
