@@ -9,6 +9,8 @@ from PIL import Image
 from timm.data import ImageNetInfo, create_transform, resolve_data_config
 from torch import nn
 
+from .images import DamagedImageError, read_image
+
 SAMPLES = Path(__file__).parent / 'samples'
 DEFAULT_MODEL = 'mobilenetv2_035_noah.fashion_mnist'
 
@@ -83,10 +85,9 @@ def predict(model: nn.Module, images: Sequence[Path], top_k: int = 5) -> Iterato
     parameter = next(model.parameters())
     for path in images:
         try:
-            with Image.open(path) as image:
-                x_BCHW = transform(image.convert('RGB')).unsqueeze(0)
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            yield {'path': str(path), 'error': f'not a readable image: {error}'}
+            x_BCHW = transform(read_image(path)).unsqueeze(0)
+        except (OSError, DamagedImageError) as error:
+            yield {'path': str(path), 'error': str(error)}
             continue
         probabilities = model(x_BCHW.to(parameter.device, parameter.dtype))[0].float().softmax(dim=0)
         values, indices = probabilities.topk(min(top_k, len(names)))

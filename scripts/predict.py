@@ -41,7 +41,7 @@ def main() -> int:
     for result in results:
         failed += 'error' in result
         if 'error' in result:
-            print(f'{result["path"]}: {result["error"]}', file=sys.stderr)
+            print(result['error'], file=sys.stderr)
         if args.json:
             shown.append(result)
         elif 'error' not in result:

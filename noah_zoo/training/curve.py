@@ -3,6 +3,7 @@ import json
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 
 def draw_curve(log: Path, path: Path, title: str) -> None:
@@ -24,9 +25,9 @@ def draw_curve(log: Path, path: Path, title: str) -> None:
         if key in records[0]:
             accuracy.plot(epochs, [record[key] for record in records], style, marker='.', label=label)
     best = max(records, key=lambda record: record['top1'])
-    accuracy.annotate(f'{best["top1"]:.2f}', (best['epoch'], best['top1']), textcoords='offset points', xytext=(0, -14))
     accuracy.set(xlabel='epoch', ylabel='accuracy, %', title=f'best top-1 {best["top1"]:.2f} in epoch {best["epoch"]}')
     for axes in (losses, accuracy):
         axes.legend()
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

@@ -1,93 +1,29 @@
 """Floor 4: datasets of images with one class each. Everything but Fashion-MNIST's IDX files is found by timm.data."""
 import copy
 import gzip
-import io
-import itertools
-import json
 import logging
-import math
-import multiprocessing
 import os
-import random
-import tarfile
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import timm.data
 import torch
 from huggingface_hub.utils import tqdm
-from PIL import Image, UnidentifiedImageError
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ..catalog import FASHION_MNIST_CLASSES
+from ..images import UNREADABLE, DamagedImageError, read_image
 from .config import TrainConfig
+from .streams import Stream
 
 _logger = logging.getLogger(__name__)
 
 FASHION_MNIST_DIR = Path('/usr/share/datasets/fashion-mnist')  # Debian's package dataset-fashion-mnist
 DATASETS = 'fashion_mnist, folder, hfds/NAME, hfids/NAME, wds/'
 SPLITS = ('train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation', 'test')
-_UNREADABLE = ': not a readable image: '
-
-
-class DamagedImageError(ValueError):
-    """An image that cannot be read: '<where>: not a readable image: <reason>'. Made of one string, as torch's
-    DataLoader makes a worker's exception anew from its text."""
-
-
-def read_image(source: Union[str, Path, bytes], where: Optional[str] = None) -> Image.Image:
-    """Read an image file whole, as RGB.
-
-    As everywhere in timm, transparency is dropped, the first frame of several is taken, and EXIF orientation is not
-    applied. Not as in timm, where they become white: see `to_rgb` for 16-bit and floating-point images.
-
-    Args:
-        source: The file's path or content.
-        where: What errors call the image; the path if None.
-
-    Raises:
-        DamagedImageError: If it is no image, is cut short, or has so many pixels that Pillow refuses it.
-        OSError: If the file cannot be opened or read, which says nothing of the image.
-    """
-    where = str(source) if where is None else where
-    data = source if isinstance(source, bytes) else Path(source).read_bytes()
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return to_rgb(image)
-    except (MemoryError, Warning):  # not the image's fault; warnings come here under python -W error
-        raise
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others
-        reason = 'the file is empty' if not data else str(error) or type(error).__name__
-        if data and isinstance(error, UnidentifiedImageError):  # its text has an address in memory
-            reason = 'not a format that Pillow knows'
-        raise DamagedImageError(f'{where}{_UNREADABLE}{reason}') from None
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """`image.convert('RGB')`, but for the modes that it clips to white.
-
-    16-bit grey, which is 'I;16' or 'I' by format and version of Pillow, is divided by 256. Floating-point grey of 0 to
-    1 is multiplied by 255; of 0 to 255 it is rounded down.
-
-    Raises:
-        ValueError: If values are out of these ranges.
-    """
-    if image.mode != 'F' and not image.mode.startswith('I'):
-        if image.mode == 'P' and isinstance(image.info.get('transparency'), bytes):
-            image = image.convert('RGBA')  # the same colours, without Pillow's warning
-        return image.convert('RGB')
-    values = np.asarray(image)
-    low, high = values.min(), values.max()
-    largest = 255 if image.mode == 'F' else 65535
-    if not (low >= 0 and high <= largest):  # in this form for NaN
-        raise ValueError(f'mode {image.mode} with values from {low} to {high}, accepted are 0 to {largest}')
-    if image.mode == 'F':
-        values = np.rint(values * 255) if high <= 1 else values
-    else:
-        values = values // 256
-    return Image.fromarray(values.astype(np.uint8)).convert('RGB')
 
 
 class Images(Dataset):
@@ -317,163 +253,12 @@ class HubImages(Images):
         try:
             file, *_ = self.reader[row]
         except (AssertionError, TypeError):  # the cell is null
-            raise DamagedImageError(f'{where}{_UNREADABLE}the row has no image') from None
+            raise DamagedImageError(f'{where}{UNREADABLE}the row has no image') from None
         with file:
             return read_image(file.read(), where)
 
     def _where(self, row: int) -> str:
         return f'{self.name}[{self.split}] row {row}'
-
-
-class Stream(IterableDataset):
-    """Images that come one after the other: 'hfids/NAME' by timm's reader, and the shards of 'wds/'.
-
-    A process of a distributed run, and each of its workers, reads its own shards: give the loader to no one who deals
-    out batches again (Accelerate's `prepare`). In training every worker gives the same number of images, which may mean
-    some twice; otherwise each image comes once, however unequal the shards are.
-
-    timm decodes the images of both inside of libraries that lose a damaged image's name, and leaves it out of 'wds/'
-    without counting. So its 'hfids/' reader is told not to decode, and its 'wds/' reader's list of shards is read here.
-
-    Attributes:
-        class_names: Names in the order of the labels.
-        transform: Applied to the RGB image.
-    """
-
-    def __init__(
-            self, name: str, data_dir: Optional[str], split: str, training: bool = False, seed: int = 0,
-            skip_damaged: bool = False, input_key: Optional[str] = None, target_key: Optional[str] = None,
-    ) -> None:
-        self.name, self.split = name, split
-        self.training, self.seed, self.skip_damaged = training, seed, skip_damaged
-        self.is_wds = name.partition('/')[0].lower() == 'wds'
-        self.transform: Optional[Callable] = None
-        if self.is_wds and not data_dir:
-            raise ValueError('wds/: name the folder of the shards and of _info.json with --data-dir')
-        kwargs = {'input_key': input_key, 'target_key': target_key}
-        try:
-            dataset = timm.data.create_dataset(
-                name, root=data_dir, split=split, is_training=training, seed=seed, input_img_mode='',
-                **{key: value for key, value in kwargs.items() if value})
-        except RuntimeError as error:  # an unknown split, or no package webdataset
-            raise ValueError(f'{name}: {error}') from error
-        self.reader = dataset.reader
-        self.class_names: Tuple[str, ...] = tuple(self._shard_classes() if self.is_wds else self._hub_classes())
-        self._skipped = multiprocessing.Value('q', 0)
-
-    @property
-    def skipped(self) -> int:
-        """Number of damaged images left out so far, over all workers of this process."""
-        return self._skipped.value
-
-    def __len__(self) -> int:
-        """Images of this process and epoch, as far as the source tells; in training once `set_loader_cfg` was told."""
-        return len(self.reader) if self.training else math.ceil(
-            self.reader.num_samples / self.reader.dist_num_replicas)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next pass; it reaches workers that have started, too."""
-        self.reader.set_epoch(epoch)
-
-    def set_loader_cfg(self, num_workers: Optional[int] = None, batch_size: Optional[int] = None) -> None:
-        """Tell the number of the loader's workers, and the batch size that the images of each shall be divisible by."""
-        self.reader.batch_size = batch_size or self.reader.batch_size
-        self.reader.set_loader_cfg(num_workers)
-
-    def __iter__(self) -> Iterator[Tuple[Any, int]]:
-        for key, data, label in self._shard_samples() if self.is_wds else self._hub_samples():
-            where = f'{self.name}[{self.split}] {key}'
-            if label not in range(len(self.class_names)):
-                raise ValueError(f'{where}: the label is {label}, accepted are 0 to {len(self.class_names) - 1}')
-            try:
-                image = read_image(data, where)
-            except DamagedImageError as error:
-                if not self.skip_damaged:
-                    raise
-                with self._skipped.get_lock():
-                    self._skipped.value += 1
-                _logger.warning('skipped: %s', error)
-                continue
-            yield image if self.transform is None else self.transform(image), label
-
-    def _hub_classes(self) -> List[str]:
-        import datasets
-        names = sorted(self.reader.class_to_idx, key=self.reader.class_to_idx.get)
-        if not names:
-            raise ValueError(f'{self.name}: column {self.reader.target_key!r} has no class names; use hfds/ instead')
-        features = self.reader.builder.info.features
-        if self.reader.input_key not in features:
-            raise ValueError(
-                f'{self.name}: no column {self.reader.input_key!r} for the images, only {", ".join(features)}')
-        features = features.copy()
-        features[self.reader.input_key] = datasets.Image(decode=False)
-        self.reader.builder.info.features = features
-        return names
-
-    def _hub_samples(self) -> Iterator[Tuple[str, bytes, int]]:
-        import fsspec
-        worker = get_worker_info()
-        for number, (image, label) in enumerate(self.reader):
-            path, data = (image or {}).get('path'), (image or {}).get('bytes') or b''
-            if path and not data:
-                with fsspec.open(path, 'rb') as file:
-                    data = file.read()
-            yield path or f'sample {number} of worker {worker.id if worker else 0}', data, label
-
-    def _shard_classes(self) -> List[str]:
-        import webdataset
-        try:
-            with webdataset.gopen(os.path.join(self.reader.root, 'classnames.txt')) as file:
-                return file.read().decode().splitlines()
-        except OSError as error:
-            raise ValueError(
-                f'{self.name}: {self.reader.root} has no readable classnames.txt, the names of the classes in order of '
-                f'the labels, a line each: {error}') from error
-
-    def _shard_samples(self) -> Iterator[Tuple[str, bytes, int]]:
-        import webdataset
-        reader, worker = self.reader, get_worker_info()
-        workers, worker_id = (worker.num_workers, worker.id) if worker else (1, 0)
-        reader.set_loader_cfg(workers)
-        shards = [os.path.join(reader.root, name) for name in reader.split_info.filenames]
-        passed, target = 0, len(reader) // workers
-        for cycle in itertools.count():
-            rng = random.Random(f'{self.seed} {reader.epoch_count.value} {cycle}')
-            if self.training:
-                rng.shuffle(shards)  # as in the other workers and processes
-            mine = shards[reader.dist_rank * workers + worker_id::reader.dist_num_replicas * workers]
-            if not mine:
-                if self.training:
-                    raise ValueError(
-                        f'{self.name}[{self.split}]: {len(shards)} shards are too few for '
-                        f'{reader.dist_num_replicas} processes of {workers} workers; use fewer --workers')
-                return
-            stages = [webdataset.SimpleShardList(mine), webdataset.tarfile_to_samples()]
-            if self.training:
-                stages.append(webdataset.shuffle(reader.sample_shuffle_size, reader.sample_initial_size, rng=rng))
-            passed_before = passed
-            try:
-                for sample in webdataset.DataPipeline(*stages):
-                    if self.training and passed == target:
-                        return
-                    yield self._shard_sample(sample)
-                    passed += 1
-            except (tarfile.TarError, EOFError) as error:
-                raise ValueError(f'{self.name}[{self.split}]: a shard is damaged: {error}') from error
-            if passed == passed_before:
-                raise ValueError(f'{self.name}[{self.split}]: no samples in {", ".join(mine)}')
-            if not self.training:
-                return
-
-    def _shard_sample(self, sample: Dict[str, Any]) -> Tuple[str, bytes, int]:
-        key, field = sample['__key__'], self.reader.target_key or self.reader.split_info.alt_label
-        where = f'{Path(sample["__url__"]).name} {key}'
-        suffixes = self.reader.input_key.split(';')
-        data = next((sample[suffix] for suffix in suffixes if suffix in sample), b'')
-        try:
-            return where, data, int(json.loads(sample['json'])[field] if field else sample['cls'])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f'{self.name}[{self.split}] {where}: no label: {_one_line(error)}') from None
 
 
 def create_dataset(
@@ -598,7 +383,7 @@ def leave_out_damaged(images: Images, workers: int = 0, damaged: Optional[Dict[s
         places = ((i, images.where(i)) for i in range(len(images) if damaged else 0))
         found = {i: damaged[where] for i, where in places if where in damaged}
     for index, reason in found.items():
-        _logger.warning('left out: %s%s%s', images.where(index), _UNREADABLE, reason)
+        _logger.warning('left out: %s%s%s', images.where(index), UNREADABLE, reason)
     if found:
         _logger.warning('left out %d of %d images', len(found), len(images))
     result = images.take([i for i in range(len(images)) if i not in found])
@@ -644,7 +429,7 @@ class _Reasons(Dataset):
         try:
             self.images.read(index)
         except DamagedImageError as error:
-            return index, str(error).removeprefix(f'{self.images.where(index)}{_UNREADABLE}')
+            return index, str(error).removeprefix(f'{self.images.where(index)}{UNREADABLE}')
         return index, None
 
 

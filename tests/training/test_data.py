@@ -20,16 +20,15 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from noah_zoo.catalog import FASHION_MNIST_CLASSES
+from noah_zoo.images import DamagedImageError, read_image
 from noah_zoo.training.config import TrainConfig
 from noah_zoo.training.data import (
-    DamagedImageError,
     FashionMnist,
     create_dataset,
     create_datasets,
     find_damaged,
     leave_out_damaged,
     read_idx,
-    read_image,
     split_images,
 )
 

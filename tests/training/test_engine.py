@@ -1,0 +1,81 @@
+"""Options of the engine: parameter groups, freezing, precision, trackers, recipes for a few steps."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import timm
+from safetensors.torch import load_file
+
+import noah_zoo  # noqa: F401
+from noah_zoo.training import TrainConfig
+from noah_zoo.training.engine import _Run
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def groups_of(model, **settings):
+    config = TrainConfig(model='', output='', **settings)
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = _Run._parameter_groups(SimpleNamespace(config=config), model)
+    return {names[id(p)]: (group['lr_scale'], group['weight_decay']) for group in groups for p in group['params']}
+
+
+def test_parameter_groups():
+    model = timm.create_model('resnet18_noah', num_classes=5)
+    groups = groups_of(model, weight_decay=0.1, head_lr_factor=10.)
+    assert groups.keys() == dict(model.named_parameters()).keys()
+    assert groups['fc.key.weight'] == (10, 0.1) and groups['fc.value.bias'] == (10, 0)
+    assert groups['conv1.weight'] == (1, 0.1) and groups['bn1.weight'] == (1, 0)
+    assert set(groups_of(model, weight_decay=0.1, decay_norms=True).values()) == {(1, 0.1)}
+    layers = groups_of(model, weight_decay=0.1, layer_decay=0.5)
+    assert layers['conv1.weight'][0] < layers['layer1.0.conv1.weight'][0] < layers['layer4.0.conv1.weight'][0] < 1
+    assert layers['fc.key.weight'][0] == 1
+    both = groups_of(model, layer_decay=0.5, head_lr_factor=10.)
+    assert both['fc.key.weight'][0] == 10 and both['conv1.weight'][0] == layers['conv1.weight'][0]
+
+
+def train(idx_dir, output, *args):
+    command = [
+        sys.executable, str(ROOT / 'scripts' / 'train.py'), '--cpu', '--workers', '0', '--data-dir', str(idx_dir),
+        '--output', str(output), *map(str, args)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stderr
+
+
+def test_freeze_trains_the_head_only(idx_dir, tmp_path):
+    weights = []
+    for lr in (0.01, 0.1):
+        train(idx_dir, tmp_path / str(lr), '--model', 'mobilenetv2_035_noah', '--recipe', 'none', '--img-size', 32,
+              '--epochs', 1, '-b', 16, '--lr', lr, '--freeze')
+        weights.append(load_file(tmp_path / str(lr) / 'best' / 'model.safetensors'))
+    different = {key for key in weights[0] if not weights[0][key].equal(weights[1][key])}
+    assert different == {'classifier.key.weight', 'classifier.value.weight', 'classifier.value.bias'}
+
+
+def test_everything_at_once(idx_dir, tmp_path):
+    train(idx_dir, tmp_path / 'run', '--model', 'mobilenetv2_035_noah', '--recipe', 'none', '--img-size', 32,
+          '--epochs', 2, '-b', 16, '--lr', 0.01, '--layer-decay', 0.8, '--head-lr-factor', 2, '--clip-grad', 1,
+          '--grad-checkpointing', '--mixed-precision', 'bf16', '--channels-last', '--cutmix', 1, '--drop-path', 0.1,
+          '--aug-repeats', 2, '--log-with', 'tensorboard', '--val-fraction', 0.25)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    events, = (tmp_path / 'run').rglob('events.out.tfevents.*')
+    scalars = EventAccumulator(str(events.parent)).Reload()
+    logged = [json.loads(line) for line in (tmp_path / 'run' / 'log.jsonl').read_text().splitlines()]
+    for key in ('train_loss', 'top1', 'top5', 'val_loss', 'lr'):
+        values = [event.value for event in scalars.Scalars(key)]
+        assert values == pytest.approx([line[key] for line in logged], rel=1e-5)
+    summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
+    assert summary['config']['val_fraction'] == 0.25 and summary['torch']
+
+
+@pytest.mark.parametrize('name', [
+    'resnet18_noah', 'shufflenetv2_100_noah', 'deit_tiny_050_patch16_224_noah', 'pvt_tiny_050_noah',
+    'mixer_s16_050_224_noah', 'gmlp_ti16_050_224'])
+def test_the_recipe_of_every_family_runs(idx_dir, tmp_path, name):
+    log = train(idx_dir, tmp_path / 'run', '--model', name, '--img-size', 64, '--batch-size', 8, '--smoke', 2)
+    assert f'recipe of {name}' in log and 'learning rate: ' in log
+    assert len((tmp_path / 'run' / 'log.jsonl').read_text().splitlines()) == 2
