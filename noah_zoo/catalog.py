@@ -164,20 +164,26 @@ def family(*names: str) -> List[Model]:
     return [model for model in CATALOG.values() if model.family in names]
 
 
+def find_row(name: str) -> Optional[Model]:
+    """The row of a NOAH model or of a vanilla twin; None for any other name."""
+    return next((row for row in CATALOG.values() if name in (row.name, row.vanilla)), None)
+
+
 def released_figures(name: str) -> Optional[Figures]:
     """What the paper prints of a model, NOAH or vanilla; None for any other name."""
-    for row in CATALOG.values():
-        if name in (row.name, row.vanilla):
-            return row.paper if name == row.name else row.vanilla_paper
-    return None
+    row = find_row(name)
+    return row and (row.paper if name == row.name else row.vanilla_paper)
 
 
 def drive_id(name: str) -> Optional[str]:
     """Google Drive id of the authors' checkpoint of a model, NOAH or vanilla; None for any other name."""
-    for row in CATALOG.values():
-        if name in (row.name, row.vanilla):
-            return row.drive_id if name == row.name else row.vanilla_drive_id
-    return None
+    row = find_row(name)
+    return row and (row.drive_id if name == row.name else row.vanilla_drive_id)
+
+
+def drive_page(name: str) -> str:
+    """Address of the authors' checkpoint of a model, NOAH or vanilla, for a browser."""
+    return f'https://drive.google.com/file/d/{drive_id(name)}/view'
 
 
 TAG = 'osvai_in1k'  # of the authors' weights
@@ -206,7 +212,7 @@ def weights_at(name: str) -> Dict[str, Any]:
     repo_id = f'{NAMESPACE}/{name}.{TAG}'
     published = PUBLISHED.get(repo_id)
     return {
-        'url': f'https://drive.google.com/file/d/{drive_id(name)}/view',
+        'url': drive_page(name),
         'hf_hub_id': f'{repo_id}@{published.revision}' if published else None}
 
 

@@ -2,7 +2,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Dict, Optional, Tuple
 
-from .catalog import CATALOG
+from .catalog import find_row
 
 
 @dataclass
@@ -156,5 +156,5 @@ def learning_rate(recipe: Recipe) -> Tuple[float, str]:
 
 def recipe_of(model: str) -> Optional[str]:
     """The recipe's name of a NOAH model or of a vanilla twin of the catalog, with or without tag; None for others."""
-    name = model.partition('.')[0]
-    return next((row.family for row in CATALOG.values() if name in (row.name, row.vanilla)), None)
+    row = find_row(model.partition('.')[0])
+    return row and row.family

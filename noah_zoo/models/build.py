@@ -1,6 +1,6 @@
 """Floor 2: how a registered model is built, and how its weights come in."""
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from safetensors import SafetensorError
 from timm.models import (
@@ -135,11 +135,7 @@ def _whole(variant: str, cfg: PretrainedCfg, filter_fn: Optional[Callable]) -> C
         if filter_fn is not None:
             state_dict = filter_fn(state_dict, model)
         own = model.state_dict()
-        problems = [f'{k} is missing' for k in own if k not in state_dict and not k.startswith(heads)]
-        problems += [f'{k} is surplus' for k in state_dict if k not in own and not k.startswith(heads)]
-        problems += [
-            f'{k} has shape {list(state_dict[k].shape)}, not {list(v.shape)}' for k, v in own.items()
-            if k in state_dict and state_dict[k].shape != v.shape and not k.startswith((*heads, first_conv))]
+        problems = _misfits(state_dict, own, heads, first_conv)
         if problems:
             raise WeightsError(f'{variant}: the weights are not those of this model: {_some(problems)}')
         head = [k for k in own if k.startswith(heads)]
@@ -182,12 +178,7 @@ def load_backbone(model: nn.Module, source: str, variant: str, filter_fn: Option
     first_conv = get_pretrained_cfg(variant).first_conv + '.weight'
     if first_conv in state_dict and state_dict[first_conv].shape[1] == 3:
         state_dict[first_conv] = adapt_input_conv(own[first_conv].shape[1], state_dict[first_conv])
-    wanted = {k: v for k, v in own.items() if not k.startswith(places)}
-    problems = [f'{k} is missing' for k in wanted if k not in state_dict]
-    problems += [f'{k} is surplus' for k in state_dict if k not in wanted]
-    problems += [
-        f'{k} has shape {list(state_dict[k].shape)}, not {list(v.shape)}'
-        for k, v in wanted.items() if k in state_dict and state_dict[k].shape != v.shape]
+    problems = _misfits(state_dict, own, places)
     if problems:
         raise ValueError(
             f"{variant}: pretrained_backbone={source!r} does not fit {CATALOG[variant].vanilla}'s backbone: "
@@ -195,7 +186,17 @@ def load_backbone(model: nn.Module, source: str, variant: str, filter_fn: Option
     model.load_state_dict(state_dict, strict=False)
 
 
-def _some(problems: list) -> str:
+def _misfits(
+        given: Dict[str, Tensor], own: Dict[str, Tensor], heads: Tuple[str, ...], first_conv: str = '') -> List[str]:
+    """What keeps weights from a model but for its head; the shape of `first_conv` may be another."""
+    problems = [f'{k} is missing' for k in own if k not in given and not k.startswith(heads)]
+    problems += [f'{k} is surplus' for k in given if k not in own and not k.startswith(heads)]
+    return problems + [
+        f'{k} has shape {list(given[k].shape)}, not {list(v.shape)}' for k, v in own.items()
+        if k in given and given[k].shape != v.shape and k != first_conv and not k.startswith(heads)]
+
+
+def _some(problems: List[str]) -> str:
     return ', '.join(problems[:3]) + (f' and {len(problems) - 3} more' if len(problems) > 3 else '')
 
 

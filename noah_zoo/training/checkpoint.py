@@ -1,13 +1,10 @@
 """Floor 4: checkpoints that are whole or absent, and the newest of them."""
-import logging
 import os
 import shutil
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 from accelerate import Accelerator
-
-_logger = logging.getLogger(__name__)
 
 PREFIX = 'update-'
 

@@ -9,11 +9,11 @@ import signal
 import subprocess
 import threading
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import accelerate
 import timm
@@ -363,20 +363,17 @@ class _Run:
             _write(self.output / 'summary.json', json.dumps(summary, indent=2) + '\n')
         return summary
 
-    def _sigterm(self) -> Any:
+    @contextmanager
+    def _sigterm(self) -> Iterator[None]:
         """A context in which SIGTERM is taken note of."""
-        run = self
-
-        class Listening:
-            def __enter__(self) -> None:
-                if threading.current_thread() is threading.main_thread():
-                    self.before = signal.signal(signal.SIGTERM, lambda *_: setattr(run, 'terminated', True))
-
-            def __exit__(self, *exc: object) -> None:
-                if hasattr(self, 'before'):
-                    signal.signal(signal.SIGTERM, self.before)
-
-        return Listening()
+        if threading.current_thread() is not threading.main_thread():  # only the main thread may listen
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, 'terminated', True))
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     def _stop_requested(self) -> bool:
         """Whether any process was told to stop."""

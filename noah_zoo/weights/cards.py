@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import model_entrypoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..catalog import CATALOG, NAMESPACE, PAPER_TABLES, PUBLISHED, TAG, Model, drive_id, released
+from ..catalog import CATALOG, NAMESPACE, PAPER_TABLES, PUBLISHED, TAG, Model, drive_id, drive_page, released
 from ..recipes import RECIPES, REMARKS, Recipe, learning_rate
 from .official import released_model
 
@@ -335,11 +335,10 @@ def _present(*items: Tuple[Any, Any]) -> List[Any]:
 
 def _provenance(row: Model, is_noah: bool, sha256: Optional[str]) -> str:
     name = row.name if is_noah else row.vanilla
-    file = drive_id(name)
     ema = ' `--ema` takes the averaged weights, where the file has them.' if RECIPES[row.family].model_ema_decay else ''
     known = f'`{sha256}`' if sha256 else 'recorded here when the weights are published'
     return (
-        f"The authors' file on Google Drive: [{file}](https://drive.google.com/file/d/{file}/view). Converted with\n\n"
+        f"The authors' file on Google Drive: [{drive_id(name)}]({drive_page(name)}). Converted with\n\n"
         f'```bash\npython scripts/convert.py FILE --model {name} --output DIR\n```\n\n'
         f'which renames the parameters, checks every shape and value, and changes no number.{ema} '
         f'SHA-256 of `model.safetensors`: {known}.')

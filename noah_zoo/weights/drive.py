@@ -12,7 +12,7 @@ from huggingface_hub import cached_assets_path, constants
 from huggingface_hub.utils import are_progress_bars_disabled
 from safetensors.torch import save
 
-from ..catalog import TAG, drive_id
+from ..catalog import TAG, drive_id, drive_page
 from ..models.build import WeightsError
 from .hub import damage, disk_trouble, patience, sha256_of, within
 from .official import convert_official, read_official
@@ -122,8 +122,7 @@ def _download(name: str, released: Path) -> None:
 
 
 def _refused(name: str, reason: object) -> WeightsError:
-    page = f'https://drive.google.com/file/d/{drive_id(name)}/view'
     return WeightsError(
         f"{name}.{TAG}: no weights from the authors' file on Google Drive: {' '.join(str(reason).split())}. To get it "
-        f'by hand: download {page} with a browser, run `python scripts/convert.py FILE --model {name} --output DIR`, '
-        f"and load timm.create_model('local-dir:DIR', pretrained=True)")
+        f'by hand: download {drive_page(name)} with a browser, run `python scripts/convert.py FILE --model {name} '
+        f"--output DIR`, and load timm.create_model('local-dir:DIR', pretrained=True)")

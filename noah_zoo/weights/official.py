@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from timm.models import create_model, get_pretrained_cfg, save_for_hf
 from torch import Tensor
 
-from ..catalog import CATALOG, TAG, Model, released
+from ..catalog import TAG, Model, find_row, released
 from ..models.noah_deit import ThinDeit
 from .names import released_names
 
@@ -189,9 +189,9 @@ def released_model(name: str) -> Model:
     Raises:
         ValueError: If the name is neither.
     """
-    for row in CATALOG.values():
-        if name in (row.name, row.vanilla):
-            return row
+    row = find_row(name)
+    if row is not None:
+        return row
     close = difflib.get_close_matches(name, released(), cutoff=0.5) or released()
     raise ValueError(f'{name!r} is not a model of the release; choose from {", ".join(close)}')
 
