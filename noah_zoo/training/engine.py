@@ -148,6 +148,12 @@ class _Run:
             min_lr=config.min_lr, step_on_epochs=not config.sched_on_updates, updates_per_epoch=self.updates)
         self.ema = None
         if config.model_ema_decay:
+            kept = config.model_ema_decay ** (self.updates * config.epochs)
+            if kept > 0.01:
+                _logger.warning(
+                    'model_ema_decay=%s is long for %d updates: at the end, the averaged weights are %.0f %% the '
+                    'initial ones; --model-ema-decay none evaluates the plain weights',
+                    config.model_ema_decay, self.updates * config.epochs, 100 * kept)
             if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU,
                                                     DistributedType.MULTI_GPU):
                 raise ValueError(f'model_ema_decay does not go with {accelerator.distributed_type.value}')
@@ -266,6 +272,7 @@ class _Run:
         if config.sched_on_updates:
             self.scheduler.step_update(progress.update)
         total = torch.zeros((), device=accelerator.device)
+        before = [buffer.clone() for buffer in self.model.buffers()] if config.skip_nonfinite else []
         for micro in range(window):
             images, targets = next(batches)
             images = images.to(accelerator.device, non_blocking=True, memory_format=self.memory_format)
@@ -289,6 +296,8 @@ class _Run:
                 raise FloatingPointError(
                     f'the loss is {value} in update {progress.update} (epoch {progress.epoch + 1}); the last good '
                     f'checkpoint is {newest}. A lower learning rate may help, or --skip-nonfinite N')
+            for buffer, kept in zip(self.model.buffers(), before):  # batch norm's statistics are not finite either
+                buffer.copy_(kept)
             _logger.warning('update %d: the loss is %s; left out', progress.update, value)
             return value
         if config.clip_grad:

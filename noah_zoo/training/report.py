@@ -7,23 +7,24 @@ from typing import Sequence
 
 
 def report(folders: Sequence[str]) -> str:
-    """A Markdown table of the runs under some folders: a row per model, over seeds.
+    """A Markdown table of the runs under some folders: a row per model, over seeds; a NOAH model follows its twin.
 
     Raises:
         FileNotFoundError: If there is no finished run.
-        ValueError: If runs differ in a setting other than model and seed.
+        ValueError: If runs of a pair, NOAH model and twin, differ in a setting other than model and seed.
     """
     paths = sorted(path for folder in folders for path in Path(folder).rglob('summary.json'))
     if not paths:
         raise FileNotFoundError(f'no summary.json of a finished run under {", ".join(folders)}')
     summaries = [json.loads(path.read_text(encoding='utf-8')) for path in paths]
-    runs = defaultdict(list)
+    runs, firsts = defaultdict(list), {}
     for path, summary in zip(paths, summaries):
-        runs[summary['config']['model']].append(summary)
-        first = {**summaries[0]['config'], 'model': summary['config']['model'], 'seed': summary['config']['seed']}
-        different = [k for k, v in summary['config'].items() if first.get(k) != v]
+        config = summary['config']
+        runs[config['model']].append(summary)
+        first_path, first = firsts.setdefault(config['model'].removesuffix('_noah'), (path, config))
+        different = [k for k, v in config.items() if k not in ('model', 'seed') and first.get(k) != v]
         if different:
-            raise ValueError(f'{path} differs from {paths[0]} in {", ".join(different)}; compare equal budgets')
+            raise ValueError(f'{path} differs from {first_path} in {", ".join(different)}; compare equal budgets')
     lines = [
         '| model | parameters | seeds | test top-1, mean ± standard deviation | each seed | seconds a run |',
         '| --- | --- | --- | --- | --- | --- |']

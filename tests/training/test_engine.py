@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import timm
+import torch
 from safetensors.torch import load_file
 
 import noah_zoo  # noqa: F401
@@ -70,6 +71,32 @@ def test_everything_at_once(idx_dir, tmp_path):
         assert values == pytest.approx([line[key] for line in logged], rel=1e-5)
     summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
     assert summary['config']['val_fraction'] == 0.25 and summary['torch']
+
+
+def test_an_update_that_is_left_out_leaves_nothing(idx_dir, tmp_path, caplog):
+    run = _Run(TrainConfig(
+        model='mobilenetv2_035_noah', output=str(tmp_path / 'run'), data_dir=str(idx_dir), img_size=32, epochs=1,
+        batch_size=4, lr=0.01, workers=0, cpu=True, skip_nonfinite=1))
+    run._resume()
+    batches, states, model = iter(run._batches()), [], run.model.train()
+    for spoiled in (False, True, False):
+        if spoiled:
+            hook = model.bn2.register_forward_pre_hook(lambda module, inputs: (inputs[0] * torch.inf,))
+        run._update(batches, 1)
+        states.append({key: value.clone() for key, value in model.state_dict().items()})
+        if spoiled:
+            hook.remove()
+    assert 'update 2: the loss is nan; left out' in caplog.text and run.progress.skipped == 1
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    assert not torch.equal(states[1]['bn2.running_mean'], states[2]['bn2.running_mean'])
+    assert all(value.isfinite().all() for value in states[2].values())
+
+
+def test_averages_over_too_few_updates_are_told_of(idx_dir, tmp_path):
+    settings = ('--model', 'mobilenetv2_035_noah', '--recipe', 'none', '--img-size', 32, '--epochs', 1, '-b', 16)
+    log = train(idx_dir, tmp_path / 'long', *settings, '--model-ema-decay', 0.99)
+    assert 'model_ema_decay=0.99 is long for 3 updates: at the end, the averaged weights are 97 % the initial' in log
+    assert 'is long' not in train(idx_dir, tmp_path / 'short', *settings, '--model-ema-decay', 0.1)
 
 
 @pytest.mark.parametrize('name', [

@@ -31,7 +31,9 @@ def test_mean_and_spread(tmp_path):
 
 def test_unequal_budgets_are_not_compared(tmp_path):
     write(tmp_path, 'a', 0, 90.)
-    write(tmp_path, 'b', 0, 91., epochs=30)
+    write(tmp_path, 'b', 0, 91., epochs=30)  # another pair
+    report([str(tmp_path)])
+    write(tmp_path, 'a_noah', 0, 91., epochs=30)
     with pytest.raises(ValueError, match='differs from .* in epochs'):
         report([str(tmp_path)])
 

@@ -33,6 +33,31 @@ def test_printed(idx_dir):
     assert lines[1].startswith('top-1: ') and lines[1].endswith(' %')
 
 
+def test_beside_the_papers_figure(tmp_path):
+    # The authors' weights are told by their tag; 1,000 classes, an image each.
+    import timm
+    from PIL import Image
+
+    import noah_zoo  # noqa: F401
+    from noah_zoo.catalog import CATALOG
+    model = timm.create_model(
+        'mobilenetv2_035_noah', pretrained_cfg_overlay=dict(input_size=(3, 32, 32), pool_size=None))
+    timm.models.save_for_hf(model, str(tmp_path / 'model'), safe_serialization=True)
+    config = json.loads((tmp_path / 'model' / 'config.json').read_text())
+    assert config['pretrained_cfg']['tag'] == 'osvai_in1k'
+    for label in range(1000):
+        folder = tmp_path / 'data' / 'validation' / f'n{label:04}'
+        folder.mkdir(parents=True)
+        Image.new('RGB', (8, 8), (label % 256, label // 4, 0)).save(folder / '1.png')
+    args = ['--model', f'local-dir:{tmp_path / "model"}', '--dataset', 'folder', '--data-dir', tmp_path / 'data',
+            '--cpu', '--workers', 0]
+    paper = CATALOG['mobilenetv2_035_noah'].paper
+    result = json.loads(run(*args, '--json').stdout)
+    assert result['images'] == 1000 and result['paper'] == {'top1': paper.top1, 'top5': paper.top5}
+    lines = run(*args).stdout.splitlines()
+    assert lines[1].endswith('paper, on ImageNet-1k: 63.40 %') and lines[2].endswith('ImageNet-1k: 83.91 %')
+
+
 @pytest.mark.parametrize('args, message', [
     (['--model', 'mobilenetv2_035_noah.fashion_mnist', '--data-dir', '/nowhere'], 'neither t10k-images-idx3-ubyte nor'),
     (['--model', 'mobilenetv2_035_noah.fashion_mnist', '--dataset', 'folder', '--data-dir', '{folder}'],
