@@ -149,7 +149,7 @@ class _Run:
         self.ema = None
         if config.model_ema_decay:
             kept = config.model_ema_decay ** (self.updates * config.epochs)
-            if kept > 0.01:
+            if kept > 0.01 and accelerator.is_main_process:
                 _logger.warning(
                     'model_ema_decay=%s is long for %d updates: at the end, the averaged weights are %.0f %% the '
                     'initial ones; --model-ema-decay none evaluates the plain weights',
@@ -252,7 +252,7 @@ class _Run:
                 if stop or config.checkpoint_steps and progress.update % config.checkpoint_steps == 0:
                     path = self._save()
                 if stop:
-                    _logger.warning('SIGTERM: saved %s; go on with --resume auto', path)
+                    _logger.info('SIGTERM: saved %s; go on with --resume auto', path)
                     raise SystemExit(TERMINATED)
 
     def _batches(self) -> DataLoader:
@@ -298,7 +298,7 @@ class _Run:
                     f'checkpoint is {newest}. A lower learning rate may help, or --skip-nonfinite N')
             for buffer, kept in zip(self.model.buffers(), before):  # batch norm's statistics are not finite either
                 buffer.copy_(kept)
-            _logger.warning('update %d: the loss is %s; left out', progress.update, value)
+            _logger.info('update %d: the loss is %s; left out', progress.update, value)
             return value
         if config.clip_grad:
             accelerator.clip_grad_norm_(self.trained.parameters(), config.clip_grad)

@@ -1,5 +1,6 @@
 """Floor 4: batches that depend on seed, epoch and position alone, whoever loads them and wherever a run went on."""
 import random
+import signal
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import numpy as np
@@ -16,6 +17,11 @@ def seed_everything(*numbers: int) -> None:
     random.seed(int(high) << 32 | int(low))
     np.random.seed(low)
     torch.manual_seed(int(high) << 32 | int(low))
+
+
+def outlive_sigterm(worker: int) -> None:
+    """For a loader's worker: leave the first SIGTERM, which a scheduler sends to every process, to the run itself."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 class Transformed(Dataset):
@@ -116,7 +122,8 @@ def create_loader(
         seed: Random seed of the transform; None if it has nothing random.
         rank: Number of this process.
     """
-    shared: Dict[str, Any] = dict(num_workers=workers, pin_memory=torch.cuda.is_available())
+    shared: Dict[str, Any] = dict(
+        num_workers=workers, pin_memory=torch.cuda.is_available(), worker_init_fn=outlive_sigterm)
     if sampler is None:  # its workers do not stay: they are told the epoch when they start
         images.set_loader_cfg(workers, per_device)
         stream = TransformedStream(images, transform, seed, rank)

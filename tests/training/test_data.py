@@ -1,5 +1,6 @@
 """Datasets, on real image files of every kind, whole and damaged."""
 import gzip
+import hashlib
 import io
 import json
 import logging
@@ -650,6 +651,44 @@ def test_wds_that_is_refused(tmp_path, webdataset):
         create_dataset('wds/', root, 'train')
     with pytest.raises(ValueError, match='split validation not found'):
         create_dataset('wds/', root, 'validation')
+
+
+# -- both, in a run of two processes
+
+
+STREAM = """
+import hashlib, json, sys, numpy as np, torch
+from torch.utils.data import DataLoader
+from noah_zoo.training.data import create_dataset
+rank, port, name, root = int(sys.argv[1]), *sys.argv[2:]
+torch.distributed.init_process_group('gloo', init_method=f'file://{port}', rank=rank, world_size=2)
+for training in (False, True):
+    stream = create_dataset(name, root, 'train', training=training)
+    stream.set_loader_cfg(2, 1)
+    stream.transform = np.array
+    images = [hashlib.sha256(image.numpy().tobytes()).hexdigest()
+              for image, _ in DataLoader(stream, batch_size=None, num_workers=2)]
+    print(json.dumps([len(stream), images]))
+"""
+
+
+@pytest.mark.parametrize('kind', ['hfids', 'wds'])
+def test_processes_read_a_share_of_a_stream(kind, tmp_path):
+    if kind == 'wds':
+        pytest.importorskip('webdataset')
+        name, root = 'wds/', make_shards(tmp_path / 'shards', [samples(i, i + 2) for i in range(0, 8, 2)])
+    else:
+        make_hub(tmp_path / 'hub', pngs(8))
+        name, root = f'hfids/{tmp_path / "hub"}', str(tmp_path / 'cache')
+        create_dataset(name, root, 'train')  # its cache is there before two write it at once
+    processes = [subprocess.Popen(
+        [sys.executable, '-c', STREAM, str(rank), str(tmp_path / 'store'), name, root], stdout=subprocess.PIPE,
+        text=True) for rank in range(2)]
+    answers = [[json.loads(line) for line in process.communicate(timeout=120)[0].splitlines()] for process in processes]
+    every = sorted(hashlib.sha256(image).hexdigest() for image in EXPECTED)
+    for shares in zip(*answers):  # each image once; the epochs of both are as long as they say
+        assert sorted(shares[0][1] + shares[1][1]) == every
+        assert [len(images) for _, images in shares] == [length for length, _ in shares] == [4, 4]
 
 
 # -- Fashion-MNIST

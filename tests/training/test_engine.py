@@ -77,6 +77,7 @@ def test_an_update_that_is_left_out_leaves_nothing(idx_dir, tmp_path, caplog):
     run = _Run(TrainConfig(
         model='mobilenetv2_035_noah', output=str(tmp_path / 'run'), data_dir=str(idx_dir), img_size=32, epochs=1,
         batch_size=4, lr=0.01, workers=0, cpu=True, skip_nonfinite=1))
+    caplog.set_level('INFO')
     run._resume()
     batches, states, model = iter(run._batches()), [], run.model.train()
     for spoiled in (False, True, False):

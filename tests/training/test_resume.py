@@ -23,9 +23,9 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / 'scripts' / 'train.py'
 # Accumulation with a last window of its own (48 images: 12 batches of 4 in windows of 5), mixup, EMA, workers.
 EVERYTHING = {
-    '--model': 'mobilenetv2_035_noah', '--img-size': 32, '--epochs': 6, '--batch-size': 20, '--device-batch-size': 4,
+    '--model': 'mobilenetv2_035_noah', '--img-size': 64, '--epochs': 6, '--batch-size': 20, '--device-batch-size': 4,
     '--lr': 0.02, '--opt': 'momentum', '--mixup': 0.2, '--smoothing': 0.1, '--aa': 'rand-m5-n2', '--reprob': 0.2,
-    '--model-ema-decay': 0.9, '--workers': 2, '--checkpoint-steps': 1}
+    '--model-ema-decay': 0.9, '--clip-grad': 1, '--workers': 2, '--checkpoint-steps': 1}
 PLAIN = {
     '--model': 'mixer_s16_050_224_noah', '--img-size': 32, '--epochs': 2, '--batch-size': 16, '--lr': 0.01,
     '--opt': 'momentum', '--workers': 0, '--recipe': 'none', '--model-kwargs': 'drop_rate=0.'}  # and no batch norm
@@ -118,7 +118,7 @@ def test_sigterm_saves_and_says_so_to_the_scheduler(whole, idx_dir, tmp_path):
     process = start(idx_dir, output, settings)
     wait_for(process, lambda: (output / 'args.yaml').exists())
     time.sleep(0.3)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # to the loader's workers, too
     _, err = process.communicate(timeout=60)
     assert process.returncode == 143, err
     assert 'SIGTERM: saved' in err and 'Traceback' not in err and checkpoints(output)
@@ -127,6 +127,18 @@ def test_sigterm_saves_and_says_so_to_the_scheduler(whole, idx_dir, tmp_path):
         idx_dir, output, EVERYTHING, 1, '--resume', 'auto', code=2)
     run(idx_dir, output, settings, 1, '--resume', 'auto')
     assert left(output) == left(whole)
+
+
+def test_sigterm_to_the_launcher_of_two_processes(whole_of_two, idx_dir, tmp_path):
+    output = tmp_path / 'run'
+    process = start(idx_dir, output, EVERYTHING, 2)
+    wait_for(process, lambda: checkpoints(output))
+    process.send_signal(signal.SIGTERM)  # torchrun hands it on, and ends with a code of its own
+    _, err = process.communicate(timeout=60)
+    assert process.returncode and err.count('SIGTERM: saved') == 1, err
+    assert not (output / 'summary.json').exists()
+    run(idx_dir, output, EVERYTHING, 2, '--resume', 'auto')
+    assert left(output) == left(whole_of_two)
 
 
 def test_two_processes_give_the_curve_of_one(idx_dir, tmp_path):
