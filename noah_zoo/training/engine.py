@@ -29,6 +29,7 @@ from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_grou
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, distribute_bn
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
@@ -139,6 +140,8 @@ class _Run:
         optimizer = create_optimizer_v2(
             self.model, opt=config.opt, lr=lr, weight_decay=config.weight_decay, momentum=config.momentum,
             param_group_fn=self._parameter_groups, **({} if config.opt_eps is None else dict(eps=config.opt_eps)))
+        sharded = accelerator.distributed_type == DistributedType.FSDP
+        self.whole = deepcopy(self.model) if sharded else None
         # timm's scheduler is stepped by hand, so Accelerate is not told of it.
         self.trained, self.optimizer = accelerator.prepare(
             torch.compile(self.model) if config.torchcompile else self.model, optimizer)
@@ -200,7 +203,7 @@ class _Run:
         config, progress, accelerator = self.config, self.progress, self.accelerator
         began, done = time.perf_counter(), progress.seconds
         self._train_epoch(lambda: done + time.perf_counter() - began)
-        evaluated = self.ema.module if self.ema else self.model
+        evaluated = self._evaluated()
         if accelerator.num_processes > 1:
             distribute_bn(evaluated, accelerator.num_processes)  # the first process's, as DistributedDataParallel does
         train_seconds = time.perf_counter() - began
@@ -227,6 +230,14 @@ class _Run:
         progress.batch = progress.updates_in_epoch = 0
         progress.loss = 0.
         self._save()
+
+    def _evaluated(self) -> nn.Module:
+        """The model to evaluate and to keep, with all of its weights on every process."""
+        if self.whole is not None:
+            options = StateDictOptions(full_state_dict=True)
+            self.whole.load_state_dict(get_model_state_dict(self.trained, options=options))
+            return self.whole
+        return self.ema.module if self.ema else self.model
 
     def _train_epoch(self, elapsed: Callable[[], float]) -> None:
         """What is left of the epoch under way."""

@@ -3,6 +3,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,18 +32,18 @@ PLAIN = {
     '--opt': 'momentum', '--workers': 0, '--recipe': 'none', '--model-kwargs': 'drop_rate=0.'}  # and no batch norm
 
 
-def start(idx_dir, output, settings, processes=1, *more):
+def start(idx_dir, output, settings, processes=1, *more, script=SCRIPT):
     args = [str(word) for pair in settings.items() for word in pair]
     launch = [sys.executable] if processes == 1 else [
         sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(processes)]
     return subprocess.Popen(
-        [*launch, str(SCRIPT), '--cpu', '--data-dir', str(idx_dir), '--output', str(output), *args, *more],
+        [*launch, str(script), '--cpu', '--data-dir', str(idx_dir), '--output', str(output), *args, *more],
         env={**os.environ, 'OMP_NUM_THREADS': '1'}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         start_new_session=True)
 
 
-def run(*args, code=0):
-    process = start(*args)
+def run(*args, code=0, **kwargs):
+    process = start(*args, **kwargs)
     try:
         out, err = process.communicate(timeout=240)
     finally:
@@ -152,6 +153,27 @@ def test_two_processes_give_the_curve_of_one(idx_dir, tmp_path):
         correct = lines[-1]['top1'] * 12 / 100
         assert correct == pytest.approx(round(correct), abs=0.01)  # 12 images, each counted once
     assert curves[1] == pytest.approx(curves[0], rel=1e-5)
+
+
+def test_sharded_weights_give_the_same_curve(idx_dir, tmp_path):
+    settings = {**PLAIN, '--device-batch-size': 4, '--clip-grad': 1}
+    curves, weights = [], []
+    for name, kwargs in (('whole', {}), ('sharded', dict(script=Path(__file__).with_name('sharded.py')))):
+        run(idx_dir, tmp_path / name, settings, 2, **kwargs)
+        lines = [json.loads(line) for line in (tmp_path / name / 'log.jsonl').read_text().splitlines()]
+        curves.append([line[key] for line in lines for key in ('train_loss', 'val_loss', 'top1')])
+        weights.append(load_file(tmp_path / name / 'best' / 'model.safetensors'))
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
+    assert weights[0].keys() == weights[1].keys()
+    for key in weights[0]:
+        torch.testing.assert_close(weights[1][key], weights[0][key], rtol=1e-4, atol=1e-6)
+    output, log = tmp_path / 'sharded', (tmp_path / 'sharded' / 'log.jsonl').read_text().splitlines()
+    shutil.rmtree(output / 'checkpoints' / checkpoints(output)[-1])  # as if killed in the second epoch
+    (output / 'summary.json').unlink()
+    run(idx_dir, output, settings, 2, '--resume', 'auto', **kwargs)
+    again = (output / 'log.jsonl').read_text().splitlines()
+    assert again[0] == log[0] and len(again) == 2
+    assert json.loads(again[1])['val_loss'] == json.loads(log[1])['val_loss']
 
 
 def test_accumulation(idx_dir, tmp_path):
