@@ -141,6 +141,8 @@ class _Run:
             self.model, opt=config.opt, lr=lr, weight_decay=config.weight_decay, momentum=config.momentum,
             param_group_fn=self._parameter_groups, **({} if config.opt_eps is None else dict(eps=config.opt_eps)))
         sharded = accelerator.distributed_type == DistributedType.FSDP
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            self._configure_deepspeed()
         self.whole = deepcopy(self.model) if sharded else None
         # timm's scheduler is stepped by hand, so Accelerate is not told of it.
         self.trained, self.optimizer = accelerator.prepare(
@@ -163,6 +165,18 @@ class _Run:
             self.ema = ModelEmaV3(self.model, decay=config.model_ema_decay)
         self.progress = Progress()
         accelerator.register_for_checkpointing(*filter(None, (self.progress, self.scheduler, self.ema)))
+
+    def _configure_deepspeed(self) -> None:
+        """Tell DeepSpeed what it cannot learn from a data loader: it clips and steps inside of `backward`."""
+        config, plugin = self.config, self.accelerator.state.deepspeed_plugin
+        if plugin.zero_stage == 3:
+            raise ValueError('DeepSpeed with ZeRO stage 3 is not supported; accepted are stages 0 to 2, and FSDP')
+        if config.skip_nonfinite:
+            raise ValueError('skip_nonfinite does not go with DeepSpeed, which steps before the loss is looked at')
+        plugin.deepspeed_config.update(  # windows of accumulation are counted, and averaged over, in `_update`
+            train_micro_batch_size_per_gpu=self.plan.per_device, gradient_accumulation_steps=1,
+            train_batch_size=self.plan.per_device * self.plan.processes, gradient_clipping=config.clip_grad or 0.,
+            zero_allow_untested_optimizer=True)
 
     def _parameter_groups(self, model: nn.Module) -> List[Dict[str, Any]]:
         """timm's groups, with the layer decay, and those of the head with a factor of their own."""
@@ -291,7 +305,7 @@ class _Run:
             seed_everything(config.seed, 1, progress.epoch, progress.batch + micro, accelerator.process_index)
             if self.mixup is not None:
                 images, targets = self.mixup(images, targets)
-            last = micro == window - 1
+            accelerator.sync_gradients = last = micro == window - 1
             with nullcontext() if last else accelerator.no_sync(self.trained):
                 with accelerator.autocast():
                     loss = self.criterion(self.trained(images), targets) / window

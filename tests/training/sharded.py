@@ -1,25 +1,41 @@
-"""Runs scripts/train.py with FSDP2 on CPUs. Accelerate shards on GPUs alone, so it is told that these are some."""
+"""Runs scripts/train.py with FSDP2 or DeepSpeed on CPUs. Accelerate does so on GPUs alone; it is told these are some.
+
+    torchrun --standalone --nproc_per_node 2 tests/training/sharded.py fsdp --model ...
+"""
 import os
 import runpy
 import sys
 from pathlib import Path
 
-os.environ.update(ACCELERATE_USE_FSDP='true', FSDP_VERSION='2', FSDP_STATE_DICT_TYPE='SHARDED_STATE_DICT')
+strategy = sys.argv.pop(1)
+if strategy == 'fsdp':
+    os.environ.update(ACCELERATE_USE_FSDP='true', FSDP_VERSION='2', FSDP_STATE_DICT_TYPE='SHARDED_STATE_DICT')
+else:
+    os.environ.update(
+        ACCELERATE_USE_DEEPSPEED='true', ACCELERATE_DEEPSPEED_ZERO_STAGE=strategy[-1], DS_ACCELERATOR='cpu')
 
 from accelerate import Accelerator  # noqa: E402
 from accelerate.state import PartialState  # noqa: E402
 from accelerate.utils import DistributedType  # noqa: E402
-from torch.distributed.tensor import DTensor  # noqa: E402
 
-PartialState(cpu=True)
-PartialState._shared_state['distributed_type'] = DistributedType.MULTI_GPU
+if strategy == 'fsdp':
+    PartialState(cpu=True)
+    PartialState._shared_state['distributed_type'] = DistributedType.MULTI_GPU
+else:
+    sys.argv.remove('--cpu')
+    PartialState._prepare_backend = lambda self, *args: ('gloo', DistributedType.MULTI_CPU)
 prepare = Accelerator.prepare
 
 
 def checked(self, *args):
-    prepared = prepare(self, *args)
-    assert self.is_fsdp2 and all(isinstance(p, DTensor) for p in prepared[0].parameters())
-    return prepared
+    model, optimizer = prepare(self, *args)
+    assert self.num_processes == 2 and self.device.type == 'cpu'
+    if strategy == 'fsdp':
+        from torch.distributed.tensor import DTensor
+        assert self.is_fsdp2 and all(isinstance(p, DTensor) for p in model.parameters())
+    else:
+        assert model.zero_optimization_stage() == int(strategy[-1])
+    return model, optimizer
 
 
 Accelerator.prepare = checked

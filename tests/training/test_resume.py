@@ -22,6 +22,7 @@ from ..client import SmallDisk
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / 'scripts' / 'train.py'
+SHARDED = Path(__file__).with_name('sharded.py')
 # Accumulation with a last window of its own (48 images: 12 batches of 4 in windows of 5), mixup, EMA, workers.
 EVERYTHING = {
     '--model': 'mobilenetv2_035_noah', '--img-size': 64, '--epochs': 6, '--batch-size': 20, '--device-batch-size': 4,
@@ -32,12 +33,12 @@ PLAIN = {
     '--opt': 'momentum', '--workers': 0, '--recipe': 'none', '--model-kwargs': 'drop_rate=0.'}  # and no batch norm
 
 
-def start(idx_dir, output, settings, processes=1, *more, script=SCRIPT):
+def start(idx_dir, output, settings, processes=1, *more, script=(str(SCRIPT),)):
     args = [str(word) for pair in settings.items() for word in pair]
     launch = [sys.executable] if processes == 1 else [
         sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(processes)]
     return subprocess.Popen(
-        [*launch, str(script), '--cpu', '--data-dir', str(idx_dir), '--output', str(output), *args, *more],
+        [*launch, *script, '--cpu', '--data-dir', str(idx_dir), '--output', str(output), *args, *more],
         env={**os.environ, 'OMP_NUM_THREADS': '1'}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         start_new_session=True)
 
@@ -155,11 +156,15 @@ def test_two_processes_give_the_curve_of_one(idx_dir, tmp_path):
     assert curves[1] == pytest.approx(curves[0], rel=1e-5)
 
 
-def test_sharded_weights_give_the_same_curve(idx_dir, tmp_path):
-    settings = {**PLAIN, '--device-batch-size': 4, '--clip-grad': 1}
+@pytest.mark.parametrize('strategy', [
+    'fsdp', *(pytest.param(f'zero{stage}', marks=pytest.mark.slow) for stage in range(3))])
+def test_sharded_training_gives_the_same_curve(strategy, idx_dir, tmp_path):
+    if strategy != 'fsdp':
+        pytest.importorskip('deepspeed')
+    settings, sharded = {**PLAIN, '--device-batch-size': 4, '--clip-grad': 1}, [str(SHARDED), strategy]
     curves, weights = [], []
-    for name, kwargs in (('whole', {}), ('sharded', dict(script=Path(__file__).with_name('sharded.py')))):
-        run(idx_dir, tmp_path / name, settings, 2, **kwargs)
+    for name, script in (('whole', [str(SCRIPT)]), ('sharded', sharded)):
+        run(idx_dir, tmp_path / name, settings, 2, script=script)
         lines = [json.loads(line) for line in (tmp_path / name / 'log.jsonl').read_text().splitlines()]
         curves.append([line[key] for line in lines for key in ('train_loss', 'val_loss', 'top1')])
         weights.append(load_file(tmp_path / name / 'best' / 'model.safetensors'))
@@ -170,10 +175,21 @@ def test_sharded_weights_give_the_same_curve(idx_dir, tmp_path):
     output, log = tmp_path / 'sharded', (tmp_path / 'sharded' / 'log.jsonl').read_text().splitlines()
     shutil.rmtree(output / 'checkpoints' / checkpoints(output)[-1])  # as if killed in the second epoch
     (output / 'summary.json').unlink()
-    run(idx_dir, output, settings, 2, '--resume', 'auto', **kwargs)
+    run(idx_dir, output, settings, 2, '--resume', 'auto', script=sharded)
     again = (output / 'log.jsonl').read_text().splitlines()
     assert again[0] == log[0] and len(again) == 2
     assert json.loads(again[1])['val_loss'] == json.loads(log[1])['val_loss']
+
+
+@pytest.mark.slow
+def test_what_deepspeed_cannot_do(idx_dir, tmp_path):
+    pytest.importorskip('deepspeed')
+    for strategy, more, message in (
+            ('zero3', {}, 'ZeRO stage 3 is not supported'),
+            ('zero1', {'--skip-nonfinite': 1}, 'skip_nonfinite does not go'),
+            ('zero1', {'--model-ema-decay': 0.9}, 'model_ema_decay does not go with DEEPSPEED')):
+        assert message in run(
+            idx_dir, tmp_path / 'run', {**PLAIN, **more}, 2, script=[str(SHARDED), strategy], code=1)
 
 
 def test_accumulation(idx_dir, tmp_path):
