@@ -15,7 +15,6 @@ import importlib
 import importlib.util
 import inspect
 import logging
-import os
 import re
 import sys
 import types
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple, get_args
 
 SHORT = {'batch_size': ['-b'], 'workers': ['-j']}
+MORE = {'smoke': dict(nargs='?', const=3)}
 METAVARS = {int: 'N', float: 'F', str: 'NAME'}
 
 
@@ -104,16 +104,18 @@ def parse_args(argv: Optional[List[str]] = None) -> Tuple[argparse.ArgumentParse
             text += f' ({field.default})'
         group.add_argument(
             *SHORT.get(field.name, []), '--' + field.name.replace('_', '-'), required=required,
-            help=text.replace('%', '%%'), **argument_of(field.type))
+            help=text.replace('%', '%%'), **argument_of(field.type), **MORE.get(field.name, {}))
     return parser, parser.parse_args(argv)
 
 
 def main() -> None:
     parser, args = parse_args()
+    from accelerate.utils import get_int_from_env
+
     from noah_zoo.training.engine import train
     from noah_zoo.training.recipes import configure
 
-    is_main = os.environ.get('RANK', '0') == '0'
+    is_main = get_int_from_env(['RANK', 'PMI_RANK', 'OMPI_COMM_WORLD_RANK', 'MV2_COMM_WORLD_RANK'], 0) == 0
     logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format='%(message)s')
     logging.getLogger('accelerate').setLevel(logging.WARNING)  # it tells of every file of a checkpoint
     try:

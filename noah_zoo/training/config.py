@@ -35,7 +35,7 @@ class TrainConfig(Recipe):
         resume: 'auto' goes on with the newest checkpoint in `output`, if there is one; or a checkpoint's folder.
         skip_nonfinite: Updates with a loss that is not finite to leave out before giving up.
         log_with: A tracker of Accelerate, 'tensorboard' say.
-        smoke: Stop every epoch after so many updates, evaluate as many batches, and stop after two epochs; 0 for not.
+        smoke: A trial of two epochs: so many updates (3 without a number) and batches of evaluation; 0 for no trial.
     """
     model: str
     output: str

@@ -245,6 +245,7 @@ def test_every_field_is_a_flag(name):
 
 def test_flags():
     assert parse('--model', 'resnet18_noah') == configure('resnet18_noah', 'out')
+    assert parse('--model', 'resnet18_noah', '--smoke').smoke == 3
     config = parse(*(
         '--model mixer_s16_224 -b 64 -j 3 --aa none --clip-grad None --scale 0.5 1 --no-decay-norms --smoke 2 --lr 0.1 '
         '--sync-bn --model-kwargs drop_rate=0.5 name=x=y --model-kwargs flag=False').split())

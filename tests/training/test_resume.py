@@ -33,10 +33,10 @@ PLAIN = {
     '--opt': 'momentum', '--workers': 0, '--recipe': 'none', '--model-kwargs': 'drop_rate=0.'}  # and no batch norm
 
 
-def start(idx_dir, output, settings, processes=1, *more, script=(str(SCRIPT),)):
+def start(idx_dir, output, settings, processes=1, *more, script=(str(SCRIPT),), launch=()):
     args = [str(word) for pair in settings.items() for word in pair]
-    launch = [sys.executable] if processes == 1 else [
-        sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(processes)]
+    launch = launch or ([sys.executable] if processes == 1 else [
+        sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(processes)])
     return subprocess.Popen(
         [*launch, *script, '--cpu', '--data-dir', str(idx_dir), '--output', str(output), *args, *more],
         env={**os.environ, 'OMP_NUM_THREADS': '1'}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -143,11 +143,24 @@ def test_sigterm_to_the_launcher_of_two_processes(whole_of_two, idx_dir, tmp_pat
     assert left(output) == left(whole_of_two)
 
 
-def test_two_processes_give_the_curve_of_one(idx_dir, tmp_path):
+@pytest.mark.parametrize('launcher', ['torchrun', pytest.param('mpi', marks=pytest.mark.slow)])
+def test_two_processes_give_the_curve_of_one(launcher, idx_dir, tmp_path, monkeypatch):
+    launch = ()
+    if launcher == 'mpi':
+        if not shutil.which('mpirun'):
+            pytest.skip('needs Open MPI')
+        for name in ('OMPI_ALLOW_RUN_AS_ROOT', 'OMPI_ALLOW_RUN_AS_ROOT_CONFIRM', 'OMPI_MCA_rmaps_base_oversubscribe'):
+            monkeypatch.setenv(name, '1')
+        hosts = tmp_path / 'hosts'
+        hosts.write_text('localhost slots=2\n')
+        launch = [
+            sys.executable, '-m', 'accelerate.commands.launch', '--cpu', '--num_processes', '2', '--mpirun_hostfile',
+            str(hosts)]
     curves = []
     for processes in (1, 2):
         output = tmp_path / str(processes)
-        run(idx_dir, output, PLAIN, processes)
+        said = run(idx_dir, output, PLAIN, processes, launch=launch if processes == 2 else ())
+        assert said.count('test top-1') == 1  # the main process speaks
         lines = [json.loads(line) for line in (output / 'log.jsonl').read_text().splitlines()]
         curves.append([line[key] for line in lines for key in ('train_loss', 'val_loss', 'top1')])
         assert json.loads((output / 'summary.json').read_text())['batch']['processes'] == processes
