@@ -1,6 +1,6 @@
 #!/bin/bash
 # Seven vanilla-NOAH pairs on Fashion-MNIST: one epoch, three seeds, the two models of a pair side by side, a core each.
-#     bash results/fashion_mnist_pairs/run.sh results/fashion_mnist_pairs
+#     bash results/fashion_mnist_pairs/run.sh runs/pairs
 # A finished run is left as it is, so an interrupted call is simply repeated.
 set -euo pipefail
 runs=${1:?folder for the runs}

@@ -46,7 +46,8 @@ def test_nothing_to_report(tmp_path):
     assert 'Traceback' not in result.stderr
 
 
-def test_the_figures_of_the_readme():
+@pytest.mark.parametrize('folder', ['fashion_mnist', 'fashion_mnist_pairs'])
+def test_the_figures_of_the_readme(folder):
     # The table in the README is what the command beside it prints.
-    table = report([str(ROOT / 'results' / 'fashion_mnist')])
+    table = report([str(ROOT / 'results' / folder)])
     assert table in (ROOT / 'README.md').read_text(encoding='utf-8')
