@@ -58,6 +58,9 @@ def build_noah(
         ValueError: If the head cannot be built or the backbone's weights do not fit.
         WeightsError: If pretrained weights were asked for and cannot be had.
     """
+    saved = kwargs.get('pretrained_model_args') or {}
+    if pretrained and saved.get('pretrained_backbone') == pretrained_backbone:
+        pretrained_backbone = None  # what a saved model was begun from; it has weights of its own
     if pretrained and pretrained_backbone:
         raise ValueError(
             f'{variant}: pretrained=True and pretrained_backbone={pretrained_backbone!r} exclude each other')
@@ -68,7 +71,7 @@ def build_noah(
     shipped = SHIPPED.get(f'{variant}.{cfg.tag}')
     if shipped is not None:
         kwargs = dict(shipped.model_args, **kwargs)
-    if kwargs.get('global_pool') == (kwargs.get('pretrained_model_args') or {}).get('global_pool') == '':
+    if kwargs.get('global_pool') == saved.get('global_pool') == '':
         del kwargs['global_pool']  # a saved config says that the pooling was off, which it is under a NOAH head
 
     def build_twin(num_classes: int = 1000, **model_args) -> nn.Module:

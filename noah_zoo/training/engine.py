@@ -375,8 +375,10 @@ class _Run:
         model = deepcopy(model).cpu().to(memory_format=torch.contiguous_format)
         head = getattr(model, 'noah_cfg', {})
         head = {name: head[name] for name in ('num_groups', 'key_ratio') if name in head}
+        model_args = {**head, **_model_kwargs(self.config)}
+        model_args.pop('pretrained_backbone', None)
         save_for_hf(
-            model, str(partial), safe_serialization=True, model_args={**head, **_model_kwargs(self.config)},
+            model, str(partial), safe_serialization=True, model_args=model_args,
             model_config=dict(label_names=list(self.class_names)))
         if best.exists():
             os.replace(best, old)

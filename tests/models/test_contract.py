@@ -273,6 +273,18 @@ def test_backbone_from_a_checkpoint(tmp_path):
         assert any(torch.equal(p, first_conv) for p in features.parameters())
 
 
+def test_saved_it_comes_back_without_what_it_was_begun_from(tmp_path):
+    twin = tmp_path / 'twin.pth'
+    torch.save(timm.create_model('resnet18').state_dict(), twin)
+    model = timm.create_model('resnet18_noah', num_classes=3, pretrained_backbone=str(twin)).eval()
+    save_for_hf(model, str(tmp_path / 'model'), safe_serialization=True)
+    twin.unlink()
+    again = timm.create_model(f'local-dir:{tmp_path / "model"}', pretrained=True).eval()
+    x = image()
+    with torch.no_grad():
+        assert torch.equal(again(x), model(x))
+
+
 def test_backbone_adapts_channels_and_size(tmp_path):
     torch.manual_seed(1)
     twin = timm.create_model('deit_tiny_050_patch16_224')
