@@ -28,6 +28,8 @@ def parse_args():
 
 def main() -> None:
     parser, args = parse_args()
+    from accelerate import PartialState
+
     import noah_zoo  # noqa: F401
     from noah_zoo.training.validate import validate
 
@@ -40,6 +42,7 @@ def main() -> None:
         parser.exit(2, f'validate.py: error: {error}\n')
     except KeyboardInterrupt:
         parser.exit(130, '\nvalidate.py: interrupted\n')
+    PartialState().destroy_process_group()  # threads of a group that is left alive may abort the process as it ends
     if os.environ.get('RANK', '0') != '0':
         return
     if as_json:

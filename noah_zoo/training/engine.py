@@ -278,6 +278,7 @@ class _Run:
                     path = self._save()
                 if stop:
                     _logger.info('SIGTERM: saved %s; go on with --resume auto', path)
+                    self.accelerator.end_training()
                     raise SystemExit(TERMINATED)
 
     def _batches(self) -> DataLoader:
