@@ -1,6 +1,7 @@
 """NOAH classification heads for timm. Importing this package registers the models."""
 from . import models, weights
+from .attach import add_noah_head
 from .head import NoahHead
 
-__all__ = ['NoahHead', 'models', 'weights']
+__all__ = ['NoahHead', 'add_noah_head', 'models', 'weights']
 __version__ = '0.1.0'

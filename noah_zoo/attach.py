@@ -1,56 +1,115 @@
-"""Floor 2: what makes any timm class a NOAH class."""
+"""Floor 2: the head on any timm model."""
+import copy
 import functools
-from typing import Any, Dict, Optional, Type
+from typing import Any, Dict, NamedTuple, Optional, Tuple, Type
 
+import torch
+from timm.data import resolve_data_config
+from timm.layers import ClassifierHead
 from torch import Tensor, nn
 
-from .head import NoahHead
+from .head import NoahHead, fitting_key_ratio, fitting_num_groups
+
+
+ERRORS = (AssertionError, AttributeError, NotImplementedError, RuntimeError)  # what timm's code raises
 
 
 class NoahModel:
     """Mixed in before a timm model class: the classifier is a `NoahHead`, everything else stays timm's.
 
-    While there are classes to tell apart, timm's own pooling is switched off (`global_pool=''`, which timm offers) and
-    the classifier, at its usual place and name, is a `NoahHead`; so timm's own `forward` is the NOAH model. The pooling
-    is back for `forward_head(x, pre_logits=True)` and after `reset_classifier(0)`: then the model is the twin's
-    backbone with the twin's pooled features.
+    timm's `forward_head` pools, applies what the family puts after the pooling (a norm, a 1x1 layer), and classifies.
+    Here every position goes through timm's own `forward_head(pre_logits=True)` as if it were an image by itself.
+    Pooling over a single position is that position, so what comes after it is applied per position; then the
+    `NoahHead`, at the classifier's place and name, pools. Class and register tokens are left out.
 
     Attributes:
         noah_cfg: Arguments of the head, remembered across `reset_classifier(0)`.
-        noah_pool: timm's pooling type, switched off while the head is on.
         noah_place: Name of the classifier, 'fc' say.
+        noah_features: What `forward_features` gives.
     """
     timm_cls: Type[nn.Module]
     noah_cfg: Dict[str, Any]
-    noah_pool: Optional[str]
     noah_place: str
+    noah_features: 'Features'
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """timm's `forward_head`: logits (B, K), or pooled features (B, C) with `pre_logits`."""
-        if pre_logits and self.num_classes:
-            return _twin(self, pooled=True).forward_head(x, pre_logits=True)
-        return super().forward_head(x, pre_logits=pre_logits)
+    def forward_head(self, x: Optional[Tensor] = None, pre_logits: bool = False, **kwargs) -> Tensor:
+        """timm's `forward_head`: logits (B, K), or the twin's pooled features (B, C) with `pre_logits`.
 
-    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        Raises:
+            ValueError: If there is a mask of valid patches (NaFlex): NOAH's softmax is over all positions.
+        """
+        if pre_logits or not self.num_classes:
+            args = () if x is None else (x,)
+            return super().forward_head(*args, pre_logits=pre_logits, **kwargs)
+        if x is None or any(value is not None for value in kwargs.values()):
+            raise ValueError('a NOAH head takes no mask of valid patches: give the model images of one size')
+        fmt, num_prefix_tokens, _ = self.noah_features
+        features = super().forward_head(each_position(x, fmt, num_prefix_tokens), pre_logits=True)
+        head = self.get_classifier()
+        logits = head(features.reshape(x.shape[0], -1, head.in_features))
+        if num_prefix_tokens and torch.is_grad_enabled():
+            # A gradient of zero for layers that write class tokens only (class attention): DDP waits for all of them.
+            logits = logits + 0. * x[:, :num_prefix_tokens].sum()
+        return logits
+
+    def get_classifier(self) -> nn.Module:
+        """The `NoahHead`; an identity after `reset_classifier(0)`."""
+        return self.get_submodule(self.noah_place)
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None, **kwargs) -> None:
         """A new NOAH head with the same settings, device and dtype, or with 0 classes the twin's pooled features."""
-        super().reset_classifier(0, self.noah_pool if global_pool is None else global_pool)
+        if global_pool is not None:
+            kwargs['global_pool'] = global_pool
+        super().reset_classifier(0, **kwargs)
         if num_classes:
-            self.noah_pool = _pool_type(self)
-            super().reset_classifier(0, '')
             weight = next(self.parameters())
             head = NoahHead(
-                self.head_hidden_size, num_classes, **self.noah_cfg, device=weight.device, dtype=weight.dtype)
+                _width(self), num_classes, input_fmt='NLC', **self.noah_cfg, device=weight.device, dtype=weight.dtype)
             self.set_submodule(self.noah_place, head.train(self.training))
             self.num_classes = num_classes
 
     def __prepare_scriptable__(self) -> nn.Module:
-        # TorchScript knows no super(): it gets timm's own class, pooling off, with the NoahHead inside.
-        return _twin(self, pooled=False)
+        return ScriptableNoah(self) if self.num_classes else _twin(self)
 
     def __reduce_ex__(self, protocol):
         # The class is made at run time: pickle and deepcopy make it again from timm's.
         _, _, *state = object.__reduce_ex__(self, protocol)
         return _new, (self.timm_cls,), *state
+
+
+class Features(NamedTuple):
+    """What a model's `forward_features` gives: 'NCHW', 'NHWC' or 'NLC', with tokens in front that have no position."""
+    fmt: str
+    num_prefix_tokens: int
+    num_channels: int
+
+
+def each_position(x: Tensor, fmt: str, num_prefix_tokens: int) -> Tensor:
+    """Every position as an image by itself: (B * L, C, 1, 1), (B * L, 1, 1, C) or (B * L, 1 + prefix tokens, C).
+
+    In the place of the prefix tokens is the position once more; so it is what a model pools, whichever tokens it reads.
+    """
+    if fmt == 'NCHW':
+        return x.permute(0, 2, 3, 1).flatten(0, 2).unsqueeze(-1).unsqueeze(-1)
+    if fmt == 'NHWC':
+        return x.flatten(0, 2).unsqueeze(1).unsqueeze(1)
+    return x[:, num_prefix_tokens:].flatten(0, 1).unsqueeze(1).expand(-1, 1 + num_prefix_tokens, -1)
+
+
+class ScriptableNoah(nn.Module):
+    """A `NoahModel` as a plain composition, as TorchScript knows no `super()`."""
+
+    def __init__(self, model: NoahModel) -> None:
+        super().__init__()
+        self.backbone = _twin(model)
+        self.head = model.get_classifier()
+        self.fmt, self.num_prefix_tokens, _ = model.noah_features
+        self.in_features = self.head.in_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.backbone.forward_features(x)
+        features = self.backbone.forward_head(each_position(x, self.fmt, self.num_prefix_tokens), pre_logits=True)
+        return self.head(features.reshape(x.shape[0], -1, self.in_features))
 
 
 @functools.cache
@@ -63,41 +122,192 @@ def _new(timm_cls: Type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
-def _twin(model: NoahModel, pooled: bool) -> nn.Module:
-    """timm's own class over the same parameters and submodules; with its pooling and no classifier if `pooled`."""
-    twin = model.timm_cls.__new__(model.timm_cls)
-    twin.__dict__.update(model.__dict__, _modules=dict(model._modules))
-    if pooled:
-        twin.reset_classifier(0, model.noah_pool)
+def _copy(model: nn.Module, convert) -> nn.Module:
+    """A deep copy of the modules, with `convert` of every parameter and buffer instead of a copy."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): convert(tensor) for tensor in tensors})
+
+
+def _twin(model: NoahModel) -> nn.Module:
+    """timm's own class over the same parameters, with its pooling and no classifier."""
+    twin = _copy(model, lambda tensor: tensor)
+    twin.__class__ = model.timm_cls
+    twin.reset_classifier(0)
     return twin
 
 
-def _pool_type(model: nn.Module) -> str:
-    pool = model.global_pool
-    return getattr(pool, 'pool_type', pool)
+@torch.no_grad()
+def _width(model: NoahModel) -> int:
+    """Channels that the classifier reads: what comes after the pooling may change them."""
+    fmt, num_prefix_tokens, num_channels = model.noah_features
+    shapes = dict(NCHW=(num_channels, 1, 1), NHWC=(1, 1, num_channels), NLC=(1 + num_prefix_tokens, num_channels))
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    features = model.forward_head(next(model.parameters()).new_zeros(1, *shapes[fmt]), pre_logits=True)
+    for module, mode in training.items():
+        module.training = mode
+    return features.shape[-1] if features.ndim == 3 else features.flatten(1).shape[1]
 
 
-def attach(model: nn.Module, num_classes: int, input_fmt: str, **noah_cfg) -> nn.Module:
-    """Turn a timm model, in place, into a NOAH model of the same class.
+def attach(model: nn.Module, num_classes: int, features: Features, place: str, **noah_cfg) -> nn.Module:
+    """Turn a timm model, in place, into a NOAH model of the same class; see `add_noah_head` for what is checked first.
 
     Args:
         model: A timm model.
         num_classes: K; 0 keeps timm's pooling and no classifier.
-        input_fmt: What the model's `forward_features` gives: 'NCHW', 'NHWC' or 'NLC'.
+        features: What its `forward_features` gives.
+        place: Name of its classifier.
         **noah_cfg: Arguments of `NoahHead`.
 
     Raises:
-        ValueError: If the head cannot be built; `model` is then as it was.
+        ValueError: If the head cannot be built.
     """
-    if getattr(model, 'num_prefix_tokens', 0):
-        raise ValueError('the model has a class token; a NOAH model has none (class_token=False)')
-    if num_classes:
-        NoahHead(model.head_hidden_size, num_classes, input_fmt=input_fmt, device='meta', **noah_cfg)
-    classifier = model.get_classifier()
-    model.noah_place = next(name for name, module in model.named_modules() if module is classifier)
-    model.noah_cfg = dict(noah_cfg, input_fmt=input_fmt)
-    model.noah_pool = _pool_type(model)
+    model.noah_cfg, model.noah_place, model.noah_features = noah_cfg, place, features
     model.__class__ = _noah_class(type(model))
-    if num_classes:
-        model.reset_classifier(num_classes)
+    model.reset_classifier(num_classes)
     return model
+
+
+def add_noah_head(
+        model: nn.Module,
+        num_classes: Optional[int] = None,
+        num_groups: Optional[int] = None,
+        key_ratio: Optional[float] = None,
+        drop_rate: float = 0.,
+        **noah_cfg,
+) -> nn.Module:
+    """Put a NOAH head on a timm model, in place.
+
+    The model stays an instance of its class, with its weights and their names; only the classifier changes, at its
+    place. Class and register tokens are left out of the positions. What timm does between pooling and classifier (a
+    norm, a 1x1 layer, the MLP of an attention pool) is done per position. Saved by timm, it comes back by
+    `timm.create_model` once noah_zoo is imported.
+
+    Args:
+        model: A timm model, pretrained or not.
+        num_classes: K; the model's own if None.
+        num_groups: N. By the paper's rule of thumb if None (Section IV-A: the smaller the backbone the larger N): 8
+            below 5M parameters where a group still has 128 channels, else 4; or what divides the channels.
+        key_ratio: Share of the channels that go to the key. If None, by the rule that a larger N has a smaller one:
+            the largest of 1/2, 1/4 and 1/8 that is at most 2 / N and gives at most 384 key channels.
+        drop_rate: Dropout probability on the value map. The model's own dropout stays, and is per position.
+        **noah_cfg: `split_groups` and `split_kv` of `NoahHead`.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: If the model cannot take the head, with the reason; it is then as it was.
+    """
+    name = getattr(model, 'pretrained_cfg', {}).get('architecture') or type(model).__name__
+    if isinstance(model, NoahModel):
+        raise ValueError(f'{name}: the model has a NOAH head already; reset_classifier gives it another')
+    if not isinstance(model, nn.Module):
+        raise ValueError(f'{model!r} is not a model; expected what timm.create_model gives')
+    num_classes = getattr(model, 'num_classes', 0) if num_classes is None else num_classes
+    if num_classes < 1:
+        raise ValueError(f'{name}: num_classes={num_classes}; the model has no classes of its own, give 1 or more')
+    noah_cfg.update(num_groups=num_groups, key_ratio=key_ratio, drop_rate=drop_rate)
+    try:
+        try:
+            trial = _try(_copy(model, _to_meta).eval(), num_classes, noah_cfg)
+        except ERRORS:  # a few models look at values, which meta tensors have not
+            trial = _try(_copy(model, lambda tensor: tensor).eval(), num_classes, noah_cfg)
+    except (ValueError, TypeError, *ERRORS) as error:
+        raise ValueError(f'{name}: {error}') from error
+    attach(model, num_classes, trial.noah_features, trial.noah_place, **trial.noah_cfg)
+    _remember(model, name)
+    return model
+
+
+@torch.no_grad()
+def _try(trial: nn.Module, num_classes: int, noah_cfg: Dict[str, Any]) -> NoahModel:
+    """Put the head on a copy and run it."""
+    features, place, x = _inspect(trial)
+    attach(trial, 0, features, place)
+    width = _width(trial)
+    noah_cfg = dict(noah_cfg)
+    if noah_cfg['num_groups'] is None:
+        noah_cfg['num_groups'] = fitting_num_groups(width, sum(p.numel() for p in trial.parameters()))
+    if noah_cfg['key_ratio'] is None:
+        noah_cfg['key_ratio'] = fitting_key_ratio(width, noah_cfg['num_groups'])
+    trial.noah_cfg = noah_cfg
+    trial.reset_classifier(num_classes)
+    trial.forward_head(x)
+    return trial
+
+
+def _to_meta(tensor: Tensor) -> Tensor:
+    meta = tensor.detach().to('meta')
+    return nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
+
+
+def _inspect(trial: nn.Module) -> Tuple[Features, str, Tensor]:
+    """What the model's features are, the place of its classifier, and features; its classifier is removed.
+
+    Raises:
+        ValueError: If there is no single classifier over one set of positions.
+    """
+    missing = [m for m in ('forward_features', 'forward_head', 'get_classifier', 'reset_classifier')
+               if not hasattr(trial, m)]
+    if missing:
+        raise ValueError(f'the model has no {missing[0]}: not one of timm\'s classifiers')
+    channels, *size = resolve_data_config({}, model=trial)['input_size']
+    size = getattr(getattr(trial, 'patch_embed', None), 'img_size', None) or size
+    weight = next(trial.parameters())
+    image = weight.new_zeros(1, getattr(trial, 'in_chans', channels), *size)
+    x = trial.forward_features(image)
+    if not isinstance(x, Tensor):
+        raise ValueError(f'forward_features gives {len(x)} feature maps; a NOAH head reads one')
+    trial.reset_classifier(1)
+    place = find_classifier(trial)
+    trial.reset_classifier(0)
+    while place.rpartition('.')[0] and not hasattr(*_parent(trial, place)):
+        place = place.rpartition('.')[0]  # the layer that timm empties has the classifier inside
+    features = _layout(trial, x, image)
+    positions = x.numel() // features.num_channels - features.num_prefix_tokens
+    if positions < 2:
+        raise ValueError(f'no spatial features are left: forward_features gives {list(x.shape)}')
+    return features, place, x
+
+
+def find_classifier(model: nn.Module) -> str:
+    """Name of a timm model's classifier; of two, the one that is not for distillation.
+
+    Raises:
+        ValueError: If there are several heads.
+    """
+    classifier = model.get_classifier()
+    if isinstance(classifier, nn.ModuleList):
+        raise ValueError(f'the model has {len(classifier)} heads; a NOAH head takes the place of one')
+    classifier = classifier[0] if isinstance(classifier, tuple) else classifier
+    classifier = classifier.fc if isinstance(classifier, ClassifierHead) else classifier  # that one pools as well
+    return next(name for name, module in model.named_modules() if module is classifier)
+
+
+def _parent(model: nn.Module, place: str) -> Tuple[nn.Module, str]:
+    path, _, name = place.rpartition('.')
+    for part in path.split('.') if path else ():
+        model = getattr(model, part, None)
+    return model, name
+
+
+def _layout(trial: nn.Module, x: Tensor, image: Tensor) -> Features:
+    channels = trial.num_features
+    if x.ndim == 4 and channels in (x.shape[1], x.shape[-1]):
+        return Features('NCHW' if x.shape[1] == channels else 'NHWC', 0, channels)
+    if x.ndim != 3 or x.shape[-1] != channels:
+        raise ValueError(f'forward_features gives {list(x.shape)}, neither a map nor tokens of {channels} channels')
+    prefix = getattr(trial, 'num_prefix_tokens', None)
+    if prefix is None:  # some have a class token and do not say so
+        height, width = trial.forward_intermediates(image, indices=1, intermediates_only=True)[-1].shape[-2:]
+        prefix = max(x.shape[1] - height * width, 0)
+    return Features('NLC', prefix, channels)
+
+
+def _remember(model: nn.Module, name: str) -> None:
+    """Have timm save the model as one that noah_zoo builds: see noah_zoo/models/noah_any.py."""
+    place = model.noah_place
+    model.pretrained_cfg = model.default_cfg = dict(
+        model.pretrained_cfg, architecture='noah', classifier=(f'{place}.key', f'{place}.value'))
+    model._model_args = dict(getattr(model, '_model_args', {}), backbone=name, **model.noah_cfg)

@@ -152,3 +152,29 @@ def _ratios(key_features: tuple, in_features: int) -> List[str]:
     """Ratios that give these numbers of key channels, `int(in_features * ratio)`, as text."""
     ratios = [k / in_features for k in key_features if 0 < k < in_features]
     return [repr(r if int(in_features * r) == round(in_features * r) else math.nextafter(r, 1)) for r in ratios]
+
+
+def fitting_num_groups(in_features: int, num_params: int) -> int:
+    """N by the paper's rule of thumb (Section IV-A), the smaller the backbone the larger N, within what divides.
+
+    With `fitting_key_ratio` it gives the paper's N and ratio for all of its 25 models.
+
+    Args:
+        in_features: C, channels that the head reads.
+        num_params: Parameters of the backbone.
+    """
+    wanted = 8 if num_params < 5e6 and in_features >= 8 * 128 else 4
+    return next(n for n in range(wanted, 0, -1) if in_features % n == 0)
+
+
+def fitting_key_ratio(in_features: int, num_groups: int) -> float:
+    """The key ratio by the paper's rule of thumb (Section IV-A), the larger N the smaller the ratio.
+
+    Args:
+        in_features: C, channels that the head reads.
+        num_groups: N.
+    """
+    shares = [share for share in (1 / 2, 1 / 4) if share <= 2 / num_groups and in_features * share <= 384]
+    key_features = round(in_features * (shares or [1 / 8])[0] / num_groups) * num_groups
+    key_features = min(max(key_features, num_groups), in_features - num_groups)
+    return next(float(text) for text in _ratios((key_features,), in_features))

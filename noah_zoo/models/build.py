@@ -1,6 +1,8 @@
 """Floor 2: how a registered model is built, and how its weights come in."""
+import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
 from safetensors import SafetensorError
 from timm.models import (
@@ -9,15 +11,17 @@ from timm.models import (
     build_model_with_cfg,
     create_model,
     get_pretrained_cfg,
+    is_model,
     load_state_dict,
     model_entrypoint,
     resolve_pretrained_cfg,
 )
 from torch import Tensor, nn
 
-from ..attach import attach
+from ..attach import Features, NoahModel, add_noah_head, attach, find_classifier
 from ..catalog import CATALOG, SHIPPED
 
+WEIGHT_PLACES = ('state_dict', 'file', 'hf_hub_id', 'hf_hub_filename', 'url', 'source')  # as timm ranks them
 HEAD_ARGS = ('num_groups', 'key_ratio', 'drop_rate', 'split_groups', 'split_kv')
 
 # Gives the cfg with the place of verified weights, and the arguments that these weights imply. It lives a floor above,
@@ -58,12 +62,6 @@ def build_noah(
         ValueError: If the head cannot be built or the backbone's weights do not fit.
         WeightsError: If pretrained weights were asked for and cannot be had.
     """
-    saved = kwargs.get('pretrained_model_args') or {}
-    if pretrained and saved.get('pretrained_backbone') == pretrained_backbone:
-        pretrained_backbone = None  # what a saved model was begun from; it has weights of its own
-    if pretrained and pretrained_backbone:
-        raise ValueError(
-            f'{variant}: pretrained=True and pretrained_backbone={pretrained_backbone!r} exclude each other')
     row = CATALOG[variant]
     noah_cfg = dict(num_groups=row.num_groups, key_ratio=row.key_ratio, drop_rate=row.drop_rate)
     noah_cfg.update({name: kwargs.pop(name) for name in HEAD_ARGS if name in kwargs})
@@ -71,20 +69,85 @@ def build_noah(
     shipped = SHIPPED.get(f'{variant}.{cfg.tag}')
     if shipped is not None:
         kwargs = dict(shipped.model_args, **kwargs)
-    if kwargs.get('global_pool') == saved.get('global_pool') == '':
-        del kwargs['global_pool']  # a saved config says that the pooling was off, which it is under a NOAH head
+    source = _backbone_source(variant, pretrained, pretrained_backbone, kwargs)
 
     def build_twin(num_classes: int = 1000, **model_args) -> nn.Module:
         model = model_entrypoint(row.vanilla)(num_classes=0, **dict(twin_args or {}, **model_args))
+        if getattr(model, 'num_prefix_tokens', 0):
+            raise ValueError(f'{variant}: the model has a class token; the NOAH model has none (class_token=False)')
         try:
-            attach(model, num_classes, input_fmt, **noah_cfg)
+            attach(model, num_classes, Features(input_fmt, 0, model.num_features), find_classifier(model), **noah_cfg)
         except ValueError as error:
             raise ValueError(f'{variant}: {error}') from None
-        if pretrained_backbone:
-            load_backbone(model, pretrained_backbone, variant, filter_fn)
+        if source:
+            load_backbone(model, source, variant, row.vanilla, filter_fn)
         return model
 
     return build_model(build_twin, variant, pretrained, filter_fn, pretrained_cfg=cfg, **kwargs)
+
+
+def build_any(
+        backbone: str,
+        pretrained: bool = False,
+        pretrained_cfg: Any = None,
+        pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
+        pretrained_backbone: Optional[str] = None,
+        **kwargs,
+) -> nn.Module:
+    """Build a timm model with a NOAH head; `add_noah_head` puts it there.
+
+    Args:
+        backbone: A timm name; the pretrained cfg is that of its tag, without weights, if none is given.
+        pretrained: Load the weights of the pretrained cfg, head and all.
+        pretrained_cfg: See timm.
+        pretrained_cfg_overlay: See timm.
+        pretrained_backbone: As for `build_noah`.
+        **kwargs: As for `build_noah`.
+
+    Raises:
+        ValueError: As `add_noah_head`, or if timm knows no such model or the backbone's weights do not fit.
+        WeightsError: If pretrained weights were asked for and cannot be had.
+    """
+    twin, _, tag = backbone.partition('.')
+    if not is_model(twin):
+        raise ValueError(f'backbone={backbone!r}: timm knows no such model; see timm.list_models()')
+    noah_cfg = {name: kwargs.pop(name) for name in HEAD_ARGS if name in kwargs}
+    if not pretrained_cfg or isinstance(pretrained_cfg, str):
+        pretrained_cfg = replace(
+            resolve_pretrained_cfg(twin, tag), tag=None, architecture='noah', **dict.fromkeys(WEIGHT_PLACES))
+    cfg = resolve_pretrained_cfg('noah', pretrained_cfg, pretrained_cfg_overlay)
+    source = _backbone_source(f'noah on {twin}', pretrained, pretrained_backbone, kwargs)
+
+    def filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dict[str, Tensor]:
+        convert = getattr(sys.modules[model.timm_cls.__module__], 'checkpoint_filter_fn', None)
+        return convert(state_dict, model) if convert else state_dict
+
+    def build_twin(num_classes: int = 1000, **model_args) -> nn.Module:
+        if not num_classes:
+            raise ValueError(f'noah on {twin}: num_classes=0; for features, create {twin} itself')
+        model = model_entrypoint(twin)(num_classes=num_classes, **model_args)
+        add_noah_head(model, **noah_cfg)
+        if source:
+            load_backbone(model, source, f'noah on {twin}', twin, filter_fn)
+        return model
+
+    model = build_model(
+        build_twin, 'noah', pretrained, filter_fn, feature_cfg=dict(feature_cls='getter', out_indices=4),
+        pretrained_cfg=cfg, **kwargs)
+    if isinstance(model, NoahModel):
+        model.pretrained_cfg['classifier'] = tuple(f'{model.noah_place}.{name}' for name in ('key', 'value'))
+    return model
+
+
+def _backbone_source(
+        variant: str, pretrained: bool, pretrained_backbone: Optional[str], kwargs: Dict[str, Any]) -> Optional[str]:
+    """Where the backbone's weights come from; what a saved config says of it was before its own weights."""
+    saved = kwargs.get('pretrained_model_args') or {}
+    if kwargs.get('global_pool') == saved.get('global_pool') == '':
+        del kwargs['global_pool']
+    if not pretrained or pretrained_backbone is None or saved.get('pretrained_backbone') == pretrained_backbone:
+        return None if pretrained else pretrained_backbone
+    raise ValueError(f'{variant}: pretrained=True and pretrained_backbone={pretrained_backbone!r} exclude each other')
 
 
 def build_model(
@@ -130,8 +193,7 @@ def build_model(
 
 def _whole(variant: str, cfg: PretrainedCfg, filter_fn: Optional[Callable]) -> Callable:
     """timm's checkpoint filter, and a check: once the classes differ, timm misses no keys and drops any head."""
-    classifiers = (cfg.classifier,) if isinstance(cfg.classifier, str) else cfg.classifier or ()
-    heads = tuple(f'{name}.' for name in classifiers)
+    heads = tuple(f'{name}.' for name in _names(cfg.classifier))
     first_conv = f'{cfg.first_conv}.weight'  # timm adapts it to the number of channels, or refuses
 
     def check(state_dict: Dict[str, Tensor], model: nn.Module) -> Dict[str, Tensor]:
@@ -152,7 +214,8 @@ def _whole(variant: str, cfg: PretrainedCfg, filter_fn: Optional[Callable]) -> C
     return check
 
 
-def load_backbone(model: nn.Module, source: str, variant: str, filter_fn: Optional[Callable] = None) -> None:
+def load_backbone(
+        model: nn.Module, source: str, variant: str, twin: str, filter_fn: Optional[Callable] = None) -> None:
     """Load everything but the head from the twin's weights, in place.
 
     A class token that the model does not have is left out, and its position with it.
@@ -161,6 +224,7 @@ def load_backbone(model: nn.Module, source: str, variant: str, filter_fn: Option
         model: A NOAH model.
         source: A timm name with tag, 'hf-hub:...', 'local-dir:...' or the path of a checkpoint.
         variant: The model's name, for messages.
+        twin: timm's name of the backbone.
         filter_fn: timm's checkpoint filter of the family.
 
     Raises:
@@ -176,15 +240,16 @@ def load_backbone(model: nn.Module, source: str, variant: str, filter_fn: Option
         state_dict = create_model(source, pretrained=True).state_dict()
     if filter_fn is not None:
         state_dict = filter_fn(_without_class_token(state_dict, own), model)
-    places = (model.noah_place + '.', 'head_dist.')
+    cfg = get_pretrained_cfg(twin)
+    places = tuple(f'{name}.' for name in (model.noah_place, 'head_dist', *_names(cfg.classifier)))
     state_dict = {k: v for k, v in state_dict.items() if not k.startswith(places)}
-    first_conv = get_pretrained_cfg(variant).first_conv + '.weight'
-    if first_conv in state_dict and state_dict[first_conv].shape[1] == 3:
-        state_dict[first_conv] = adapt_input_conv(own[first_conv].shape[1], state_dict[first_conv])
+    for first_conv in (f'{name}.weight' for name in _names(cfg.first_conv)):
+        if first_conv in own and first_conv in state_dict and state_dict[first_conv].shape[1] == 3:
+            state_dict[first_conv] = adapt_input_conv(own[first_conv].shape[1], state_dict[first_conv])
     problems = _misfits(state_dict, own, places)
     if problems:
         raise ValueError(
-            f"{variant}: pretrained_backbone={source!r} does not fit {CATALOG[variant].vanilla}'s backbone: "
+            f"{variant}: pretrained_backbone={source!r} does not fit {twin}'s backbone: "
             f'{_some(problems)}')
     model.load_state_dict(state_dict, strict=False)
 
@@ -197,6 +262,10 @@ def _misfits(
     return problems + [
         f'{k} has shape {list(given[k].shape)}, not {list(v.shape)}' for k, v in own.items()
         if k in given and given[k].shape != v.shape and k != first_conv and not k.startswith(heads)]
+
+
+def _names(entry: Union[str, Tuple[str, ...], None]) -> Tuple[str, ...]:
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 def _some(problems: List[str]) -> str:

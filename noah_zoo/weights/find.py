@@ -10,14 +10,12 @@ from safetensors import SafetensorError, safe_open
 from timm.models import PretrainedCfg, get_pretrained_cfg
 
 from ..catalog import NAMESPACE, PUBLISHED, SHIPPED, TAG
-from ..models.build import WeightsError
+from ..models.build import WEIGHT_PLACES, WeightsError
 from .drive import fetch_released
 from .hub import MissingFileError, fetch
 from .official import read_official, weights_in
 
 _logger = logging.getLogger(__name__)
-
-PLACES = ('state_dict', 'file', 'hf_hub_id', 'hf_hub_filename', 'url', 'source')  # as timm ranks them
 
 
 def find_weights(
@@ -41,9 +39,9 @@ def find_weights(
     """
     name = f'{variant}.{cfg.tag}'
     known = get_pretrained_cfg(name) if cfg.tag == TAG or name in SHIPPED else PretrainedCfg()
-    given = {place: getattr(cfg, place) for place in PLACES if getattr(cfg, place) != getattr(known, place)}
+    given = {place: getattr(cfg, place) for place in WEIGHT_PLACES if getattr(cfg, place) != getattr(known, place)}
     if known.tag is None or any(given.values()):
-        places = dict(dict.fromkeys(PLACES), **given)
+        places = dict(dict.fromkeys(WEIGHT_PLACES), **given)
         return _given(variant, replace(cfg, **places), cache_dir), {}
     if name in SHIPPED:
         _logger.info('%s: weights inside the package (%s)', name, cfg.file)
