@@ -8,8 +8,8 @@ from timm.data import resolve_data_config
 from timm.layers import ClassifierHead
 from torch import Tensor, nn
 
-from .head import NoahHead, fitting_key_ratio, fitting_num_groups
-
+from .ablations import head_class
+from .head import fitting_key_ratio, fitting_num_groups
 
 ERRORS = (AssertionError, AttributeError, NotImplementedError, RuntimeError)  # what timm's code raises
 
@@ -45,8 +45,7 @@ class NoahModel:
             raise ValueError('a NOAH head takes no mask of valid patches: give the model images of one size')
         fmt, num_prefix_tokens, _ = self.noah_features
         features = super().forward_head(each_position(x, fmt, num_prefix_tokens), pre_logits=True)
-        head = self.get_classifier()
-        logits = head(features.reshape(x.shape[0], -1, head.in_features))
+        logits = self.get_classifier()(together(features, x, fmt, num_prefix_tokens))
         if num_prefix_tokens and torch.is_grad_enabled():
             # A gradient of zero for layers that write class tokens only (class attention): DDP waits for all of them.
             logits = logits + 0. * x[:, :num_prefix_tokens].sum()
@@ -63,8 +62,11 @@ class NoahModel:
         super().reset_classifier(0, **kwargs)
         if num_classes:
             weight = next(self.parameters())
-            head = NoahHead(
-                _width(self), num_classes, input_fmt='NLC', **self.noah_cfg, device=weight.device, dtype=weight.dtype)
+            noah_cfg = dict(self.noah_cfg)
+            head_cls = head_class(noah_cfg.pop('noah_variant', None))
+            head = head_cls(
+                _width(self), num_classes, input_fmt='NLC' if self.noah_features.fmt == 'NLC' else 'NHWC', **noah_cfg,
+                device=weight.device, dtype=weight.dtype)
             self.set_submodule(self.noah_place, head.train(self.training))
             self.num_classes = num_classes
 
@@ -96,6 +98,15 @@ def each_position(x: Tensor, fmt: str, num_prefix_tokens: int) -> Tensor:
     return x[:, num_prefix_tokens:].flatten(0, 1).unsqueeze(1).expand(-1, 1 + num_prefix_tokens, -1)
 
 
+def together(features: Tensor, x: Tensor, fmt: str, num_prefix_tokens: int) -> Tensor:
+    """Features of `each_position(x)`, whatever their rank, as (B, H, W, C) of a map `x` or (B, L, C) of tokens `x`."""
+    if fmt == 'NCHW':
+        return features.reshape(x.shape[0], x.shape[2], x.shape[3], -1)
+    if fmt == 'NHWC':
+        return features.reshape(x.shape[0], x.shape[1], x.shape[2], -1)
+    return features.reshape(x.shape[0], x.shape[1] - num_prefix_tokens, -1)
+
+
 class ScriptableNoah(nn.Module):
     """A `NoahModel` as a plain composition, as TorchScript knows no `super()`."""
 
@@ -104,12 +115,11 @@ class ScriptableNoah(nn.Module):
         self.backbone = _twin(model)
         self.head = model.get_classifier()
         self.fmt, self.num_prefix_tokens, _ = model.noah_features
-        self.in_features = self.head.in_features
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.backbone.forward_features(x)
         features = self.backbone.forward_head(each_position(x, self.fmt, self.num_prefix_tokens), pre_logits=True)
-        return self.head(features.reshape(x.shape[0], -1, self.in_features))
+        return self.head(together(features, x, self.fmt, self.num_prefix_tokens))
 
 
 @functools.cache
@@ -157,7 +167,7 @@ def attach(model: nn.Module, num_classes: int, features: Features, place: str, *
         num_classes: K; 0 keeps timm's pooling and no classifier.
         features: What its `forward_features` gives.
         place: Name of its classifier.
-        **noah_cfg: Arguments of `NoahHead`.
+        **noah_cfg: Arguments of `NoahHead`, and `noah_variant`.
 
     Raises:
         ValueError: If the head cannot be built.
@@ -191,7 +201,7 @@ def add_noah_head(
         key_ratio: Share of the channels that go to the key. If None, by the rule that a larger N has a smaller one:
             the largest of 1/2, 1/4 and 1/8 that is at most 2 / N and gives at most 384 key channels.
         drop_rate: Dropout probability on the value map. The model's own dropout stays, and is per position.
-        **noah_cfg: `split_groups` and `split_kv` of `NoahHead`.
+        **noah_cfg: `split_groups` and `split_kv` of `NoahHead`; `noah_variant`, see `noah_zoo.ablations`.
 
     Returns:
         `model`.
@@ -305,9 +315,15 @@ def _layout(trial: nn.Module, x: Tensor, image: Tensor) -> Features:
     return Features('NLC', prefix, channels)
 
 
+def classifier_names(model: NoahModel) -> Tuple[str, ...]:
+    """The layers of the head, ('fc.key', 'fc.value') say, as timm's pretrained cfg names them."""
+    return tuple(
+        f'{model.noah_place}.{name}' for name, module in model.get_classifier().named_modules()
+        if hasattr(module, 'weight'))
+
+
 def _remember(model: nn.Module, name: str) -> None:
     """Have timm save the model as one that noah_zoo builds: see noah_zoo/models/noah_any.py."""
-    place = model.noah_place
     model.pretrained_cfg = model.default_cfg = dict(
-        model.pretrained_cfg, architecture='noah', classifier=(f'{place}.key', f'{place}.value'))
+        model.pretrained_cfg, architecture='noah', classifier=classifier_names(model))
     model._model_args = dict(getattr(model, '_model_args', {}), backbone=name, **model.noah_cfg)

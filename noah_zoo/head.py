@@ -95,9 +95,10 @@ class NoahHead(nn.Module):
 
     def reset_parameters(self) -> None:
         """Kaiming normal by fan-out, biases zero, as in the authors' release."""
-        for conv in (self.key, self.value):
-            nn.init.kaiming_normal_(conv.weight, mode='fan_out')
-            nn.init.zeros_(conv.bias)
+        for layer in self.modules():
+            if hasattr(layer, 'weight'):
+                nn.init.kaiming_normal_(layer.weight, mode='fan_out')
+                nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         check_input(x, self.in_features, self.input_fmt)
@@ -109,6 +110,10 @@ class NoahHead(nn.Module):
             x_BCHW = x
         if not hasattr(self, 'key'):  # TorchScript settles hasattr when it compiles, not num_classes
             return x_BCHW.mean(dim=(2, 3))
+        return self.classify(x_BCHW)
+
+    def classify(self, x_BCHW: Tensor) -> Tensor:
+        """Logits (B, num_classes) of a map (B, C, H, W)."""
         return poca(
             x_BCHW[:, :self.key_features],
             x_BCHW[:, self.in_features - self.value_features:],

@@ -18,11 +18,11 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
-from ..attach import Features, NoahModel, add_noah_head, attach, find_classifier
+from ..attach import Features, NoahModel, add_noah_head, attach, classifier_names, find_classifier
 from ..catalog import CATALOG, SHIPPED
 
 WEIGHT_PLACES = ('state_dict', 'file', 'hf_hub_id', 'hf_hub_filename', 'url', 'source')  # as timm ranks them
-HEAD_ARGS = ('num_groups', 'key_ratio', 'drop_rate', 'split_groups', 'split_kv')
+HEAD_ARGS = ('num_groups', 'key_ratio', 'drop_rate', 'split_groups', 'split_kv', 'noah_variant')
 
 # Gives the cfg with the place of verified weights, and the arguments that these weights imply. It lives a floor above,
 # in noah_zoo.weights, which puts it here.
@@ -56,7 +56,8 @@ def build_noah(
         pretrained_cfg_overlay: See timm.
         pretrained_backbone: A timm name with tag, 'hf-hub:', 'local-dir:' or the path of a checkpoint: everything but
             the head is loaded from it.
-        **kwargs: `num_groups`, `key_ratio`, `drop_rate`, `split_groups`, `split_kv`, and what timm's class takes.
+        **kwargs: `num_groups`, `key_ratio`, `drop_rate`, `split_groups`, `split_kv`, `noah_variant` (see
+            `noah_zoo.ablations`), and what timm's class takes.
 
     Raises:
         ValueError: If the head cannot be built or the backbone's weights do not fit.
@@ -131,20 +132,15 @@ def build_any(
             load_backbone(model, source, f'noah on {twin}', twin, filter_fn)
         return model
 
-    model = build_model(
+    return build_model(
         build_twin, 'noah', pretrained, filter_fn, feature_cfg=dict(feature_cls='getter', out_indices=4),
         pretrained_cfg=cfg, **kwargs)
-    if isinstance(model, NoahModel):
-        model.pretrained_cfg['classifier'] = tuple(f'{model.noah_place}.{name}' for name in ('key', 'value'))
-    return model
 
 
 def _backbone_source(
         variant: str, pretrained: bool, pretrained_backbone: Optional[str], kwargs: Dict[str, Any]) -> Optional[str]:
     """Where the backbone's weights come from; what a saved config says of it was before its own weights."""
     saved = kwargs.get('pretrained_model_args') or {}
-    if kwargs.get('global_pool') == saved.get('global_pool') == '':
-        del kwargs['global_pool']
     if not pretrained or pretrained_backbone is None or saved.get('pretrained_backbone') == pretrained_backbone:
         return None if pretrained else pretrained_backbone
     raise ValueError(f'{variant}: pretrained=True and pretrained_backbone={pretrained_backbone!r} exclude each other')
@@ -188,6 +184,8 @@ def build_model(
     except SafetensorError as error:
         raise WeightsError(f'{variant}: {cfg.file} is damaged or not in the safetensors format: {error}') from None
     model.pretrained_cfg.pop('state_dict', None)  # it has been loaded, and would only hold the memory
+    if isinstance(model, NoahModel) and model.num_classes:
+        model.pretrained_cfg['classifier'] = classifier_names(model)
     return model
 
 

@@ -12,6 +12,7 @@ class TrainConfig(Recipe):
     Attributes:
         model: A timm name.
         output: Folder of the run.
+        noah_variant: A head of the paper's ablations instead of NOAH's: a name of `noah_zoo.ablations.VARIANTS`.
         dataset: 'fashion_mnist', 'folder', or a name of `timm.data.create_dataset`.
         data_dir: Folder of the data.
         train_split: Split to train on.
@@ -39,6 +40,7 @@ class TrainConfig(Recipe):
     """
     model: str
     output: str
+    noah_variant: Optional[str] = None
     dataset: str = 'fashion_mnist'
     data_dir: Optional[str] = None
     train_split: str = 'train'

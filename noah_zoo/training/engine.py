@@ -476,8 +476,8 @@ def _check_output(config: TrainConfig, output: Path) -> Optional[Dict[str, Any]]
 
 
 def _model_kwargs(config: TrainConfig) -> Dict[str, Any]:
-    drop_path = {} if config.drop_path is None else dict(drop_path_rate=config.drop_path)
-    return {**drop_path, **config.model_kwargs}
+    flags = dict(drop_path_rate=config.drop_path, noah_variant=config.noah_variant)
+    return {**{name: value for name, value in flags.items() if value is not None}, **config.model_kwargs}
 
 
 def _create_model(config: TrainConfig, class_names: Tuple[str, ...]) -> nn.Module:

@@ -3,15 +3,17 @@ import json
 import statistics
 from collections import defaultdict
 from pathlib import Path
-from typing import Sequence
+from typing import Any, Dict, Sequence, Tuple
+
+from ..models.build import HEAD_ARGS
 
 
 def report(folders: Sequence[str]) -> str:
-    """A Markdown table of the runs under some folders: a row per model, over seeds; a NOAH model follows its twin.
+    """A Markdown table of the runs under some folders: a row per model and head, over seeds; NOAH follows its twin.
 
     Raises:
         FileNotFoundError: If there is no finished run.
-        ValueError: If runs of a pair, NOAH model and twin, differ in a setting other than model and seed.
+        ValueError: If runs of one backbone differ in a setting other than head and seed.
     """
     paths = sorted(path for folder in folders for path in Path(folder).rglob('summary.json'))
     if not paths:
@@ -19,10 +21,10 @@ def report(folders: Sequence[str]) -> str:
     summaries = [json.loads(path.read_text(encoding='utf-8')) for path in paths]
     runs, firsts = defaultdict(list), {}
     for path, summary in zip(paths, summaries):
-        config = summary['config']
-        runs[config['model']].append(summary)
-        first_path, first = firsts.setdefault(config['model'].removesuffix('_noah'), (path, config))
-        different = [k for k, v in config.items() if k not in ('model', 'seed') and first.get(k) != v]
+        model, backbone, head, config = _split(summary['config'])
+        runs[' '.join((model, *(f'{k}={v}' for k, v in sorted(head.items()))))].append(summary)
+        first_path, first = firsts.setdefault(backbone, (path, config))
+        different = [k for k in config.keys() | first if first.get(k) != config.get(k)]
         if different:
             raise ValueError(f'{path} differs from {first_path} in {", ".join(different)}; compare equal budgets')
     lines = [
@@ -36,3 +38,16 @@ def report(folders: Sequence[str]) -> str:
             f'| {model} | {found[0]["params"]:,} | {len(found)} | {statistics.mean(top1):.2f}{spread} | '
             f'{", ".join(f"{t:.2f}" for t in top1)} | {statistics.mean(s["seconds"] for s in found):.0f} |')
     return '\n'.join(lines)
+
+
+def _split(config: Dict[str, Any]) -> Tuple[str, str, Dict[str, Any], Dict[str, Any]]:
+    """Model, backbone, arguments of the head, and the settings in which runs of one backbone must agree."""
+    model_kwargs = dict(config.get('model_kwargs') or {})
+    head = {name: model_kwargs.pop(name) for name in HEAD_ARGS if name in model_kwargs}
+    if config.get('noah_variant'):
+        head['noah_variant'] = config['noah_variant']
+    model = config['model']
+    if model == 'noah':
+        model = f'{model_kwargs.pop("backbone", "resnet18")}_noah'
+    rest = {k: v for k, v in config.items() if k not in ('model', 'seed', 'noah_variant') and v is not None}
+    return model, model.removesuffix('_noah'), head, dict(rest, model_kwargs=model_kwargs)
