@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .ablations import head_class
 from .head import fitting_key_ratio, fitting_num_groups
 
-ERRORS = (AssertionError, AttributeError, NotImplementedError, RuntimeError)  # what timm's code raises
+ERRORS = (AssertionError, AttributeError, LookupError, NotImplementedError, RuntimeError)  # what timm's code raises
 
 
 class NoahModel:
@@ -209,11 +209,14 @@ def add_noah_head(
     Raises:
         ValueError: If the model cannot take the head, with the reason; it is then as it was.
     """
-    name = getattr(model, 'pretrained_cfg', {}).get('architecture') or type(model).__name__
+    name = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or type(model).__name__
     if isinstance(model, NoahModel):
         raise ValueError(f'{name}: the model has a NOAH head already; reset_classifier gives it another')
     if not isinstance(model, nn.Module):
         raise ValueError(f'{model!r} is not a model; expected what timm.create_model gives')
+    for method in ('forward_features', 'forward_head', 'get_classifier', 'reset_classifier'):
+        if not hasattr(model, method):
+            raise ValueError(f"{name}: the model has no {method}; expected one of timm's classifiers")
     num_classes = getattr(model, 'num_classes', 0) if num_classes is None else num_classes
     if num_classes < 1:
         raise ValueError(f'{name}: num_classes={num_classes}; the model has no classes of its own, give 1 or more')
@@ -258,10 +261,6 @@ def _inspect(trial: nn.Module) -> Tuple[Features, str, Tensor]:
     Raises:
         ValueError: If there is no single classifier over one set of positions.
     """
-    missing = [m for m in ('forward_features', 'forward_head', 'get_classifier', 'reset_classifier')
-               if not hasattr(trial, m)]
-    if missing:
-        raise ValueError(f'the model has no {missing[0]}: not one of timm\'s classifiers')
     channels, *size = resolve_data_config({}, model=trial)['input_size']
     size = getattr(getattr(trial, 'patch_embed', None), 'img_size', None) or size
     weight = next(trial.parameters())
@@ -311,7 +310,9 @@ def _layout(trial: nn.Module, x: Tensor, image: Tensor) -> Features:
     prefix = getattr(trial, 'num_prefix_tokens', None)
     if prefix is None:  # some have a class token and do not say so
         height, width = trial.forward_intermediates(image, indices=1, intermediates_only=True)[-1].shape[-2:]
-        prefix = max(x.shape[1] - height * width, 0)
+        prefix = x.shape[1] - height * width
+        if prefix < 0:
+            raise ValueError(f'no spatial features are left: forward_features gives {list(x.shape)}')
     return Features('NLC', prefix, channels)
 
 
@@ -324,6 +325,8 @@ def classifier_names(model: NoahModel) -> Tuple[str, ...]:
 
 def _remember(model: nn.Module, name: str) -> None:
     """Have timm save the model as one that noah_zoo builds: see noah_zoo/models/noah_any.py."""
+    if not getattr(model, 'pretrained_cfg', None):
+        return  # made by its class; timm could not save it
     model.pretrained_cfg = model.default_cfg = dict(
         model.pretrained_cfg, architecture='noah', classifier=classifier_names(model))
     model._model_args = dict(getattr(model, '_model_args', {}), backbone=name, **model.noah_cfg)

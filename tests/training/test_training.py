@@ -52,6 +52,22 @@ def test_run_leaves_a_loadable_model(run_dir):
     assert summary['config']['model_kwargs'] == {'output_stride': 16, 'num_groups': 4}
 
 
+def test_any_backbone_and_the_heads_of_the_ablations(idx_dir, tmp_path):
+    result = train(
+        '--model', 'noah', '--data-dir', idx_dir, '--output', tmp_path, '--noah-variant', 'b', '--smoke', '1',
+        '--model-kwargs', 'backbone=test_resnet', 'num_groups=2')
+    assert result.returncode == 0, result.stderr
+    config = json.loads((tmp_path / 'best' / 'config.json').read_text())
+    wanted = dict(backbone='test_resnet', num_groups=2, key_ratio=0.5, noah_variant='b')
+    assert config['architecture'] == 'noah' and wanted.items() <= config['model_args'].items()
+    model = timm.create_model(f'local-dir:{tmp_path / "best"}', pretrained=True)
+    assert type(model.get_classifier()).__name__ == 'ProjectedConcat' and model.num_classes == 10
+    result = train('--data-dir', idx_dir, '--output', tmp_path / 'x', '--noah-variant', 'z')
+    assert result.returncode == 2 and "noah_variant='z' is unknown; choose from no_split" in result.stderr
+    result = train('--model', 'resnet18', '--data-dir', idx_dir, '--output', tmp_path / 'x', '--noah-variant', 'a')
+    assert result.returncode == 2 and 'resnet18 does not take these arguments' in result.stderr
+
+
 def test_evaluation_is_that_of_the_saved_model(run_dir, idx_dir):
     model = timm.create_model(f'local-dir:{run_dir / "best"}', pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model))
