@@ -63,6 +63,31 @@ Example:
     model = torch.hub.load('OWNER/noah_zoo', '{row.vanilla}', pretrained=True)
 """
 
+_ANY = """Any timm model with a NOAH head; 'noah' is the name under which timm saves and loads such models.
+
+Images (B, 3, 224, 224), or of the backbone's own size, normalised as `timm.data.resolve_data_config({}, model=model)`
+says, give logits (B, num_classes).
+
+Args:
+    pretrained: Load weights of such a model, head and all: give `pretrained_cfg_overlay=dict(file=...)`.
+    backbone: A timm name.
+    **kwargs: As of `timm.create_model`: `num_classes`, `in_chans`, ... Of the head: `num_groups`, `key_ratio`,
+        `drop_rate`, `split_groups`, `split_kv`, `noah_variant`; by the paper's rule of thumb if not given.
+        `pretrained_backbone` names weights that everything but the head is loaded from: a timm name with tag,
+        'hf-hub:...', 'local-dir:...' or the path of a checkpoint.
+
+Returns:
+    The model, in training mode: call `.eval()` before you classify with it.
+
+Raises:
+    RuntimeError: If `pretrained` and the weights cannot be had.
+    TypeError: If the model has no such argument.
+    ValueError: If timm knows no such backbone, it cannot take the head, or the head's arguments do not fit it.
+
+Example:
+    model = torch.hub.load('OWNER/noah_zoo', 'noah', backbone='convnext_tiny', num_classes=37)
+"""
+
 
 def _read_catalog():
     """noah_zoo/catalog.py as a module of its own, without the package around it."""
@@ -97,7 +122,8 @@ def _entry(name, doc):
 
 def _entries():
     catalog = _read_catalog()
-    return {name: _entry(name, _describe(name, catalog)) for name in catalog.registered()}
+    return {name: _entry(name, _describe(name, catalog)) for name in catalog.registered()} | {
+        'noah': _entry('noah', _ANY)}
 
 
 globals().update(_entries())

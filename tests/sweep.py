@@ -39,7 +39,8 @@ deepcopy and state-dict round trip.
 
 ## Every name
 
-Built on the meta device (or with real weights, where a model looks at values), {accepted_names:,} of {names:,} names take the head. The others:
+Built on the meta device (with real weights, where a model looks at values), {accepted_names:,} of {names:,} names take
+the head. The others:
 
 {refused}
 

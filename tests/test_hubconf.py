@@ -47,12 +47,12 @@ repo = 'owner/noah_zoo:main'
 
 # The folder is in torch.hub's cache, so it is trusted, and nobody is asked: there is no standard input.
 names = torch.hub.list(repo, trust_repo='check', verbose=False)
-assert len(names) == len(set(names)) == 35, names
+assert len(names) == len(set(names)) == 36, names
 assert sum(name.endswith('_noah') for name in names) == 25
 for name in names:
     text = torch.hub.help(repo, name)
     for part in (name, '(B, 3, 224, 224)', '(B, num_classes)', 'Args:', 'Raises:', 'num_classes',
-                 f"torch.hub.load('OWNER/noah_zoo', '{name}', pretrained=True)"):
+                 f"torch.hub.load('OWNER/noah_zoo', '{name}', "):
         assert part in text, (name, part)
 assert "pretrained_cfg='fashion_mnist'" in torch.hub.help(repo, 'mobilenetv2_035_noah')
 assert '25,564,032 parameters' in torch.hub.help(repo, 'resnet50_noah')
@@ -96,6 +96,7 @@ for name in ('shufflenetv2_100_noah', 'pvt_tiny_050', 'gmlp_ti16_050_224_noah'):
     model = load(name, pretrained=False, num_classes=5)
     assert model.pretrained_cfg['architecture'] == name
     assert model(image).shape == (1, 5)
+assert load('noah', backbone='test_vit', num_classes=5, img_size=224)(image).shape == (1, 5)
 import noah_zoo
 assert noah_zoo.__file__ == os.path.abspath('repo/noah_zoo/__init__.py'), noah_zoo.__file__
 assert set(timm.list_models()) - before == set(names), 'the entry points are not what is registered'

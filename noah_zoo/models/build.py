@@ -117,6 +117,10 @@ def build_any(
         pretrained_cfg = replace(
             resolve_pretrained_cfg(twin, tag), tag=None, architecture='noah', **dict.fromkeys(WEIGHT_PLACES))
     cfg = resolve_pretrained_cfg('noah', pretrained_cfg, pretrained_cfg_overlay)
+    if pretrained and not any(getattr(cfg, place) for place in WEIGHT_PLACES):
+        raise WeightsError(
+            f'noah on {twin}: no weights with this head are known; pretrained_backbone={backbone!r} loads all but the '
+            f'head, pretrained_cfg_overlay=dict(file=FILE) a file of your own')
     source = _backbone_source(f'noah on {twin}', pretrained, pretrained_backbone, kwargs)
 
     def filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dict[str, Tensor]:

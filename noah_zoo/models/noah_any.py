@@ -7,5 +7,5 @@ from .build import build_any
 
 @register_model
 def noah(pretrained: bool = False, backbone: str = 'resnet18', **kwargs) -> nn.Module:
-    """`backbone`, a timm name, with a NOAH head; N and r by the paper's rule of thumb unless given."""
+    """`backbone`, a timm name, with a NOAH head; N and r by the paper's rule of thumb unless given. See `build_any`."""
     return build_any(backbone, pretrained, **kwargs)

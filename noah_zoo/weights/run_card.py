@@ -1,6 +1,7 @@
 """Floor 3: the model card of a user's own training run."""
 import json
 import shlex
+from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple, Union
@@ -38,7 +39,7 @@ def run_card(run_dir: Union[str, Path], repo_id: str) -> ModelCard:
     labels = config.get('label_names') or (config.get('pretrained_cfg') or {}).get('label_names') or []
     dataset_id, dataset, split = _dataset(settings)
     model_name = repo_id.split('/')[-1]
-    is_noah = architecture in CATALOG
+    is_noah = architecture in (*CATALOG, 'noah')
     results = [
         EvalResult(
             task_type='image-classification', task_name='Image Classification',
@@ -60,7 +61,7 @@ def run_card(run_dir: Union[str, Path], repo_id: str) -> ModelCard:
         measured.append(f'cross-entropy {best["val_loss"]:.4f}')
     epochs, seed = settings.get('epochs', '?'), settings.get('seed', '?')
     sections = (
-        f'# {model_name}', f'`{architecture}` trained on {dataset} with `scripts/train.py` of noah_zoo.',
+        f'# {model_name}', f'{_title(config)} trained on {dataset} with `scripts/train.py` of noah_zoo.',
         '## Use', _run_usage(architecture, repo_id, bool(labels)),
         '## Model', _run_details(config, summary),
         '## Results', f'On the split `{split}` of {dataset}: {"; ".join(measured)}. One run of {epochs} epochs, '
@@ -69,6 +70,11 @@ def run_card(run_dir: Union[str, Path], repo_id: str) -> ModelCard:
         '## Classes', _label_list(labels),
         *(('## Citation', f'```bibtex\n{BIBTEX}\n```') if is_noah else ()))
     return make_card(data, sections)
+
+
+def _title(config: Dict[str, Any]) -> str:
+    backbone = (config.get('model_args') or {}).get('backbone')
+    return f'`{backbone}` with a NOAH head,' if backbone else f'`{config["architecture"]}`'
 
 
 def _run_usage(architecture: str, repo_id: str, has_labels: bool) -> str:
@@ -81,10 +87,15 @@ def _run_usage(architecture: str, repo_id: str, has_labels: bool) -> str:
 def _run_details(config: Dict[str, Any], summary: Dict[str, Any]) -> str:
     architecture, pretrained_cfg = config['architecture'], config.get('pretrained_cfg') or {}
     rows = [('architecture', f'`{architecture}`'), ('classes', str(config.get('num_classes')))]
-    if architecture in CATALOG:
-        row, model_args = CATALOG[architecture], config.get('model_args') or {}
-        ratio = Fraction(model_args.get('key_ratio', row.key_ratio)).limit_denominator(1000)
-        rows += [('POCA blocks, N', str(model_args.get('num_groups', row.num_groups))), ('key ratio, r', str(ratio))]
+    head = asdict(CATALOG[architecture]) if architecture in CATALOG else {}
+    head.update(config.get('model_args') or {})
+    if architecture == 'noah':
+        rows.append(('backbone', f'`{head["backbone"]}`'))
+    if architecture in (*CATALOG, 'noah'):
+        ratio = Fraction(head['key_ratio']).limit_denominator(1000)
+        rows += [('POCA blocks, N', str(head['num_groups'])), ('key ratio, r', str(ratio))]
+    if head.get('noah_variant'):
+        rows.append(('head', f'`noah_variant={head["noah_variant"]!r}`, an ablation of the paper'))
     if isinstance(summary.get('params'), int):
         rows.append(('parameters', f'{summary["params"]:,}'))
     if all(pretrained_cfg.get(key) for key in ('input_size', 'crop_pct', 'interpolation', 'mean', 'std')):

@@ -285,6 +285,18 @@ def test_run_card(tmp_path, monkeypatch):
     assert args.data_dir == 'DIR'
 
 
+def test_run_card_of_a_head_on_another_backbone(tmp_path):
+    make_run(tmp_path, dict(model='noah', noah_variant='b'))
+    model = timm.create_model('noah', backbone='test_vit', num_classes=3, key_ratio=0.25, noah_variant='b')
+    save_for_hf(model, str(tmp_path / 'best'), safe_serialization=True)
+    made = run_card(tmp_path, 'me/run')
+    rows = table_rows(made.text)
+    assert '`test_vit` with a NOAH head, trained on Fashion-MNIST' in made.text
+    assert 'noah' in ModelCard(str(made)).data.tags
+    assert (rows['backbone'], rows['POCA blocks, N'], rows['key ratio, r']) == (['`test_vit`'], ['4'], ['1/4'])
+    assert "`noah_variant='b'`" in rows['head'][0]
+
+
 @pytest.mark.parametrize('settings, base_model', [
     (dict(model='resnet50.a1_in1k', pretrained=True), 'timm/resnet50.a1_in1k'),
     (dict(model='resnet50', pretrained=True), 'timm/resnet50.a1_in1k'),
