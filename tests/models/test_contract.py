@@ -136,7 +136,7 @@ def test_backbone_is_the_twins(name):
         assert torch.equal(features, twin.forward_features(x))
         expected = twin.forward_head(features, pre_logits=True)
         assert torch.equal(model.forward_head(features, pre_logits=True), expected)
-        positions = features.flatten(2).transpose(1, 2) if features.ndim == 4 else features
+        positions = features.permute(0, 2, 3, 1) if features.ndim == 4 else features
         expected_logits = model.get_classifier()(positions)
         assert torch.equal(model(x), expected_logits)
         model.reset_classifier(0)
