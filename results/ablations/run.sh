@@ -1,5 +1,6 @@
 #!/bin/bash
-# Tables VI to XI of the paper on Fashion-MNIST: a ResNet18 of a quarter of the width, one epoch, a run per head, a core each.
+# Tables VI to XI of the paper on Fashion-MNIST: a ResNet18 of a quarter of the width and half the blocks,
+# one epoch, a run per head, a core each.
 #     bash results/ablations/run.sh runs/ablations
 # leaves runs/ablations/table.md. A finished run is left as it is, so an interrupted call is simply repeated.
 set -euo pipefail
@@ -13,7 +14,7 @@ started=0
 try() {  # NAME MODEL HEAD..., the head as arguments of the model or as --noah-variant NAME
     if ((started++ >= 2)); then wait -n; fi
     python scripts/train.py --output "$runs/$1" --model "$2" $shared --model-kwargs output_stride=8 \
-        "channels=(16, 32, 64, 128)" "${@:3}" &
+        "channels=(16, 32, 64, 128)" "layers=(1, 1, 1, 1)" "${@:3}" &
 }
 
 try vanilla resnet18
