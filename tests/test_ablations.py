@@ -28,7 +28,7 @@ TABLE_XI = 27.04
 SE = partial(SEModule, bias=False)
 TABLES_XII_XIII = {
     'resnet18': {SE: 11.78, 'se': 11.78, 'cbam': 11.78, 'eca': 11.69}, 'resnet18_noah': {None: 11.70, 'cbam': 11.78},
-    'resnet50': {SE: 28.07, 'cbam': 28.07, 'eca': 25.56}, 'resnet50_noah': {None: 25.56, 'cbam': 28.08}}
+    'resnet50': {SE: 28.07, 'se': 28.09, 'cbam': 28.07, 'eca': 25.56}, 'resnet50_noah': {None: 25.56, 'cbam': 28.08}}
 TABLE_XIV = {'resnet18': 13.79, 'resnet50': 33.94, 'resnet18_noah': 13.82, 'resnet50_noah': 33.97}  # 5,089 classes
 
 

@@ -199,13 +199,18 @@ def _whole(variant: str, cfg: PretrainedCfg, filter_fn: Optional[Callable]) -> C
     first_conv = f'{cfg.first_conv}.weight'  # timm adapts it to the number of channels, or refuses
 
     def check(state_dict: Dict[str, Tensor], model: nn.Module) -> Dict[str, Tensor]:
-        if filter_fn is not None:
-            state_dict = filter_fn(state_dict, model)
         own = model.state_dict()
+        head = [k for k in own if k.startswith(heads)]
+        hint = '' if state_dict.keys() & head or not head else (
+            '; they have no NOAH head: pretrained_backbone= loads all but the head from weights of the vanilla twin')
+        try:
+            if filter_fn is not None:
+                state_dict = filter_fn(state_dict, model)
+        except (LookupError, RuntimeError) as error:
+            raise WeightsError(f'{variant}: the weights are not those of this model: {error}{hint}') from error
         problems = _misfits(state_dict, own, heads, first_conv)
         if problems:
-            raise WeightsError(f'{variant}: the weights are not those of this model: {_some(problems)}')
-        head = [k for k in own if k.startswith(heads)]
+            raise WeightsError(f'{variant}: the weights are not those of this model: {_some(problems)}{hint}')
         fits = head and all(k in state_dict and state_dict[k].shape == own[k].shape for k in head)
         if fits and model.num_classes != cfg.num_classes:
             raise WeightsError(

@@ -274,6 +274,16 @@ def test_backbone_from_a_checkpoint(tmp_path):
         assert any(torch.equal(p, first_conv) for p in features.parameters())
 
 
+@pytest.mark.parametrize('name', ['resnet18_noah', 'deit_tiny_050_patch16_224_noah'])
+def test_the_twins_weights_warn_of_nothing_but_the_head(name, tmp_path, caplog, recwarn):
+    twin = tmp_path / 'twin.pth'
+    torch.save(timm.create_model(CATALOG[name].vanilla).state_dict(), twin)
+    timm.create_model(name, pretrained_backbone=str(twin))
+    assert not recwarn.list and not [r for r in caplog.records if r.levelname != 'INFO']
+    with pytest.raises(RuntimeError, match=f'{name}: the weights are not those .* no NOAH head: pretrained_backbone='):
+        timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(twin)))
+
+
 def test_saved_it_comes_back_without_what_it_was_begun_from(tmp_path):
     twin = tmp_path / 'twin.pth'
     torch.save(timm.create_model('resnet18').state_dict(), twin)
