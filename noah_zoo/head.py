@@ -9,6 +9,8 @@ from .poca import poca
 
 INPUT_FMTS = ('NCHW', 'NHWC', 'NLC')
 
+torch.fx.wrap('poca')  # one opaque call for torch.fx
+
 
 @torch.fx.wrap
 def check_input(x: Tensor, in_features: int, input_fmt: str) -> None:
@@ -115,8 +117,7 @@ class NoahHead(nn.Module):
     def classify(self, x_BCHW: Tensor) -> Tensor:
         """Logits (B, num_classes) of a map (B, C, H, W)."""
         return poca(
-            x_BCHW[:, :self.key_features],
-            x_BCHW[:, self.in_features - self.value_features:],
+            x_BCHW,
             self.key.weight,
             self.key.bias,
             self.value.weight,
