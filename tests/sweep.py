@@ -169,25 +169,29 @@ def cells_of(name):
         return ['refused: ' + str(error).removeprefix(f'{name}: '), '', '', '', '', '']
 
 
+def write(rows, accepted, reasons, num_names):
+    """Write the page: rows of the table, names that take the head, and names by the reason why they do not."""
+    header = ['| module | model | parameters, M | place | features | tokens left out | channels | N | r |',
+              '|' + ' --- |' * 9]
+    TABLE.write_text(TEXT.format(
+        timm=timm.__version__, accepted=sum('refused' not in line for line in rows), modules=len(rows),
+        table='\n'.join(header + rows), accepted_names=len(accepted), names=num_names,
+        refused='\n'.join(
+            f'- {reason}: {", ".join(f"`{name}`" for name in names)}' for reason, names in sorted(reasons.items())),
+    ), encoding='utf-8')
+
+
 def main():
     params, reasons = {}, collections.defaultdict(list)
     for name in (name for module in modules() for name in timm.list_models(module=module)):
         params[name], reason = try_on_meta(name)
         reasons[reason].append(name)
         print(name, reason or 'ok', file=sys.stderr, flush=True)
-    accepted = reasons.pop('')
     rows = []
     for module, name in smallest(params).items():
         rows.append(row(module, name, params[name], cells_of(name)))
         print(rows[-1], file=sys.stderr, flush=True)
-    header = ['| module | model | parameters, M | place | features | tokens left out | channels | N | r |',
-              '|' + ' --- |' * 9]
-    TABLE.write_text(TEXT.format(
-        timm=timm.__version__, accepted=sum('refused' not in line for line in rows), modules=len(rows),
-        table='\n'.join(header + rows), accepted_names=len(accepted), names=len(params),
-        refused='\n'.join(
-            f'- {reason}: {", ".join(f"`{name}`" for name in names)}' for reason, names in sorted(reasons.items())),
-    ), encoding='utf-8')
+    write(rows, reasons.pop(''), reasons, len(params))
 
 
 if __name__ == '__main__':

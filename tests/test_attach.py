@@ -47,17 +47,21 @@ def test_refused_and_unchanged(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('line', rows() if sweep.TABLE.exists() else [], ids=lambda line: line.split()[1])
+@pytest.mark.parametrize('line', rows(), ids=lambda line: line.split()[1])
 def test_a_model_of_every_module(line):
     _, module, name, params, *_ = (cell.strip(' `') for cell in line.split('|'))
     assert name in timm.list_models(module=module)
     assert sweep.row(module, name, float(params) * 1e6, sweep.cells_of(name)) == line
 
 
-@pytest.mark.skipif(not sweep.TABLE.exists(), reason="x")
-def test_the_table_has_every_module_and_enough_take_the_head():
-    assert [line.split()[1] for line in rows()] == sweep.modules()
+def test_in_the_table_enough_take_the_head():
     assert sum('refused' not in line for line in rows()) >= 92
+    assert {line.split()[1] for line in rows()} <= set(sweep.modules())
+
+
+@pytest.mark.slow
+def test_the_table_has_every_module():
+    assert [line.split()[1] for line in rows()] == sweep.modules()
 
 
 @pytest.mark.slow
