@@ -25,7 +25,8 @@ TEXT = """# The head on timm's models
 - Class and register tokens are left out of the positions.
 - What timm does between pooling and classifier (a norm, a 1x1 layer, the MLP of an attention pool, dropout) is done per
   position. *Channels* are those of the features, and after an arrow what is left of them for the head.
-- A distilled model keeps one head, NOAH's; the head for the teacher goes.
+- Of two heads, NOAH takes the place of the first and the second goes: a distilled model's for the teacher, VOLO's
+  auxiliary one.
 - N and r are the defaults, by the paper's rule of thumb.
 
 A model that cannot take the head is refused, with the reason, and is as it was.
@@ -105,15 +106,17 @@ def check(name, **kwargs):
     assert added is model and isinstance(model, timm_cls)
     assert not any(module.training for module in model.modules())
     head, place = model.get_classifier(), f'{model.noah_place}.'
+    heads = timm.get_pretrained_cfg(name).classifier  # of the twin, one or two
+    heads = (place, *(f'{part}.' for part in ([heads] if isinstance(heads, str) else heads)))
     assert isinstance(head, NoahHead) and model.num_classes == head.num_classes == 10
 
     # The backbone's weights and names are the twin's; so timm's weights load, but for the head.
     backbone = {key: value for key, value in model.state_dict().items() if not key.startswith(place)}
-    assert set(before) - set(backbone) <= {key for key in before if key.startswith((place, 'head_dist.'))}
+    assert set(before) - set(backbone) <= {key for key in before if key.startswith(heads)}
     assert all(torch.equal(value, before[key]) for key, value in backbone.items())
     result = model.load_state_dict(before, strict=False)
     assert result.missing_keys and all(key.startswith(place) for key in result.missing_keys)
-    assert all(key.startswith((place, 'head_dist.')) for key in result.unexpected_keys)
+    assert all(key.startswith(heads) for key in result.unexpected_keys)
 
     model.train()
     model(x).square().mean().backward()
