@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from noah_zoo.ablations import VARIANTS
 from noah_zoo.training.report import report
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,8 +47,15 @@ def test_nothing_to_report(tmp_path):
     assert 'Traceback' not in result.stderr
 
 
-@pytest.mark.parametrize('folder', ['fashion_mnist', 'fashion_mnist_pairs'])
-def test_the_figures_of_the_readme(folder):
-    # The table in the README is what the command beside it prints.
+@pytest.mark.parametrize('page, folder', [
+    ('README.md', 'fashion_mnist'), ('README.md', 'fashion_mnist_pairs'), ('docs/ablations.md', 'ablations')])
+def test_the_figures_of_the_docs(page, folder):
+    # A table is what the command beside it prints.
     table = report([str(ROOT / 'results' / folder)])
-    assert table in (ROOT / 'README.md').read_text(encoding='utf-8')
+    assert table in (ROOT / page).read_text(encoding='utf-8')
+
+
+def test_the_ablations_are_all_there():
+    heads = [line.split('|')[1].split()[1:] for line in report([str(ROOT / 'results' / 'ablations')]).splitlines()[2:]]
+    variants = [word.partition('=')[2] for head in heads for word in head if word.startswith('noah_variant=')]
+    assert sorted(variants) == sorted(VARIANTS) and len(heads) == 2 + 5 + len(VARIANTS)  # twin, NOAH, Table VI
