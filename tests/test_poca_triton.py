@@ -30,7 +30,8 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize('mode', ['interpreter', 'compiler', pytest.param('cuda', marks=pytest.mark.gpu)])
+@pytest.mark.parametrize('mode', [
+    'interpreter', pytest.param('compiler', marks=pytest.mark.slow), pytest.param('cuda', marks=pytest.mark.gpu)])
 def test_kernels(mode, tmp_path):
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'TRITON_CACHE_DIR': str(tmp_path), 'TRITON_INTERPRET': '0'}
     env['PYTHONPATH'] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])])
