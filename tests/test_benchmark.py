@@ -359,3 +359,13 @@ def test_help_does_not_wait_for_torch():
         [sys.executable, '-X', 'importtime', *SCRIPT[1:], '--help'], capture_output=True, text=True, check=True)
     assert 'python scripts/benchmark.py head pairs training growth --device cpu --threads 1' in done.stdout
     assert '| torch\n' not in done.stderr and '| argparse\n' in done.stderr
+
+
+def test_the_figures_of_the_readme():
+    head, pairs = (
+        json.loads((ROOT / 'results' / 'benchmark' / f'{what}-cpu.json').read_text())['summary']
+        for what in ('head', 'pairs'))
+    text = ' '.join((ROOT / 'README.md').read_text(encoding='utf-8').split())
+    assert f'{head["batch 16, forward"]:.2f} times as fast as its plain form at batch 16' in text
+    assert f'{head["batch 1, forward"]:.2f} times at batch 1' in text
+    assert f'lose {pairs["lost"]:.1%} of the speed' in text and f"paper's lose {pairs['paper_lost']:.1%}" in text
