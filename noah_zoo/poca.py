@@ -203,8 +203,8 @@ def _save(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, grad_BM: Tensor, _):
     x_BLC, key_weight, value_weight, value_bias, seed, out_BM, lse_BM = ctx.saved_tensors
-    need_x, need_key, _, need_value, *_ = ctx.needs_input_grad
-    need_weights = need_key or need_value
+    need_x, need_key, _, need_value, need_bias, *_ = ctx.needs_input_grad
+    need_weights = need_key or need_value or (need_bias and value_bias is not None)
     dx_BLC, *dweights = poca_backward_op(
         grad_BM, x_BLC, key_weight, value_weight, value_bias, out_BM, lse_BM, ctx.conv_groups, ctx.drop_rate, seed,
         need_x, need_weights)

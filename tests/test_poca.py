@@ -135,6 +135,18 @@ def test_only_what_is_asked_for_has_a_gradient(monkeypatch):
         assert torch.equal(ours, theirs)
 
 
+def test_the_bias_of_the_value_trains_alone():
+    torch.manual_seed(0)
+    key, key_bias, value, value_bias, *rest = make()
+    x = torch.randn(2, 24, 3, 3, dtype=torch.float64)
+    found = []
+    for weights in ((key, value), (key.detach(), value.detach())):
+        torch.manual_seed(1)  # the same mask
+        logits = poca(x, weights[0], key_bias, weights[1], value_bias, *rest, drop_rate=0.5, training=True)
+        found += torch.autograd.grad(logits.square().sum(), value_bias)
+    assert found[0].any() and torch.equal(*found)
+
+
 def test_without_biases():
     torch.manual_seed(0)
     key, _, value, _, *rest = make()
