@@ -24,6 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from . import poca_cpu
+
 _logger = logging.getLogger(__name__)
 
 SAFE = 1e-20, 1e20  # sums of exponentials that show that no term over- or underflowed to any effect, in float32
@@ -104,9 +106,10 @@ def _poca(
     seed = torch.randint(2 ** 63 - 1, (), device=x_BCHW.device) if drop_rate else None
     out_BM, _ = poca_op(
         x_BCHW.flatten(2).transpose(1, 2), key_weight, key_bias, value_weight, value_bias, conv_groups, drop_rate, seed)
-    out_BK = out_BM.unflatten(1, (num_groups, -1)).sum(dim=1)
+    num_classes = out_BM.shape[1] // num_groups
+    out_BK = out_BM.view(-1, num_groups, num_classes).sum(dim=1)
     if value_bias is not None and seed is None:
-        out_BK = out_BK + value_bias.unflatten(0, (num_groups, -1)).sum(dim=0)
+        out_BK = out_BK + value_bias.view(num_groups, num_classes).sum(dim=0)
     return out_BK.to(dtype)
 
 
@@ -128,6 +131,8 @@ def poca_op(
         except Exception as error:  # no C compiler, say
             _give_up_kernels(error)
     out_BM, lse_BM = _empty(x_BLC, key_weight)
+    if seed is None and poca_cpu.forward(x_BLC, key_weight, value_weight, conv_groups, out_BM):
+        return out_BM, lse_BM
     out_GBM = _of_maps(out_BM, conv_groups)
     for block in _blocks(x_BLC, key_weight, value_weight, value_bias, conv_groups, drop_rate, seed):
         sums_GBM = block.exp_GBLM.mul_(block.value_GBLM).sum(dim=2)

@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from noah_zoo import NoahHead
 from noah_zoo import poca as poca_module
+from noah_zoo import poca_cpu
 from noah_zoo.poca import poca, poca_backward_op, poca_op, poca_reference
 
 SPLITS = [(True, True), (True, False), (False, True), (False, False)]
@@ -58,8 +59,11 @@ def test_values_and_gradients(split_groups, split_kv, size, monkeypatch):
 
 @pytest.mark.parametrize('channels, groups, ratio, side, scale', [
     (1280, 8, 1 / 4, 7, 1), (192, 4, 1 / 2, 14, 1), (192, 4, 1 / 2, 5, 30), (24, 1, 1 / 2, 7, 1000)])
-def test_single_precision(channels, groups, ratio, side, scale):
+@pytest.mark.parametrize('compiled', [True, False])
+def test_single_precision(channels, groups, ratio, side, scale, compiled, monkeypatch):
     # Scores of hundreds, which overflow without a shift, are in it.
+    if not compiled:
+        monkeypatch.setattr(poca_cpu, 'compiled', lambda: None)
     torch.manual_seed(0)
     args = make(channels, 11, groups, ratio, dtype=torch.float32)
     x = torch.randn(3, channels, side, side)

@@ -1,0 +1,10 @@
+"""What pyproject.toml cannot say: the kernel for x86 processors, left out where no compiler takes it."""
+import platform
+
+from setuptools import Extension, setup
+
+KERNEL = Extension(
+    'noah_zoo._poca_cpu', ['noah_zoo/poca_cpu.cpp'], language='c++', optional=True,
+    extra_compile_args=['-std=c++17', '-O3', '-mavx2', '-mfma'])
+
+setup(ext_modules=[KERNEL] if platform.machine() in ('x86_64', 'AMD64') else [])
