@@ -7,6 +7,7 @@ import torch
 from timm.data import resolve_data_config
 from timm.layers import ClassifierHead
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .ablations import head_class
 from .head import fitting_key_ratio, fitting_num_groups
@@ -20,17 +21,20 @@ class NoahModel:
     timm's `forward_head` pools, applies what the family puts after the pooling (a norm, a 1x1 layer), and classifies.
     Here every position goes through timm's own `forward_head(pre_logits=True)` as if it were an image by itself.
     Pooling over a single position is that position, so what comes after it is applied per position; then the
-    `NoahHead`, at the classifier's place and name, pools. Class and register tokens are left out.
+    `NoahHead`, at the classifier's place and name, pools. Class and register tokens are left out. Where nothing comes
+    after the pooling, evaluation goes without it.
 
     Attributes:
         noah_cfg: Arguments of the head, remembered across `reset_classifier(0)`.
         noah_place: Name of the classifier, 'fc' say.
         noah_features: What `forward_features` gives.
+        noah_only_pools: Whether timm's `forward_head` only pools before it classifies, dropout aside.
     """
     timm_cls: Type[nn.Module]
     noah_cfg: Dict[str, Any]
     noah_place: str
     noah_features: 'Features'
+    noah_only_pools: bool
 
     def forward_head(self, x: Optional[Tensor] = None, pre_logits: bool = False, **kwargs) -> Tensor:
         """timm's `forward_head`: logits (B, K), or the twin's pooled features (B, C) with `pre_logits`.
@@ -44,8 +48,12 @@ class NoahModel:
         if x is None or any(value is not None for value in kwargs.values()):
             raise ValueError('a NOAH head takes no mask of valid patches: give the model images of one size')
         fmt, num_prefix_tokens, _ = self.noah_features
-        features = super().forward_head(each_position(x, fmt, num_prefix_tokens), pre_logits=True)
-        logits = self.get_classifier()(together(features, x, fmt, num_prefix_tokens))
+        if self.noah_only_pools and not self.training:
+            features = x.permute(0, 2, 3, 1) if fmt == 'NCHW' else x if fmt == 'NHWC' else x[:, num_prefix_tokens:]
+        else:
+            features = super().forward_head(each_position(x, fmt, num_prefix_tokens), pre_logits=True)
+            features = together(features, x, fmt, num_prefix_tokens)
+        logits = self.get_classifier()(features)
         if num_prefix_tokens and torch.is_grad_enabled():
             # A gradient of zero for layers that write class tokens only (class attention): DDP waits for all of them.
             logits = logits + 0. * x[:, :num_prefix_tokens].sum()
@@ -64,8 +72,9 @@ class NoahModel:
             weight = next(self.parameters())
             noah_cfg = dict(self.noah_cfg)
             head_cls = head_class(noah_cfg.pop('noah_variant', None))
+            width, self.noah_only_pools = _before_classifier(self)
             head = head_cls(
-                _width(self), num_classes, input_fmt='NLC' if self.noah_features.fmt == 'NLC' else 'NHWC', **noah_cfg,
+                width, num_classes, input_fmt='NLC' if self.noah_features.fmt == 'NLC' else 'NHWC', **noah_cfg,
                 device=weight.device, dtype=weight.dtype)
             self.set_submodule(self.noah_place, head.train(self.training))
             self.num_classes = num_classes
@@ -146,17 +155,32 @@ def _twin(model: NoahModel) -> nn.Module:
     return twin
 
 
+class _Operators(TorchDispatchMode):
+    """Notes the names of the operators that run, `self.names`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
 @torch.no_grad()
-def _width(model: NoahModel) -> int:
-    """Channels that the classifier reads: what comes after the pooling may change them."""
+def _before_classifier(model: NoahModel) -> Tuple[int, bool]:
+    """Channels that the classifier reads, and whether nothing but pooling comes before it."""
     fmt, num_prefix_tokens, num_channels = model.noah_features
     shapes = dict(NCHW=(num_channels, 1, 1), NHWC=(1, 1, num_channels), NLC=(1 + num_prefix_tokens, num_channels))
     training = {module: module.training for module in model.modules()}
     model.eval()
-    features = model.forward_head(next(model.parameters()).new_zeros(1, *shapes[fmt]), pre_logits=True)
+    x = next(model.parameters()).new_zeros(1, *shapes[fmt])
+    with _Operators() as operators:
+        features = model.forward_head(x, pre_logits=True)
     for module, mode in training.items():
         module.training = mode
-    return features.shape[-1] if features.ndim == 3 else features.flatten(1).shape[1]
+    width = features.shape[-1] if features.ndim == 3 else features.flatten(1).shape[1]
+    return width, operators.names <= {'alias', 'mean', 'select', 'view'}  # of one position, all are that position
 
 
 def attach(model: nn.Module, num_classes: int, features: Features, place: str, **noah_cfg) -> nn.Module:
@@ -238,7 +262,7 @@ def _try(trial: nn.Module, num_classes: int, noah_cfg: Dict[str, Any]) -> NoahMo
     """Put the head on a copy and run it."""
     features, place, x = _inspect(trial)
     attach(trial, 0, features, place)
-    width = _width(trial)
+    width, _ = _before_classifier(trial)
     noah_cfg = dict(noah_cfg)
     if noah_cfg['num_groups'] is None:
         noah_cfg['num_groups'] = fitting_num_groups(width, sum(p.numel() for p in trial.parameters()))

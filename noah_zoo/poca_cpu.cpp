@@ -63,13 +63,13 @@ void pack(const float *weight, ptrdiff_t maps, ptrdiff_t depth, float *packed) {
     }
 }
 
-// Adds to COUNT rows of maps (length, PANEL) a product of features (length, depth) and packed weights (depth, PANEL)
+// COUNT rows of a product of features (length, depth) and packed weights (depth, PANEL); added to maps but for the first
 template <int COUNT>
-void embed_rows(const Call &call, const float *x, const float *packed, ptrdiff_t depth, float *maps) {
+void embed_rows(const Call &call, const float *x, const float *packed, ptrdiff_t depth, bool first, float *maps) {
     Vector sums[COUNT][VECTORS];
 #pragma GCC unroll 16
     for (int row = 0; row < COUNT; row++)
-        for (int v = 0; v < VECTORS; v++) sums[row][v] = ((Vector *)maps)[row * VECTORS + v];
+        for (int v = 0; v < VECTORS; v++) sums[row][v] = first ? Vector{} : ((Vector *)maps)[row * VECTORS + v];
     for (ptrdiff_t c = 0; c < depth; c++, x += call.channel_stride, packed += PANEL) {
         Vector weights[VECTORS];
         for (int v = 0; v < VECTORS; v++) weights[v] = ((const Vector *)packed)[v];
@@ -86,7 +86,6 @@ constexpr decltype(&embed_rows<1>) EMBED_ROWS[] = {
     embed_rows<1>, embed_rows<2>, embed_rows<3>, embed_rows<4>, embed_rows<5>, embed_rows<ROWS>};
 
 void embed(const Call &call, const float *x, const float *packed, ptrdiff_t depth, const float *next, float *maps) {
-    memset(maps, 0, call.length * PANEL * sizeof(float));
     ptrdiff_t fetched = 0;
     for (ptrdiff_t c = 0; c < depth; c += DEPTH) {
         ptrdiff_t channels = std::min(depth - c, DEPTH);
@@ -95,14 +94,16 @@ void embed(const Call &call, const float *x, const float *packed, ptrdiff_t dept
             for (; fetched < c + channels * (row + count) / call.length; fetched++)
                 __builtin_prefetch(next + fetched * PANEL, 0, 2);
             EMBED_ROWS[count - 1](call, x + c * call.channel_stride + row * call.position_stride, packed + c * PANEL,
-                                  channels, maps + row * PANEL);
+                                  channels, c == 0, maps + row * PANEL);
         }
     }
 }
 
-// exp(x) for x <= 0, to 2e-7: 2^n times a polynomial (Cephes' expf) on [-ln 2 / 2, ln 2 / 2]; NaN stays NaN
+inline Vector larger(Vector a, Vector b) { return _mm256_max_ps(a, b); }  // b if one of them is NaN
+
+// exp(x) to 2e-7: 2^n times a polynomial (Cephes' expf) on [-ln 2 / 2, ln 2 / 2]; NaN stays NaN, ends are cut off
 inline Vector exponential(Vector x) {
-    x = x < -87.f ? Vector{} - 87.f : x;
+    x = larger(Vector{} - 87.f, _mm256_min_ps(Vector{} + 88.f, x));
     Vector shifted = x * 1.44269504f + 12582912.f;  // n in the last bits, by rounding
     Vector n = shifted - 12582912.f;
     x = x - n * 0.693359375f + n * 2.12194440e-4f;
@@ -115,16 +116,22 @@ inline Vector exponential(Vector x) {
     return y * (Vector)(((Bits)shifted << 23) + (127 << 23));
 }
 
-// (length, PANEL) scores and values -> PANEL attended values
+// (length, PANEL) scores and values -> PANEL attended values. Scores are shifted by their largest only if the sums show
+// that some exponential came near the ends of the number range.
 void attend(const float *scores, const float *values, ptrdiff_t length, float *out) {
     for (int v = 0; v < VECTORS; v++) {
         const Vector *score = (const Vector *)scores + v, *value = (const Vector *)values + v;
-        Vector most = *score, total = {}, sum = {};
-        for (ptrdiff_t l = 1; l < length; l++) most = score[l * VECTORS] > most ? score[l * VECTORS] : most;
-        for (ptrdiff_t l = 0; l < length; l++) {
-            Vector attention = exponential(score[l * VECTORS] - most);
-            total += attention;
-            sum += attention * value[l * VECTORS];
+        Vector shift = {}, total, sum;
+        for (bool shifted : {false, true}) {
+            total = sum = Vector{};
+            for (ptrdiff_t l = 0; l < length; l++) {
+                Vector attention = exponential(score[l * VECTORS] - shift);
+                total += attention;
+                sum += attention * value[l * VECTORS];
+            }
+            if (shifted || _mm256_movemask_ps((Vector)((total > 1e-20f) & (total < 1e20f))) == 0xff) break;
+            shift = *score;
+            for (ptrdiff_t l = 1; l < length; l++) shift = larger(score[l * VECTORS], shift);
         }
         ((Vector *)out)[v] = sum / total;
     }

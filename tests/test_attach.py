@@ -40,6 +40,29 @@ def test_contract(name):
     sweep.check(name)
 
 
+@pytest.mark.parametrize('name, only_pools', [
+    ('test_resnet', True), ('test_vit', True), ('swin_s3_tiny_224', True), ('test_convnext', False),
+    ('mobilenetv3_small_050', False), ('xcit_nano_12_p8_224', True)])
+def test_evaluation_leaves_out_the_pooling_over_one_position(name, only_pools, monkeypatch):
+    torch.manual_seed(0)
+    model = add_noah_head(timm.create_model(name), 7).eval()
+    assert model.noah_only_pools == only_pools
+    with torch.no_grad():
+        x = model.forward_features(torch.randn(2, *model.pretrained_cfg['input_size']))
+        calls = []
+        forward_head = model.timm_cls.forward_head
+        monkeypatch.setattr(
+            model.timm_cls, 'forward_head', lambda *args, **kwargs: calls.append(1) or forward_head(*args, **kwargs))
+        logits = model.forward_head(x)
+        assert len(calls) == (not only_pools)
+        monkeypatch.setattr(model, 'noah_only_pools', False)
+        torch.testing.assert_close(model.forward_head(x), logits)
+        assert len(calls) == 1 + (not only_pools)
+        monkeypatch.setattr(model, 'noah_only_pools', only_pools)
+        model.train().forward_head(x)  # dropout
+        assert len(calls) == 2 + (not only_pools)
+
+
 @pytest.mark.parametrize('name', REFUSED)
 def test_refused_and_unchanged(name):
     with pytest.raises(ValueError, match=f'^{name}: {REFUSED[name]}$'):

@@ -5,9 +5,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from noah_zoo import NoahHead
+from noah_zoo import NoahHead, poca_cpu
 from noah_zoo import poca as poca_module
-from noah_zoo import poca_cpu
 from noah_zoo.poca import poca, poca_backward_op, poca_op, poca_reference
 
 SPLITS = [(True, True), (True, False), (False, True), (False, False)]

@@ -37,7 +37,7 @@ def check(x, args, tolerance=2e-6):
 @needs_kernel
 @pytest.mark.parametrize('split_groups, split_kv', SPLITS)
 def test_values_of_any_size(split_groups, split_kv):
-    # Maps of a group: part of a panel, one, more. Channels: of the 8 x 8 transposition and not; more than a step of 128.
+    # Maps of a group: part of a panel, one, more. Channels: a multiple of 8 and not; more than a step of 128.
     torch.manual_seed(0)
     for classes, channels, side in itertools.product((1, 5, 16, 33), (8, 72, 600), ((1, 1), (2, 2), (1, 7), (7, 7))):
         args = make(channels, classes, 4, 1 / 2, split_groups, split_kv, dtype=torch.float32)
@@ -84,7 +84,7 @@ def test_scores_of_hundreds_and_what_is_no_number():
         worse = x.clone()
         worse[2, 0, 3, 3] = bad
         logits, expected = attended(worse, args), poca_reference(worse, *args)
-        assert torch.equal(logits.isnan(), expected.isnan()) and logits[2].isnan().all()
+        assert torch.equal(logits.isnan(), expected.isnan()) and logits[2].isnan().any()
         assert torch.equal(logits[[0, 1, 3]], attended(x, args)[[0, 1, 3]])
 
 
@@ -126,7 +126,7 @@ def test_what_it_leaves_to_the_blocks():
     out = torch.zeros(2, 20)
     for given in (
             (x.double(), key.double(), value.double()), (x.bfloat16(), key.bfloat16(), value.bfloat16()), (x[:0],),
-            (x[..., :20],), (x, key[:18], value[:18]), (x, key[:16])):
+            (x[..., :8],), (x, key[:18], value[:18]), (x, key[:16])):
         tensors = *given, *(key, value)[len(given) - 1:]
         assert not poca_cpu.forward(*tensors, conv_groups, out)
     assert not out.any()
