@@ -254,6 +254,25 @@ def test_exporters_see_the_formula():
     assert 'noah_zoo.poca.default' in compiled[0] and 'softmax' not in compiled[0]
 
 
+@pytest.mark.parametrize('dynamo', [True, False])
+@pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::UserWarning', 'ignore::torch.jit.TracerWarning')
+def test_onnx_of_any_size(dynamo, tmp_path):
+    onnx, onnxruntime = pytest.importorskip('onnx'), pytest.importorskip('onnxruntime')
+    head, file = NoahHead(24, 5).eval(), tmp_path / 'head.onnx'
+    kwargs = {'dynamic_axes': {'x': {0: 'batch', 2: 'height', 3: 'width'}, 'logits': {0: 'batch'}}}
+    if dynamo:
+        kwargs = {'dynamic_shapes': ({axis: torch.export.Dim.AUTO for axis in (0, 2, 3)},), 'verbose': False}
+    torch.onnx.export(
+        head, (torch.randn(2, 24, 3, 4),), file, dynamo=dynamo, input_names=['x'], output_names=['logits'], **kwargs)
+    assert {node.domain for node in onnx.load(file).graph.node} == {''}  # operators of the standard only
+    session = onnxruntime.InferenceSession(file)
+    for shape in ((2, 24, 3, 4), (3, 24, 5, 2)):
+        x = torch.randn(shape)
+        logits, = session.run(['logits'], {'x': x.numpy()})
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(logits), head(x), rtol=1e-5, atol=1e-5)
+
+
 # Memory, and what else is told of it
 
 
