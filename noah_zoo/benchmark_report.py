@@ -117,6 +117,8 @@ def draw_growth(rows: Sequence[Row]) -> Figure:
             axes.set(
                 xscale='log', yscale='symlog' if unit == 'MiB' else 'log', xlabel=grows.replace('num_', 'number of '),
                 ylabel=f'{name}, {unit}', title=f'{name}, {letter}={size}')
+            if unit == 'MiB':
+                axes.set_ylim(bottom=0)
             axes.grid(alpha=0.3)
     return _with_legend(figure, axes, ncols=2)
 

@@ -362,10 +362,22 @@ def test_help_does_not_wait_for_torch():
 
 
 def test_the_figures_of_the_readme():
-    head, pairs = (
-        json.loads((ROOT / 'results' / 'benchmark' / f'{what}-cpu.json').read_text())['summary']
-        for what in ('head', 'pairs'))
+    head, pairs, training = (
+        json.loads((ROOT / 'results' / 'benchmark' / f'{name}-cpu.json').read_text())
+        for name in ('head', 'pairs', 'two_threads/training'))
     text = ' '.join((ROOT / 'README.md').read_text(encoding='utf-8').split())
-    assert f'{head["batch 16, forward"]:.2f} times as fast as its plain form at batch 16' in text
-    assert f'{head["batch 1, forward"]:.2f} times at batch 1' in text
-    assert f'lose {pairs["lost"]:.1%} of the speed' in text and f"paper's lose {pairs['paper_lost']:.1%}" in text
+    for result in (head, pairs, training):
+        assert result['command'] in text
+    assert (
+        f'{head["summary"]["batch 1, forward"]:.2f} times as fast as its plain form at batch 1, '
+        f'{head["summary"]["batch 16, forward"]:.2f} times at batch 16, '
+        f'{head["summary"]["batch 16, forward + backward"]:.2f} times there with backward') in text
+    assert f'lose {pairs["summary"]["lost"]:.1%} of the speed' in text and not pairs['summary']['below_paper']
+    assert f"paper's lose {pairs['summary']['paper_lost']:.1%}" in text
+    noah, plain = (
+        next(row for row in training['rows'] if row['head'] == head and row['case']['num_classes'] == 21843)
+        for head in ('noah', 'plain'))
+    assert noah['case']['batch_size'] == 64 and noah['saved_bytes'] == 0
+    assert f'needs {noah["peak_bytes"] / 2**20:.0f} MiB beside' in text
+    assert f'the plain form {plain["peak_bytes"] / 2**20:,.0f} MiB' in text
+    assert f'{noah["seconds"]["median"]:.1f} s and {plain["seconds"]["median"]:.1f} s' in text
