@@ -20,7 +20,8 @@ class Recipe:
         lr: Highest learning rate; if None, `lr_base` x `batch_size` / `lr_base_size`.
         lr_base: See `lr`.
         lr_base_size: See `lr`.
-        sched: Scheduler of timm.scheduler; 'poly' with `decay_rate` 1 is a straight line.
+        sched: Scheduler of timm.scheduler, 'poly' with `decay_rate` 1 being a straight line; or 'onecycle', PyTorch's
+            with every update.
         sched_on_updates: Step the scheduler with every update, not every epoch.
         decay_epochs: Epochs between steps of 'step'.
         decay_rate: Factor of 'step', exponent of 'poly'.
@@ -29,9 +30,14 @@ class Recipe:
         min_lr: Learning rate at the end.
         layer_decay: Factor of the learning rate from layer to layer, from the head down.
         head_lr_factor: Factor of the head's learning rate.
+        freeze_epochs: Epochs at the beginning in which only the head trains.
         clip_grad: Largest norm of the gradient.
-        scale: Area range of the random crop.
-        ratio: Aspect ratio range of the random crop.
+        loss: Of multi-label training: 'bce', binary cross-entropy, or 'asl', asymmetric loss.
+        img_size: Image size; the model's if None.
+        train_crop: How images are cropped in training: 'rrc', at random size and aspect ratio; 'random', anywhere in
+            the image as evaluation resizes it; 'squash', not at all, whatever their aspect ratio.
+        scale: Area range of 'rrc'.
+        ratio: Aspect ratio range of 'rrc'.
         hflip: Probability of a horizontal flip.
         color_jitter: Strength of colour jitter; `aa` takes its place.
         aa: AutoAugment or RandAugment, in timm's notation.
@@ -46,6 +52,7 @@ class Recipe:
         interpolation: How images are resized, 'bilinear' or 'bicubic'; the model's if None.
         train_interpolation: The same in training, 'random' too; `interpolation` if None.
         crop_pct: Share of the image that evaluation crops; the model's if None.
+        crop_mode: How evaluation crops, 'center', 'squash' or 'border'; the model's if None.
         model_kwargs: More arguments of the model.
     """
     epochs: int = 100
@@ -67,7 +74,11 @@ class Recipe:
     min_lr: float = 0.
     layer_decay: Optional[float] = None
     head_lr_factor: float = 1.
+    freeze_epochs: int = 0
     clip_grad: Optional[float] = None
+    loss: str = 'bce'
+    img_size: Optional[int] = None
+    train_crop: str = 'rrc'
     scale: Tuple[float, float] = (0.08, 1.)
     ratio: Tuple[float, float] = (3 / 4, 4 / 3)
     hflip: float = 0.5
@@ -84,6 +95,7 @@ class Recipe:
     interpolation: Optional[str] = None
     train_interpolation: Optional[str] = None
     crop_pct: Optional[float] = None
+    crop_mode: Optional[str] = None
     model_kwargs: Dict[str, Any] = field(default_factory=dict)
 
 
@@ -125,7 +137,24 @@ RECIPES: Dict[str, Recipe] = {
         sched_on_updates=True, warmup_lr=0., min_lr=1e-6,  # ConvNeXt
         smoothing=0.1, aa='rand-m9-mstd0.5-inc1', reprob=0.25, mixup=0.8, cutmix=1.,  # supplement, ConvNeXt's values
         model_ema_decay=0.9999,  # supplement; ConvNeXt's value
-        color_jitter=0.4, interpolation='bicubic', crop_pct=0.875)}  # ConvNeXt
+        color_jitter=0.4, interpolation='bicubic', crop_pct=0.875),  # ConvNeXt
+    'inaturalist': Recipe(
+        **_CNN, epochs=100, batch_size=256, lr=0.1, weight_decay=1e-4,  # supplement, iNaturalist
+        sched='step', decay_epochs=30, decay_rate=0.1,  # supplement
+        train_crop='random', color_jitter=None),  # supplement: resized, then crops and flips
+    'coco_resnet101': Recipe(
+        epochs=30, batch_size=16, opt='momentum', momentum=0.9, lr=0.01, weight_decay=1e-4,  # supplement, MS-COCO
+        sched='step', decay_epochs=5, decay_rate=0.1, freeze_epochs=2,  # supplement
+        img_size=448, train_crop='squash', crop_mode='squash', crop_pct=1.),  # supplement: resized and flipped
+    'coco_vit_large': Recipe(
+        epochs=80, batch_size=128, opt='adam', lr=1e-4, weight_decay=0.01, sched='onecycle',  # supplement, MS-COCO
+        model_ema_decay=0.9997, aa='rand-m9-mstd0.5-inc1',  # supplement; timm's RandAugment at its usual strength
+        loss='asl',  # the experiments that the paper follows
+        img_size=448, train_crop='squash', crop_mode='squash', crop_pct=1.),  # supplement
+    'finetune': Recipe(  # not the paper's
+        epochs=15, batch_size=64, opt='adamw', lr=1e-4, head_lr_factor=10., weight_decay=0.05, clip_grad=1.,
+        sched='cosine', sched_on_updates=True, warmup_epochs=1, warmup_lr=1e-6, min_lr=1e-6, scale=(0.35, 1.),
+        smoothing=0.1)}
 _VIT_REMARK = (
     'The paper prints the learning rate before it is scaled by batch size / 512, and lets it end at zero. The released '
     'command ends at 1e-05, asks for ten cool-down epochs that it never reaches, and applies every learning rate one '

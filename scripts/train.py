@@ -23,6 +23,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple, get_args
 
 SHORT = {'batch_size': ['-b'], 'workers': ['-j']}
 MORE = {'smoke': dict(nargs='?', const=3)}
+METRICS = {'top1': 'top-1', 'mAP': 'mAP'}
 METAVARS = {int: 'N', float: 'F', str: 'NAME'}
 
 
@@ -84,13 +85,16 @@ def argument_of(kind: Any) -> Dict[str, Any]:
     return dict(type=get_args(kind)[0], nargs=len(get_args(kind)), metavar=METAVARS[get_args(kind)[0]])  # a tuple
 
 
-def parse_args(argv: Optional[List[str]] = None) -> Tuple[argparse.ArgumentParser, argparse.Namespace]:
+def parse_args(
+        argv: Optional[List[str]] = None, prog: str = 'train.py', description: str = __doc__,
+) -> Tuple[argparse.ArgumentParser, argparse.Namespace]:
     """The namespace has what was given, and nothing else: the recipe decides the rest."""
+    argv = sys.argv[1:] if argv is None else argv
     recipe_class, config_class, names = read_settings()
     parser = argparse.ArgumentParser(
-        prog='train.py', usage='train.py --model NAME --output DIR [--recipe NAME] [flags]; see --help',
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS,
-        allow_abbrev=False)
+        prog=prog, usage=f'{prog} --model NAME --output DIR [--recipe NAME] [flags]; see --help',
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS, allow_abbrev=False)
     run = parser.add_argument_group('run')
     hyper = parser.add_argument_group('hyper-parameters', "the recipe's, unless given")
     hyper.add_argument(
@@ -99,19 +103,26 @@ def parse_args(argv: Optional[List[str]] = None) -> Tuple[argparse.ArgumentParse
     of_recipe, of_run = read_help(recipe_class), read_help(config_class)
     for field in dataclasses.fields(config_class):
         group, text = (hyper, of_recipe[field.name]) if field.name in of_recipe else (run, of_run[field.name])
-        required = field.default is field.default_factory  # both missing
-        if group is run and not (required or field.default in (None, False)):
+        missing = field.default is field.default_factory
+        required = missing and '--check-data' not in argv
+        if group is run and not (missing or field.default in (None, False)):
             text += f' ({field.default})'
         group.add_argument(
             *SHORT.get(field.name, []), '--' + field.name.replace('_', '-'), required=required,
             help=text.replace('%', '%%'), **argument_of(field.type), **MORE.get(field.name, {}))
+    run.add_argument(
+        '--check-data', action='store_true',
+        help='only read annotations and every image once, and say what is wrong; needs neither --model nor --output')
     return parser, parser.parse_args(argv)
 
 
-def main() -> None:
-    parser, args = parse_args()
+def main(prog: str = 'train.py', description: str = __doc__, **defaults: Any) -> None:
+    """Train, with `defaults` for what is not given."""
+    parser, args = parse_args(prog=prog, description=description)
+    args = argparse.Namespace(**{**defaults, **vars(args)})
     from accelerate.utils import get_int_from_env
 
+    from noah_zoo.training.data import check_data
     from noah_zoo.training.engine import train
     from noah_zoo.training.recipes import configure
 
@@ -119,14 +130,19 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format='%(message)s')
     logging.getLogger('accelerate').setLevel(logging.WARNING)  # it tells of every file of a checkpoint
     try:
+        if getattr(args, 'check_data', False):
+            del args.check_data
+            print(check_data(configure(**{'model': '', 'output': '', **vars(args), 'recipe': 'none'})))
+            return
         summary = train(configure(**vars(args)))
     except (OSError, ValueError, RuntimeError, FloatingPointError) as error:
-        parser.exit(2, f'train.py: error: {error}\n')
+        parser.exit(2, f'{prog}: error: {error}\n')
     except KeyboardInterrupt:
-        parser.exit(130, f'\ntrain.py: interrupted; {args.output} has the log so far and no finished run\n')
+        has = f'; {args.output} has the log so far and no finished run' if hasattr(args, 'output') else ''
+        parser.exit(130, f'\n{prog}: interrupted{has}\n')
     if is_main:
-        print(f'{args.model}: test top-1 {summary["top1"]:.2f} after {summary["epoch"]} epochs, '
-              f'{summary["seconds"]:.0f} s')
+        label, value = next((label, summary[name]) for name, label in METRICS.items() if name in summary)
+        print(f'{args.model}: test {label} {value:.2f} after {summary["epoch"]} epochs, {summary["seconds"]:.0f} s')
 
 
 if __name__ == '__main__':

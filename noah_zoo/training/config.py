@@ -13,17 +13,22 @@ class TrainConfig(Recipe):
         model: A timm name.
         output: Folder of the run.
         noah_variant: A head of the paper's ablations instead of NOAH's: a name of `noah_zoo.ablations.VARIANTS`.
+        task: 'multiclass', one class per image.
         dataset: 'fashion_mnist', 'folder', or a name of `timm.data.create_dataset`.
         data_dir: Folder of the data.
+        input_key: Column of the images, of 'hfds/' and 'hfids/'; 'image' if None.
+        target_key: Column of the labels; 'label' if None.
         train_split: Split to train on.
         val_split: Split to evaluate on.
         val_fraction: Share of the training split that is held out for evaluation; then `val_split` is not read.
         skip_damaged: Leave out images that cannot be read, instead of stopping.
         workers: Data loading processes per process.
         pretrained: Start from the pretrained weights.
-        img_size: Image size; the model's if None.
         grad_checkpointing: Recompute activations in the backward pass.
         freeze: Train the head only.
+        no_aug: Train on the images as evaluation sees them.
+        cache_features: Run the frozen backbone once, keep its features on disk, and train the head on them.
+        class_weights: Weigh the loss of a class by the inverse of its share of the training images.
         device_batch_size: Largest batch of a device; accumulation makes up `batch_size`. All of its share if None.
         mixed_precision: 'no', 'fp16' or 'bf16'; that of `accelerate config` if None.
         channels_last: NHWC memory layout.
@@ -41,17 +46,22 @@ class TrainConfig(Recipe):
     model: str
     output: str
     noah_variant: Optional[str] = None
+    task: str = 'multiclass'
     dataset: str = 'fashion_mnist'
     data_dir: Optional[str] = None
+    input_key: Optional[str] = None
+    target_key: Optional[str] = None
     train_split: str = 'train'
     val_split: str = 'validation'
     val_fraction: float = 0.
     skip_damaged: bool = False
     workers: int = 2
     pretrained: bool = False
-    img_size: Optional[int] = None
     grad_checkpointing: bool = False
     freeze: bool = False
+    no_aug: bool = False
+    cache_features: bool = False
+    class_weights: bool = False
     device_batch_size: Optional[int] = None
     mixed_precision: Optional[str] = None
     channels_last: bool = False

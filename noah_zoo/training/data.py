@@ -315,7 +315,7 @@ def create_datasets(
     def create(split: str, training: bool) -> Union[Images, Stream]:
         return create_dataset(
             config.dataset, config.data_dir, split, training=training, seed=config.seed,
-            skip_damaged=config.skip_damaged)
+            skip_damaged=config.skip_damaged, input_key=config.input_key, target_key=config.target_key)
 
     train_set = create(config.train_split, True)
     if config.val_fraction:
@@ -340,6 +340,30 @@ def create_datasets(
         '%s: %s training images, %s validation images, %d classes', config.dataset, f'{len(train_set):,}',
         f'{len(val_set):,}', len(train_set.class_names))
     return train_set, val_set
+
+
+def check_data(config: TrainConfig) -> str:
+    """Look at everything of the training and the validation split that could stop a run, and read every image once.
+
+    Returns:
+        A line on what is there.
+
+    Raises:
+        FileNotFoundError, ValueError: As `create_datasets`; or with the images that cannot be read.
+    """
+    parts = []
+    for split, images in zip(('training', 'validation'), create_datasets(config)):
+        if isinstance(images, Stream):
+            raise ValueError(f'{config.dataset}: a stream cannot be checked but by training on it')
+        damaged = find_damaged(images, config.workers)
+        if damaged:
+            lines = [f'{images.where(i)}{UNREADABLE}{reason}' for i, reason in list(damaged.items())[:10]]
+            more = f' and {len(damaged) - 10} more' if len(damaged) > 10 else ''
+            raise ValueError(
+                f'{len(damaged)} of {len(images):,} {split} images cannot be read; mend them or give --skip-damaged: '
+                f'{"; ".join(lines)}{more}')
+        parts.append(f'{len(images):,} {split} images')
+    return f'{config.dataset}: {" and ".join(parts)} of {len(images.class_names)} classes, all of them readable'
 
 
 def split_images(images: Images, fraction: float, seed: int) -> Tuple[Images, Images]:

@@ -21,9 +21,8 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, tqdm
-from timm.data import Mixup, create_transform, resolve_data_config
+from timm.data import Mixup, resolve_data_config
 from timm.layers import convert_sync_batchnorm
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models import save_for_hf
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
@@ -31,18 +30,20 @@ from timm.utils import ModelEmaV3, distribute_bn
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import DataLoader, IterableDataset
-from torchmetrics import MeanMetric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
 
+from . import multiclass
 from .checkpoint import Progress, newest_checkpoint, save_checkpoint
 from .config import TrainConfig
 from .curve import draw_curve
 from .data import create_datasets
 from .loader import EpochBatches, EvalBatches, create_loader, seed_everything
 from .recipes import learning_rate, plan_batch
+from .schedule import OneCycle
+from .transforms import create_transforms
 
 _logger = logging.getLogger(__name__)
 
+TASKS = {'multiclass': multiclass}  # each has METRIC, create_criterion and Metrics
 TERMINATED = 143  # exit code after SIGTERM: 128 + 15
 PLACE = ('output', 'data_dir', 'resume', 'workers', 'log_with', 'checkpoint_hist', 'device_batch_size')
 
@@ -73,7 +74,7 @@ class _Run:
     """A run of `train`: what it is made of, and its loop."""
 
     def __init__(self, config: TrainConfig) -> None:
-        self.config, self.output = config, Path(config.output)
+        self.config, self.output, self.task = config, Path(config.output), TASKS[config.task]
         self.finished = _check_output(config, self.output)
         if self.finished:
             return
@@ -91,19 +92,12 @@ class _Run:
         self.mixup = Mixup(
             config.mixup, config.cutmix, switch_prob=config.mixup_switch_prob, label_smoothing=config.smoothing,
             num_classes=len(self.class_names)) if config.mixup or config.cutmix else None
-        self.criterion = SoftTargetCrossEntropy() if self.mixup else (
-            LabelSmoothingCrossEntropy(config.smoothing) if config.smoothing else nn.CrossEntropyLoss())
+        self.criterion = self.task.create_criterion(config, train_set).to(self.accelerator.device)
         self.terminated = False
 
     def _make_loaders(self, train_set: Any, val_set: Any, data_config: Dict[str, Any]) -> None:
         config, plan, rank = self.config, self.plan, self.accelerator.process_index
-        shared = {name: data_config[name] for name in ('input_size', 'mean', 'std')}
-        train_transform = create_transform(
-            is_training=True, interpolation=config.train_interpolation or data_config['interpolation'],
-            scale=config.scale, ratio=config.ratio, hflip=config.hflip, color_jitter=config.color_jitter,
-            auto_augment=config.aa, re_prob=config.reprob, re_mode='pixel', **shared)
-        val_transform = create_transform(
-            crop_pct=data_config['crop_pct'], interpolation=data_config['interpolation'], **shared)
+        train_transform, val_transform = create_transforms(config, data_config)
         self.sampler, val_sampler = None, None
         if not isinstance(train_set, IterableDataset):
             self.sampler = EpochBatches(
@@ -147,10 +141,14 @@ class _Run:
         # timm's scheduler is stepped by hand, so Accelerate is not told of it.
         self.trained, self.optimizer = accelerator.prepare(
             torch.compile(self.model) if config.torchcompile else self.model, optimizer)
-        self.scheduler, _ = create_scheduler_v2(
-            optimizer, sched=config.sched, num_epochs=config.epochs, decay_epochs=config.decay_epochs,
-            decay_rate=config.decay_rate, warmup_epochs=config.warmup_epochs, warmup_lr=config.warmup_lr,
-            min_lr=config.min_lr, step_on_epochs=not config.sched_on_updates, updates_per_epoch=self.updates)
+        self.on_updates = config.sched_on_updates or config.sched == 'onecycle'
+        if config.sched == 'onecycle':
+            self.scheduler = OneCycle(optimizer, self.updates * config.epochs)
+        else:
+            self.scheduler, _ = create_scheduler_v2(
+                optimizer, sched=config.sched, num_epochs=config.epochs, decay_epochs=config.decay_epochs,
+                decay_rate=config.decay_rate, warmup_epochs=config.warmup_epochs, warmup_lr=config.warmup_lr,
+                min_lr=config.min_lr, step_on_epochs=not self.on_updates, updates_per_epoch=self.updates)
         self.ema = None
         if config.model_ema_decay:
             kept = config.model_ema_decay ** (self.updates * config.epochs)
@@ -173,6 +171,8 @@ class _Run:
             raise ValueError('DeepSpeed with ZeRO stage 3 is not supported; accepted are stages 0 to 2, and FSDP')
         if config.skip_nonfinite:
             raise ValueError('skip_nonfinite does not go with DeepSpeed, which steps before the loss is looked at')
+        if config.freeze_epochs:
+            raise ValueError('freeze_epochs does not go with DeepSpeed, which steps in its backward pass')
         plugin.deepspeed_config.update(  # windows of accumulation are counted, and averaged over, in `_update`
             train_micro_batch_size_per_gpu=self.plan.per_device, gradient_accumulation_steps=1,
             train_batch_size=self.plan.per_device * self.plan.processes, gradient_clipping=config.clip_grad or 0.,
@@ -221,17 +221,18 @@ class _Run:
         if accelerator.num_processes > 1:
             distribute_bn(evaluated, accelerator.num_processes)  # the first process's, as DistributedDataParallel does
         train_seconds = time.perf_counter() - began
-        figures = evaluate(accelerator, evaluated, self.val_loader, len(self.class_names), config.smoke or None)
+        metrics = self.task.Metrics(len(self.class_names), accelerator.device)
+        figures = evaluate(accelerator, evaluated, self.val_loader, metrics, config.smoke or None)
         progress.epoch += 1
         progress.seconds = done + time.perf_counter() - began
         record = {
             'epoch': progress.epoch, 'train_loss': progress.loss / max(progress.updates_in_epoch, 1),
             'lr': self.optimizer.param_groups[0]['lr'], **figures, 'train_seconds': round(train_seconds, 1),
             'seconds': round(progress.seconds, 1)}
-        if not config.sched_on_updates:
+        if not self.on_updates:
             self.scheduler.step(progress.epoch)
-        if figures['top1'] > progress.best:
-            progress.best, progress.best_epoch = figures['top1'], progress.epoch
+        if figures[self.task.METRIC] > progress.best:
+            progress.best, progress.best_epoch = figures[self.task.METRIC], progress.epoch
             self._save_best(evaluated)
         if accelerator.is_main_process:
             with (self.output / 'log.jsonl').open('a', encoding='utf-8') as log:
@@ -257,7 +258,7 @@ class _Run:
         """What is left of the epoch under way."""
         config, plan, progress = self.config, self.plan, self.progress
         self.trained.train()
-        if config.freeze:
+        if config.freeze or progress.epoch < config.freeze_epochs:
             self.model.eval()
             self.model.get_classifier().train()
         batches = iter(self._batches())
@@ -295,7 +296,7 @@ class _Run:
     def _update(self, batches: Any, window: int) -> float:
         """One step of the optimizer over `window` batches; gives the mean loss over all processes."""
         config, accelerator, progress = self.config, self.accelerator, self.progress
-        if config.sched_on_updates:
+        if self.on_updates:
             self.scheduler.step_update(progress.update)
         total = torch.zeros((), device=accelerator.device)
         before = [buffer.clone() for buffer in self.model.buffers()] if config.skip_nonfinite else []
@@ -326,6 +327,11 @@ class _Run:
                 buffer.copy_(kept)
             _logger.info('update %d: the loss is %s; left out', progress.update, value)
             return value
+        if progress.epoch < config.freeze_epochs:  # frozen, yet in the graph, which DDP and compiled models hold on to
+            head = set(self.model.get_classifier().parameters())
+            for parameter in self.model.parameters():
+                if parameter not in head:
+                    parameter.grad = None
         if config.clip_grad:
             accelerator.clip_grad_norm_(self.trained.parameters(), config.clip_grad)
         self.optimizer.step()
@@ -344,7 +350,7 @@ class _Run:
         config, folder = self.config, self.output / 'checkpoints'
         path = newest_checkpoint(folder) if config.resume == 'auto' else config.resume and Path(config.resume)
         if not path:
-            self.scheduler.step_update(0) if config.sched_on_updates else self.scheduler.step(0)
+            self.scheduler.step_update(0) if self.on_updates else self.scheduler.step(0)
             return
         if not path.is_dir():
             raise FileNotFoundError(f'--resume {path}: no such folder; accepted are a checkpoint and auto')
@@ -422,17 +428,11 @@ class _Run:
 
 @torch.inference_mode()
 def evaluate(
-        accelerator: Accelerator, model: nn.Module, loader: DataLoader, num_classes: int,
+        accelerator: Accelerator, model: nn.Module, loader: DataLoader, metrics: Any,
         max_batches: Optional[int] = None,
 ) -> Dict[str, float]:
-    """Top-1 and top-5 accuracy in percent and mean cross-entropy, over the loaders of all processes.
-
-    Every image counts once if every process loads its own. With fewer than five classes there is no top-5.
-    """
-    metrics = {'top1': MulticlassAccuracy(num_classes, average='micro')}
-    if num_classes > 5:
-        metrics['top5'] = MulticlassAccuracy(num_classes, top_k=5, average='micro')
-    accuracy, loss = MetricCollection(metrics).to(accelerator.device), MeanMetric().to(accelerator.device)
+    """The figures of a task's `Metrics` over the loaders of all processes; every image counts once if each loads its
+    own."""
     model.eval()
     for i, (images, targets) in enumerate(loader):
         if i == max_batches:
@@ -440,10 +440,8 @@ def evaluate(
         images, targets = images.to(accelerator.device), targets.to(accelerator.device)
         with accelerator.autocast():
             logits = model(images)
-        accuracy.update(logits.float(), targets)
-        loss.update(nn.functional.cross_entropy(logits.float(), targets), weight=len(targets))
-    figures = {name: round(100 * value.item(), 4) for name, value in accuracy.compute().items()}
-    return {**figures, 'val_loss': loss.compute().item()}
+        metrics.update(logits.float(), targets)
+    return metrics.compute()
 
 
 def versions() -> Dict[str, Any]:
@@ -487,7 +485,8 @@ def _create_model(config: TrainConfig, class_names: Tuple[str, ...]) -> nn.Modul
     overlay: Dict[str, Any] = {}
     if config.img_size:
         overlay.update(input_size=(3, config.img_size, config.img_size), pool_size=None)
-    overlay.update({name: getattr(config, name) for name in ('crop_pct', 'interpolation') if getattr(config, name)})
+    overlay.update({
+        name: getattr(config, name) for name in ('crop_pct', 'crop_mode', 'interpolation') if getattr(config, name)})
     if not config.pretrained:
         overlay.update(num_classes=len(class_names), tag=None, license=None, origin_url=None)
     try:

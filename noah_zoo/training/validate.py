@@ -7,6 +7,7 @@ from timm.data import create_transform, resolve_data_config
 from torch.utils.data import IterableDataset
 
 from ..catalog import TAG, released_figures
+from . import multiclass
 from .data import create_dataset
 from .engine import evaluate
 from .loader import EvalBatches, create_loader
@@ -55,13 +56,12 @@ def validate(
     if names and not stream:
         images = images.with_classes(names)  # in the order of the logits
     config = resolve_data_config({} if img_size is None else dict(img_size=img_size), model=net)
-    transform = create_transform(
-        input_size=config['input_size'], interpolation=config['interpolation'], mean=config['mean'],
-        std=config['std'], crop_pct=config['crop_pct'])
+    transform = create_transform(**config)
     sampler = None if stream else EvalBatches(
         len(images), batch_size, accelerator.num_processes, accelerator.process_index)
     loader = create_loader(images, transform, sampler, workers, batch_size)
-    figures = evaluate(accelerator, net.to(accelerator.device), loader, net.num_classes)
+    figures = evaluate(
+        accelerator, net.to(accelerator.device), loader, multiclass.Metrics(net.num_classes, accelerator.device))
     result: Dict[str, Any] = {'model': model, 'dataset': dataset, 'split': split, **figures}
     if not stream:
         result['images'] = len(images)

@@ -57,10 +57,22 @@ def test_figures_of_the_supplement(name, epochs, batch_size, lr, weight_decay):
     assert set(REMARKS) <= set(RECIPES)
 
 
+def test_figures_of_the_supplement_downstream():
+    inat, resnet, vit = (RECIPES[name] for name in ('inaturalist', 'coco_resnet101', 'coco_vit_large'))
+    assert [(r.epochs, r.batch_size, r.lr, r.weight_decay) for r in (inat, resnet, vit)] == [
+        (100, 256, 0.1, 1e-4), (30, 16, 0.01, 1e-4), (80, 128, 1e-4, 0.01)]
+    assert (resnet.sched, resnet.decay_epochs, resnet.freeze_epochs) == ('step', 5, 2)
+    assert (vit.opt, vit.sched, vit.model_ema_decay) == ('adam', 'onecycle', 0.9997) and vit.aa.startswith('rand-')
+    assert not any((resnet.aa, resnet.color_jitter, resnet.reprob, resnet.mixup, inat.aa, inat.mixup))
+    assert resnet.img_size == vit.img_size == 448 and resnet.train_crop == vit.train_crop == 'squash'
+
+
 def released_lr(name, epoch, progress):
     """The learning rate of the released code, or of ConvNeXt; `progress` is the share of the epoch that is done."""
-    if name == 'resnet':
+    if name in ('resnet', 'inaturalist'):
         return 0.1 * 0.1 ** sum(s <= epoch for s in (30, 60, 90))
+    if name == 'coco_resnet101':
+        return 0.01 * 0.1 ** (epoch // 5)
     if name == 'mobilenet':
         return 0.05 * (1 + math.cos(math.pi * epoch / 150)) / 2
     if name == 'shufflenet':
@@ -74,7 +86,7 @@ def released_lr(name, epoch, progress):
     return 1e-5 + (peak - 1e-5) * (1 + math.cos(math.pi * epoch / 300)) / 2
 
 
-@pytest.mark.parametrize('name', RECIPES)
+@pytest.mark.parametrize('name', [*SMALL, 'aggressive', 'inaturalist', 'coco_resnet101'])
 def test_learning_rate_over_the_epochs(name):
     recipe, updates = RECIPES[name], 8
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.randn(2))], learning_rate(recipe)[0])
@@ -145,7 +157,7 @@ def test_every_model_of_the_release_has_its_recipe():
         assert recipe_of(name) == recipe_of(f'{name}.some_tag')
         config = configure(name, 'out')
         assert {f.name: getattr(config, f.name) for f in dataclasses.fields(Recipe)} == vars(RECIPES[recipe_of(name)])
-    assert {recipe_of(name) for name in released()} == set(RECIPES) - {'aggressive'}
+    assert {recipe_of(name) for name in released()} == set(SMALL)
     assert recipe_of('convnext_tiny') is recipe_of('hf-hub:timm/resnet18.a1_in1k') is None
 
 

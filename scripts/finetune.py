@@ -1,0 +1,14 @@
+"""Floor 5: fine-tune a pretrained model on images of your own.
+
+    accelerate launch scripts/finetune.py --model resnet50_noah --dataset folder --data-dir photos --output runs/photos
+    python scripts/finetune.py --model mobilenetv2_100_noah --dataset hfds/NAME --freeze --cache-features \\
+        --output runs/head
+
+As train.py, but with pretrained weights (--no-pretrained leaves them out) and, for every model, the recipe 'finetune'.
+--freeze trains the head alone, --layer-decay lowers the learning rate from layer to layer. Another head starts on the
+backbone of a timm model with --no-pretrained --model-kwargs pretrained_backbone=NAME.
+"""
+from train import main
+
+if __name__ == '__main__':
+    main('finetune.py', __doc__, recipe='finetune', pretrained=True)

@@ -1,0 +1,228 @@
+"""Fine-tuning: three commands from a folder of images to a model on the Hub; heads alone, weights, crops, checks."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from timm.data import resolve_data_config
+from torch import nn
+
+from noah_zoo.training import TrainConfig, configure, create_dataset, train
+from noah_zoo.training.multiclass import class_weights, create_criterion
+from noah_zoo.training.schedule import OneCycle
+from noah_zoo.training.transforms import create_transforms
+
+from ..hub_server import HubServer
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = 'mobilenetv2_035_noah.fashion_mnist'
+
+
+def run(script, *args, cwd=ROOT, env=None):
+    return subprocess.run(
+        [sys.executable, str(ROOT / 'scripts' / script), *map(str, args)], cwd=cwd, env=env, capture_output=True,
+        text=True, timeout=300, check=False)
+
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory):
+    """24 red, 12 blue and 6 green JPEG files of noise, a folder per class."""
+    root = tmp_path_factory.mktemp('photos')
+    rng = np.random.default_rng(0)
+    for name, channel, count in (('red', 0, 24), ('blue', 2, 12), ('green', 1, 6)):
+        (root / name).mkdir()
+        for i in range(count):
+            pixels = rng.integers(0, 100, (40, 60, 3), dtype=np.uint8)
+            pixels[..., channel] += 150
+            Image.fromarray(pixels).save(root / name / f'{i}.jpg')
+    return root
+
+
+def settings(photos, output, **kwargs):
+    return configure(
+        SHIPPED.split('.')[0], str(output), 'none', **{**dict(
+            dataset='folder', data_dir=str(photos), val_fraction=0.25, img_size=32, epochs=2,
+            batch_size=8, workers=0, cpu=True, lr=0.01), **kwargs})
+
+
+def test_from_a_folder_to_a_published_model_in_the_readmes_commands(photos, tmp_path):
+    text = (ROOT / 'README.md').read_text(encoding='utf-8').replace('\\\n', '')
+    block = text.partition('### Fine-tuning')[2].split('```')[1]
+    commands = [line.split() for line in block.splitlines() if line.startswith('python ')]
+    assert [command[1] for command in commands] == [f'scripts/{name}.py' for name in ('finetune', 'publish', 'predict')]
+    (tmp_path / 'photos').symlink_to(photos)
+    (tmp_path / 'new.jpg').write_bytes((photos / 'blue' / '0.jpg').read_bytes())
+    with HubServer(users={'hf_you': 'you'}) as hub:
+        env = hub.env(tmp_path / 'home', 'hf_you') | {'PYTHONPATH': str(ROOT)}
+        for command in commands:
+            words = command[2:]
+            if command[1].endswith('finetune.py'):  # smaller than the README's: no weights of ImageNet here
+                words[words.index('--model') + 1] = SHIPPED
+                words += ['--cpu', '--workers', '0', '--epochs', '3', '-b', '6', '--lr', '0.001']
+            done = run(Path(command[1]).name, *words, cwd=tmp_path, env=env)
+            assert done.returncode == 0, done.stderr[-3000:]
+        assert set(hub.files('you/photos')) >= {'README.md', 'config.json', 'model.safetensors'}
+        assert 'red' in hub.files('you/photos')['README.md'].decode()
+    assert done.stdout.split('blue')[0].count('\n') <= 2, done.stdout  # first of the three
+
+
+def test_pretrained_unless_told_otherwise(photos, tmp_path):
+    for name, words in (('with', ()), ('without', ['--no-pretrained'])):
+        done = run('finetune.py', '--model', SHIPPED, '--dataset', 'folder', '--data-dir', photos,
+                   '--val-fraction', 0.25, '--cpu', '--workers', 0, '--smoke', 1, '-b', 6, '--lr', 0, '--min-lr', 0,
+                   '--warmup-epochs', 0, '--output',
+                   tmp_path / name, *words)
+        assert done.returncode == 0, done.stderr[-2000:]
+        summary = json.loads((tmp_path / name / 'summary.json').read_text())
+        assert summary['config']['opt'] == 'adamw' and summary['config']['pretrained'] == (name == 'with')
+    shipped = timm.create_model(SHIPPED, pretrained=True).state_dict()
+    for name in ('with', 'without'):
+        weights = load_file(tmp_path / name / 'best' / 'model.safetensors')
+        assert torch.equal(weights['conv_stem.weight'], shipped['conv_stem.weight']) == (name == 'with')
+
+
+def test_help_and_errors():
+    done = subprocess.run(
+        [sys.executable, '-X', 'importtime', str(ROOT / 'scripts' / 'finetune.py'), '--help'], capture_output=True,
+        text=True, check=True)
+    assert done.stdout.startswith('usage: finetune.py --model NAME') and '--cache-features' in done.stdout
+    assert '| torch\n' not in done.stderr
+    done = run('finetune.py', '--model', 'resnet51_noah', '--output', 'no', '--dataset', 'folder', '--data-dir', '.')
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith('finetune.py: error: ')
+
+
+# Heads alone, for ever or at first
+
+
+def test_the_backbone_waits_for_its_epochs(photos, tmp_path):
+    summaries = [train(settings(photos, tmp_path / str(n), freeze_epochs=n, model_ema_decay=None)) for n in (0, 1, 2)]
+    assert [s['config']['freeze_epochs'] for s in summaries] == [0, 1, 2]
+    torch.manual_seed(0)
+    states = []
+    for n in (0, 1, 2):
+        first, last = (
+            load_file(tmp_path / str(n) / 'checkpoints' / f'update-{update:09}' / 'model.safetensors')
+            for update in (4, 8))
+        states.append((first, last))
+    stem = 'conv_stem.weight'
+    (a1, a2), (b1, b2), (c1, c2) = states
+    assert not a1[stem].equal(b1[stem]) and b1[stem].equal(c1[stem]) and c1[stem].equal(c2[stem])
+    assert not b1[stem].equal(b2[stem])
+    assert c1['bn1.running_mean'].equal(c2['bn1.running_mean'])
+    assert not c1['classifier.key.weight'].equal(c2['classifier.key.weight'])
+
+
+# The loss
+
+
+def test_class_weights(photos):
+    images = create_dataset('folder', str(photos), 'train')
+    weights = class_weights(images)
+    counts = dict(zip(images.class_names, weights.tolist()))
+    assert counts == pytest.approx({'red': 42 / 3 / 24, 'blue': 42 / 3 / 12, 'green': 42 / 3 / 6})
+    torch.manual_seed(0)
+    logits, labels = torch.randn(6, 3), torch.tensor([0, 1, 2, 2, 1, 0])
+    config = TrainConfig(model='', output='', class_weights=True, smoothing=0.1)
+    expected = nn.functional.cross_entropy(logits, labels, weights, label_smoothing=0.1)
+    torch.testing.assert_close(create_criterion(config, images)(logits, labels), expected)
+    config.mixup = 0.2  # soft targets, smoothed by timm's Mixup
+    soft = torch.rand(6, 3).softmax(1)
+    expected = -(soft * weights * logits.log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(create_criterion(config, images)(logits, soft), expected)
+    with pytest.raises(ValueError, match="class_weights: no training images of 'red'"):
+        class_weights(images.take(np.flatnonzero(images.labels != images.class_names.index('red'))))
+
+
+# What images go through
+
+
+def test_crops():
+    config = TrainConfig(model='', output='', train_crop='squash', hflip=0)
+    data_config = dict(
+        input_size=(3, 32, 32), interpolation='bilinear', mean=(0.,) * 3, std=(1.,) * 3, crop_pct=1.,
+        crop_mode='squash')
+    image = np.zeros((64, 128, 3), np.uint8)
+    image[:, :8] = 255  # a white edge on the left
+    image = Image.fromarray(image)
+    for transform in create_transforms(config, data_config):
+        x = transform(image)
+        assert x.shape == (3, 32, 32) and x[:, :, 0].min() > 0.9 and x[:, :, 4:].max() < 0.1
+    config.train_crop, data_config['crop_mode'], data_config['crop_pct'] = 'random', 'center', 0.5
+    train_transform, val_transform = create_transforms(config, data_config)
+    torch.manual_seed(0)
+    white = [train_transform(image)[0, 0].mean().item() for _ in range(60)]
+    assert max(white) > 0.1 and min(white) == 0  # crops of 32 x 32 of 64 x 128, some at the edge
+    assert val_transform(image).max() == 0
+    config.train_crop = 'whole'
+    with pytest.raises(ValueError, match="train_crop='whole' is not one of rrc, random, squash"):
+        create_transforms(config, data_config)
+    config.no_aug = config.train_crop = 'rrc'
+    same = create_transforms(config, data_config)
+    assert same[0] is same[1]
+
+
+def test_the_crop_goes_with_the_model(photos, tmp_path):
+    train(settings(photos, tmp_path, smoke=1, train_crop='squash', crop_mode='squash', crop_pct=1.))
+    model = timm.create_model(f'local-dir:{tmp_path / "best"}', pretrained=True)
+    config = resolve_data_config({}, model=model)
+    assert config['crop_mode'] == 'squash' and config['crop_pct'] == 1
+
+
+# The one-cycle schedule
+
+
+def test_one_cycle_is_pytorchs_and_goes_on():
+    def optimizer():
+        groups = [{'params': [nn.Parameter(torch.zeros(1))], 'lr_scale': scale} for scale in (1., 10.)]
+        return torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+
+    ours, theirs = optimizer(), optimizer()
+    schedule = OneCycle(ours, 10)
+    reference = torch.optim.lr_scheduler.OneCycleLR(theirs, [0.1, 1.], total_steps=10)
+    rates = []
+    for update in range(10):
+        schedule.step_update(update)
+        rates.append([group['lr'] for group in ours.param_groups])
+        assert rates[-1] == [group['lr'] for group in theirs.param_groups]
+        ours.step()
+        theirs.step()
+        if update < 9:
+            reference.step()
+        if update == 4:  # goes on in another process
+            state = (ours.state_dict(), schedule.state_dict())
+            ours = optimizer()
+            schedule = OneCycle(ours, 10)
+            ours.load_state_dict(state[0])
+            schedule.load_state_dict(state[1])
+    assert max(rate[0] for rate in rates) == pytest.approx(0.1) and rates[0][1] == pytest.approx(1 / 25)
+
+
+def test_a_run_with_one_cycle(photos, tmp_path):
+    summary = train(settings(photos, tmp_path, sched='onecycle'))
+    assert summary['lr'] < 0.01 / 100  # its end
+
+
+# Data alone
+
+
+def test_check_data(photos, tmp_path):
+    words = ['--check-data', '--dataset', 'folder', '--val-fraction', '0.25', '--workers', '0']
+    done = run('finetune.py', *words, '--data-dir', photos)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == 'folder: 32 training images and 10 validation images of 3 classes, all of them readable\n'
+    bad = tmp_path / 'bad'
+    for folder in photos.iterdir():
+        (bad / folder.name).mkdir(parents=True)
+        for file in folder.iterdir():
+            (bad / folder.name / file.name).write_bytes(file.read_bytes())
+    (bad / 'red' / '3.jpg').write_bytes((photos / 'red' / '3.jpg').read_bytes()[:500])
+    done = run('train.py', *words, '--data-dir', bad)
+    assert done.returncode == 2 and not done.stdout
+    assert str(Path('red') / '3.jpg') in done.stderr and 'images cannot be read' in done.stderr
+    assert not list(tmp_path.glob('*.yaml'))
