@@ -69,7 +69,7 @@ def find_images(paths: Sequence[str]) -> List[Path]:
 
 @torch.inference_mode()
 def predict(model: nn.Module, images: Sequence[Path], top_k: int = 5) -> Iterator[Dict[str, Any]]:
-    """Classify images one by one.
+    """Classify images one by one. The classes of a model that was trained for several per image do not add up to 1.
 
     Args:
         model: A model of `load_model`.
@@ -81,7 +81,7 @@ def predict(model: nn.Module, images: Sequence[Path], top_k: int = 5) -> Iterato
         `{'path', 'error'}` for a file that is no whole image.
     """
     transform = create_transform(**resolve_data_config({}, model=model))
-    names = label_names(model)
+    names, multilabel = label_names(model), 'multilabel' in (model.pretrained_cfg.get('notes') or ())
     parameter = next(model.parameters())
     for path in images:
         try:
@@ -89,7 +89,8 @@ def predict(model: nn.Module, images: Sequence[Path], top_k: int = 5) -> Iterato
         except (OSError, DamagedImageError) as error:
             yield {'path': str(path), 'error': str(error)}
             continue
-        probabilities = model(x_BCHW.to(parameter.device, parameter.dtype))[0].float().softmax(dim=0)
+        logits = model(x_BCHW.to(parameter.device, parameter.dtype))[0].float()
+        probabilities = logits.sigmoid() if multilabel else logits.softmax(dim=0)
         values, indices = probabilities.topk(min(top_k, len(names)))
         yield {'path': str(path), 'predictions': [
             {'label': names[i], 'index': i, 'probability': p} for p, i in zip(values.tolist(), indices.tolist())]}

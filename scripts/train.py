@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple, get_args
 
 SHORT = {'batch_size': ['-b'], 'workers': ['-j']}
-MORE = {'smoke': dict(nargs='?', const=3)}
+MORE = {
+    'smoke': dict(nargs='?', const=3),
+    'cache_features': dict(nargs='?', const='~/.cache/noah_zoo/features', metavar='DIR')}
 METRICS = {'top1': 'top-1', 'mAP': 'mAP'}
 METAVARS = {int: 'N', float: 'F', str: 'NAME'}
 
@@ -109,7 +111,7 @@ def parse_args(
             text += f' ({field.default})'
         group.add_argument(
             *SHORT.get(field.name, []), '--' + field.name.replace('_', '-'), required=required,
-            help=text.replace('%', '%%'), **argument_of(field.type), **MORE.get(field.name, {}))
+            help=text.replace('%', '%%'), **{**argument_of(field.type), **MORE.get(field.name, {})})
     run.add_argument(
         '--check-data', action='store_true',
         help='only read annotations and every image once, and say what is wrong; needs neither --model nor --output')

@@ -17,6 +17,7 @@ def parse_args():
     add('--model', required=True, metavar='NAME', help="timm name, with or without tag, 'hf-hub:...', 'local-dir:...'")
     add('--dataset', metavar='NAME', help="'fashion_mnist' (default), 'folder', 'hfds/NAME', 'hfids/NAME' or 'wds/...'")
     add('--data-dir', metavar='DIR', help='folder of the data')
+    add('--task', metavar='NAME', help='multiclass or multilabel (multiclass)')
     add('--split', metavar='NAME', help='split to evaluate on (validation)')
     add('-b', '--batch-size', type=int, metavar='N', help='batch size per process (64)')
     add('-j', '--workers', type=int, metavar='N', help='data loading processes (2)')
@@ -49,10 +50,14 @@ def main() -> None:
         print(json.dumps(result, indent=2))
         return
     print(f'{result["model"]} on {result["dataset"]} [{result["split"]}]')
-    for key, label in (('top1', 'top-1'), ('top5', 'top-5')):
+    for key in ('top1', 'top5', 'mAP', 'CP', 'CR', 'CF1', 'OP', 'OR', 'OF1'):
         if key in result:
-            paper = f'   paper, on ImageNet-1k: {result["paper"][key]:.2f} %' if 'paper' in result else ''
-            print(f'{label}: {result[key]:.2f} %{paper}')
+            label = {'top1': 'top-1', 'top5': 'top-5'}.get(key, key)
+            more = f'   paper, on ImageNet-1k: {result["paper"][key]:.2f} %' if 'paper' in result else ''
+            more += f'   of the top 3: {result[f"{key}_top3"]:.2f} %' if f'{key}_top3' in result else ''
+            print(f'{label}: {result[key]:.2f} %{more}')
+    for row in result.get('per_class', ()):
+        print('  '.join(f'{key} {value}' for key, value in row.items()))
     print(f'cross-entropy: {result["val_loss"]:.4f}')
 
 

@@ -13,21 +13,23 @@ class TrainConfig(Recipe):
         model: A timm name.
         output: Folder of the run.
         noah_variant: A head of the paper's ablations instead of NOAH's: a name of `noah_zoo.ablations.VARIANTS`.
-        task: 'multiclass', one class per image.
-        dataset: 'fashion_mnist', 'folder', or a name of `timm.data.create_dataset`.
+        task: 'multiclass', one class per image, or 'multilabel'.
+        dataset: 'fashion_mnist', 'folder', 'inaturalist', a name of `timm.data.create_dataset`; 'coco', 'csv'.
         data_dir: Folder of the data.
         input_key: Column of the images, of 'hfds/' and 'hfids/'; 'image' if None.
         target_key: Column of the labels; 'label' if None.
         train_split: Split to train on.
         val_split: Split to evaluate on.
         val_fraction: Share of the training split that is held out for evaluation; then `val_split` is not read.
+        without_labels: Keep images of 'coco' that have no annotation.
         skip_damaged: Leave out images that cannot be read, instead of stopping.
         workers: Data loading processes per process.
         pretrained: Start from the pretrained weights.
         grad_checkpointing: Recompute activations in the backward pass.
         freeze: Train the head only.
         no_aug: Train on the images as evaluation sees them.
-        cache_features: Run the frozen backbone once, keep its features on disk, and train the head on them.
+        cache_features: Train the head alone, on features that the backbone gives once, of images as evaluation sees
+            them; they are kept in this folder.
         class_weights: Weigh the loss of a class by the inverse of its share of the training images.
         device_batch_size: Largest batch of a device; accumulation makes up `batch_size`. All of its share if None.
         mixed_precision: 'no', 'fp16' or 'bf16'; that of `accelerate config` if None.
@@ -54,13 +56,14 @@ class TrainConfig(Recipe):
     train_split: str = 'train'
     val_split: str = 'validation'
     val_fraction: float = 0.
+    without_labels: bool = False
     skip_damaged: bool = False
     workers: int = 2
     pretrained: bool = False
     grad_checkpointing: bool = False
     freeze: bool = False
     no_aug: bool = False
-    cache_features: bool = False
+    cache_features: Optional[str] = None
     class_weights: bool = False
     device_batch_size: Optional[int] = None
     mixed_precision: Optional[str] = None
@@ -75,3 +78,6 @@ class TrainConfig(Recipe):
     skip_nonfinite: int = 0
     log_with: Optional[str] = None
     smoke: int = 0
+
+    def __post_init__(self) -> None:
+        self.freeze = self.freeze or self.cache_features is not None

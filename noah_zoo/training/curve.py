@@ -5,6 +5,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+LABELS = {'top1': 'top-1', 'top5': 'top-5', 'mAP': 'mAP', 'CF1': 'CF1', 'OF1': 'OF1'}  # figures, the best epoch's first
+
 
 def draw_curve(log: Path, path: Path, title: str) -> None:
     """Draw loss and accuracy over epochs from a run's `log.jsonl`.
@@ -21,11 +23,12 @@ def draw_curve(log: Path, path: Path, title: str) -> None:
     for key, label, style in (('train_loss', 'training', '-'), ('val_loss', 'evaluation', '--')):
         losses.plot(epochs, [record[key] for record in records], style, marker='.', label=label)
     losses.set(xlabel='epoch', ylabel='loss', title=title)
-    for key, label, style in (('top1', 'top-1', '-'), ('top5', 'top-5', '--')):
-        if key in records[0]:
-            accuracy.plot(epochs, [record[key] for record in records], style, marker='.', label=label)
-    best = max(records, key=lambda record: record['top1'])
-    accuracy.set(xlabel='epoch', ylabel='accuracy, %', title=f'best top-1 {best["top1"]:.2f} in epoch {best["epoch"]}')
+    drawn = [key for key in LABELS if key in records[0]]
+    for key, style in zip(drawn, ('-', '--', ':')):
+        accuracy.plot(epochs, [record[key] for record in records], style, marker='.', label=LABELS[key])
+    first = drawn[0]
+    best = max(records, key=lambda record: record[first])
+    accuracy.set(xlabel='epoch', ylabel='%', title=f'best {LABELS[first]} {best[first]:.2f} in epoch {best["epoch"]}')
     for axes in (losses, accuracy):
         axes.legend()
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

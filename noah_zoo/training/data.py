@@ -1,6 +1,7 @@
 """Floor 4: datasets of images with one class each. Everything but Fashion-MNIST's IDX files is found by timm.data."""
 import copy
 import gzip
+import hashlib
 import logging
 import os
 from pathlib import Path
@@ -22,7 +23,7 @@ from .streams import Stream
 _logger = logging.getLogger(__name__)
 
 FASHION_MNIST_DIR = Path('/usr/share/datasets/fashion-mnist')  # Debian's package dataset-fashion-mnist
-DATASETS = 'fashion_mnist, folder, hfds/NAME, hfids/NAME, wds/'
+DATASETS = 'fashion_mnist, folder, hfds/NAME, hfids/NAME, wds/, coco, inaturalist, csv'
 SPLITS = ('train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation', 'test')
 
 
@@ -70,6 +71,16 @@ class Images(Dataset):
         """What a person finds the image by: the file's path, or 'NAME[split] row 17'."""
         return self._where(int(self.rows[index]))
 
+    def state(self) -> str:
+        """A hash that changes with the images and their order: of names, labels, and sizes and times of files."""
+        digest = hashlib.sha256(self.labels[self.rows].tobytes())
+        for index in range(len(self)):
+            digest.update(self.where(index).encode())
+            if os.path.exists(self.where(index)):
+                stat = os.stat(self.where(index))
+                digest.update(f' {stat.st_size} {stat.st_mtime_ns}'.encode())
+        return digest.hexdigest()
+
     def take(self, indices: Sequence[int]) -> 'Images':
         """Some of the images, in the order given, from the same source."""
         images = copy.copy(self)
@@ -86,7 +97,7 @@ class Images(Dataset):
             return self
         index = {name: i for i, name in enumerate(class_names)}
         used = [self.class_names[i] for i in np.unique(self.labels[self.rows])]
-        _check_classes([name for name in used if name not in index], class_names)
+        check_classes([name for name in used if name not in index], class_names)
         images = copy.copy(self)
         images.class_names = tuple(class_names)
         images.labels = np.array([index.get(name, -1) for name in self.class_names], np.int64)[self.labels]
@@ -131,6 +142,9 @@ class FashionMnist(Images):
 
     def _where(self, row: int) -> str:
         return f'fashion_mnist[{self.split}] row {row}'
+
+    def state(self) -> str:
+        return f'{super().state()} {hashlib.sha256(self.images).hexdigest()}'
 
 
 def read_idx(root: Path, name: str) -> np.ndarray:
@@ -201,10 +215,53 @@ class Folder(Images):
         return str(self.reader.samples[row][0])
 
 
-class HubImages(Images):
-    """A dataset of the Hugging Face Hub, or a local one of its layout, by timm's 'hfds/' reader.
+class HubRows(Images):
+    """Rows of a dataset of the Hugging Face Hub, or of a local one of its layout, by timm's 'hfds/' reader."""
 
-    The classes are the label column's; those of a column without names are called by its values.
+    def _open(
+            self, name: str, data_dir: Optional[str], split: str, input_key: str, target_key: str,
+    ) -> Tuple[List[str], List[Any]]:
+        """Names of the label column's classes, none if it has no names, and its values.
+
+        Raises:
+            FileNotFoundError: If there is no such dataset.
+            ValueError: If there is no such split or column.
+        """
+        self.name, self.split = name, split
+        try:
+            dataset = timm.data.create_dataset(
+                f'hfds/{name}', root=data_dir, split=split, input_key=input_key, target_key=target_key)
+        except (KeyError, ValueError) as error:
+            raise ValueError(
+                f'hfds/{name}: {_one_line(error)} (split {split!r})') from error
+        self.reader = dataset.reader
+        columns = self.reader.dataset.column_names
+        if self.reader.dataset.data.column(input_key).null_count == len(self.reader) > 0:  # timm adds a lacking one
+            columns = ', '.join(name for name in columns if name != input_key)
+            raise ValueError(f'hfds/{name}: no images in a column {input_key!r}; the others are {columns}')
+        if target_key not in columns:
+            raise ValueError(f'hfds/{name}: no column {target_key!r} for the labels, only {", ".join(columns)}')
+        names = sorted(self.reader.class_to_idx, key=self.reader.class_to_idx.get)
+        return names, self.reader.dataset.select_columns(target_key)[target_key][:]
+
+    def _image(self, row: int) -> Image.Image:
+        where = self._where(row)
+        try:
+            file, *_ = self.reader[row]
+        except (AssertionError, TypeError):  # the cell is null
+            raise DamagedImageError(f'{where}{UNREADABLE}the row has no image') from None
+        with file:
+            return read_image(file.read(), where)
+
+    def _where(self, row: int) -> str:
+        return f'{self.name}[{self.split}] row {row}'
+
+    def state(self) -> str:
+        return f'{super().state()} {self.reader.dataset._fingerprint}'
+
+
+class HubImages(HubRows):
+    """`HubRows` with one class each: those of the label column; of one without names, they are called by its values.
 
     Args:
         name: What `datasets.load_dataset` takes.
@@ -222,66 +279,48 @@ class HubImages(Images):
             self, name: str, data_dir: Optional[str], split: str, input_key: Optional[str] = None,
             target_key: Optional[str] = None,
     ) -> None:
-        self.name, self.split = name, split
-        input_key, target_key = input_key or 'image', target_key or 'label'
-        try:
-            dataset = timm.data.create_dataset(
-                f'hfds/{name}', root=data_dir, split=split, input_key=input_key, target_key=target_key)
-        except (KeyError, ValueError) as error:
-            raise ValueError(
-                f'hfds/{name}: {_one_line(error)} (split {split!r})') from error
-        self.reader = dataset.reader
-        columns = self.reader.dataset.column_names
-        if self.reader.dataset.data.column(input_key).null_count == len(self.reader) > 0:  # timm adds a lacking one
-            columns = ', '.join(name for name in columns if name != input_key)
-            raise ValueError(f'hfds/{name}: no images in a column {input_key!r}; the others are {columns}')
-        if target_key not in columns:
-            raise ValueError(f'hfds/{name}: no column {target_key!r} for the labels, only {", ".join(columns)}')
-        labels = self.reader.dataset.select_columns(target_key)[target_key][:]
+        names, labels = self._open(name, data_dir, split, input_key or 'image', target_key or 'label')
         wrong = next((i for i, label in enumerate(labels) if not isinstance(label, (int, str))), None)
         if wrong is not None:
             raise ValueError(f'{self._where(wrong)}: the label {labels[wrong]!r} is not one class')
-        names = sorted(self.reader.class_to_idx, key=self.reader.class_to_idx.get)
         if not names:
             values = sorted(set(labels))
             index = {value: i for i, value in enumerate(values)}
             names, labels = [str(value) for value in values], [index[label] for label in labels]
         super().__init__(names, labels)
 
-    def _image(self, row: int) -> Image.Image:
-        where = self._where(row)
-        try:
-            file, *_ = self.reader[row]
-        except (AssertionError, TypeError):  # the cell is null
-            raise DamagedImageError(f'{where}{UNREADABLE}the row has no image') from None
-        with file:
-            return read_image(file.read(), where)
-
-    def _where(self, row: int) -> str:
-        return f'{self.name}[{self.split}] row {row}'
-
 
 def create_dataset(
-        name: str, data_dir: Optional[str], split: str, *, training: bool = False, seed: int = 0,
-        skip_damaged: bool = False, input_key: Optional[str] = None, target_key: Optional[str] = None,
+        name: str, data_dir: Optional[str], split: str, *, task: str = 'multiclass', training: bool = False,
+        seed: int = 0, skip_damaged: bool = False, input_key: Optional[str] = None, target_key: Optional[str] = None,
+        without_labels: bool = False,
 ) -> Union[Images, Stream]:
     """One split of a dataset.
 
     Args:
-        name: 'fashion_mnist', 'folder', 'hfds/NAME', 'hfids/NAME' (streaming) or 'wds/'.
-        data_dir: Folder of the images, IDX files or shards; for 'hfds/' and 'hfids/' the cache.
+        name: 'fashion_mnist', 'folder', 'hfds/NAME', 'hfids/NAME' (streaming), 'wds/', 'inaturalist'; with several
+            classes per image 'coco', 'csv', or 'hfds/NAME'.
+        data_dir: Folder of the images, IDX files, shards or annotations; for 'hfds/' and 'hfids/' the cache.
         split: 'train', or the name of the split to evaluate.
+        task: 'multiclass' or 'multilabel', which 'hfds/' asks for.
         training: Shuffle a stream.
         seed: Random seed of that.
         skip_damaged: Leave damaged images out of a stream.
         input_key: Column of the images, of 'hfds/' and 'hfids/'; their file extensions for 'wds/'.
         target_key: Column of the labels; key in the JSON files for 'wds/'.
+        without_labels: Keep images of 'coco' that have no annotation.
 
     Raises:
         FileNotFoundError: If the data are not there.
         ValueError: If the name, split or labels are not as described, or a folder has to be named and is not.
     """
+    from .annotated import ANNOTATED, HubLists  # which are made of what is here
+
     prefix, slash, rest = name.partition('/')
+    if name in ANNOTATED:
+        if not data_dir:
+            raise ValueError(f'{name}: name the folder of the annotations with --data-dir')
+        return ANNOTATED[name](data_dir, split, **dict(without_labels=without_labels) if name == 'coco' else {})
     if name == 'fashion_mnist':
         return FashionMnist(Path(data_dir) if data_dir else FASHION_MNIST_DIR, split)
     if name == 'folder':
@@ -289,7 +328,7 @@ def create_dataset(
             raise ValueError('folder: name the folder that has train/ and validation/ with --data-dir')
         return Folder(data_dir, split)
     if prefix.lower() == 'hfds' and rest:
-        return HubImages(rest, data_dir, split, input_key, target_key)
+        return (HubLists if task == 'multilabel' else HubImages)(rest, data_dir, split, input_key, target_key)
     if prefix.lower() == 'hfids' and rest or prefix.lower() == 'wds' and slash:
         return Stream(name, data_dir, split, training, seed, skip_damaged, input_key, target_key)
     raise ValueError(f'no dataset {name!r}; accepted are {DATASETS}')
@@ -314,10 +353,14 @@ def create_datasets(
     """
     def create(split: str, training: bool) -> Union[Images, Stream]:
         return create_dataset(
-            config.dataset, config.data_dir, split, training=training, seed=config.seed,
-            skip_damaged=config.skip_damaged, input_key=config.input_key, target_key=config.target_key)
+            config.dataset, config.data_dir, split, task=config.task, training=training, seed=config.seed,
+            skip_damaged=config.skip_damaged, input_key=config.input_key, target_key=config.target_key,
+            without_labels=config.without_labels)
 
     train_set = create(config.train_split, True)
+    found = 'multilabel' if isinstance(train_set, Images) and train_set.labels.ndim == 2 else 'multiclass'
+    if found != config.task:
+        raise ValueError(f'{config.dataset} is for --task {found}, and the task is {config.task}')
     if config.val_fraction:
         if isinstance(train_set, Stream):
             raise ValueError(f'{config.dataset}: val_fraction={config.val_fraction} needs a dataset that is no stream')
@@ -330,7 +373,7 @@ def create_datasets(
         if isinstance(val_set, Images):
             val_set = val_set.with_classes(train_set.class_names)
         elif val_set.class_names != train_set.class_names:
-            _check_classes(
+            check_classes(
                 [name for name in val_set.class_names if name not in train_set.class_names], train_set.class_names)
             raise ValueError(f'{config.dataset}: the classes of {config.val_split!r} are not those of '
                              f'{config.train_split!r} in the same order')
@@ -367,7 +410,8 @@ def check_data(config: TrainConfig) -> str:
 
 
 def split_images(images: Images, fraction: float, seed: int) -> Tuple[Images, Images]:
-    """Hold out a fraction of the images, and nearly the same one of each class. A class keeps at least one image.
+    """Hold out a fraction of the images, and nearly the same one of each class where an image has one. A class keeps at
+    least one image.
 
     Raises:
         ValueError: If the fraction is not between 0 and 1, or so small that it holds out none.
@@ -375,7 +419,9 @@ def split_images(images: Images, fraction: float, seed: int) -> Tuple[Images, Im
     if not 0 < fraction < 1:
         raise ValueError(f'val_fraction={fraction} is not between 0 and 1')
     labels = images.labels[images.rows]
-    counts = np.bincount(labels, minlength=len(images.class_names))
+    if labels.ndim == 2:  # several classes each: as they come
+        labels = np.zeros(len(labels), np.int64)
+    counts = np.bincount(labels, minlength=labels.max(initial=0) + 1)
     shares = np.minimum(fraction * counts, np.maximum(counts - 1, 0))
     held_out = np.floor(shares).astype(np.int64)
     missing = min(round(fraction * len(labels)), int(np.ceil(shares).sum())) - held_out.sum()
@@ -457,7 +503,7 @@ class _Reasons(Dataset):
         return index, None
 
 
-def _check_classes(unknown: Sequence[str], known: Sequence[str]) -> None:
+def check_classes(unknown: Sequence[str], known: Sequence[str]) -> None:
     if unknown:
         more = f' and {len(unknown) - 10} more' if len(unknown) > 10 else ''
         raise ValueError(

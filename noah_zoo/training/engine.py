@@ -31,19 +31,21 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import DataLoader, IterableDataset
 
-from . import multiclass
+from . import multiclass, multilabel
 from .checkpoint import Progress, newest_checkpoint, save_checkpoint
 from .config import TrainConfig
-from .curve import draw_curve
+from .curve import LABELS, draw_curve
 from .data import create_datasets
+from .features import FeatureBatches, HeadOnly, cache_features
 from .loader import EpochBatches, EvalBatches, create_loader, seed_everything
+from .multilabel import to_csv
 from .recipes import learning_rate, plan_batch
 from .schedule import OneCycle
 from .transforms import create_transforms
 
 _logger = logging.getLogger(__name__)
 
-TASKS = {'multiclass': multiclass}  # each has METRIC, create_criterion and Metrics
+TASKS = {'multiclass': multiclass, 'multilabel': multilabel}  # each has METRIC, create_criterion and Metrics
 TERMINATED = 143  # exit code after SIGTERM: 128 + 15
 PLACE = ('output', 'data_dir', 'resume', 'workers', 'log_with', 'checkpoint_hist', 'device_batch_size')
 
@@ -53,8 +55,8 @@ def train(config: TrainConfig) -> Dict[str, Any]:
     was stopped anywhere, and goes on with `resume='auto'`, ends with the same weights.
 
     Written under `config.output`: `best/` in timm's Hub layout, the weights of the best epoch as they were evaluated;
-    `checkpoints/`; `log.jsonl` with a line per epoch; `args.yaml`; at the end `summary.json` with settings, versions
-    and figures, and `curve.png`.
+    `checkpoints/`; `log.jsonl` with a line per epoch; `args.yaml`; for several classes per image `per_class.csv`, of
+    the best epoch; at the end `summary.json` with settings, versions and figures, and `curve.png`.
 
     Returns:
         The summary.
@@ -74,6 +76,8 @@ class _Run:
     """A run of `train`: what it is made of, and its loop."""
 
     def __init__(self, config: TrainConfig) -> None:
+        if config.task not in TASKS:
+            raise ValueError(f'task={config.task!r} is not one of {", ".join(TASKS)}')
         self.config, self.output, self.task = config, Path(config.output), TASKS[config.task]
         self.finished = _check_output(config, self.output)
         if self.finished:
@@ -89,15 +93,19 @@ class _Run:
         model = _create_model(config, self.class_names)
         self._make_loaders(train_set, val_set, resolve_data_config({}, model=model))
         self._make_model(model)
+        if config.cache_features:
+            self._cache_features(train_set, val_set)
         self.mixup = Mixup(
             config.mixup, config.cutmix, switch_prob=config.mixup_switch_prob, label_smoothing=config.smoothing,
             num_classes=len(self.class_names)) if config.mixup or config.cutmix else None
+        if self.mixup and config.cache_features:
+            raise ValueError('mixup and cutmix do not go with cache_features, which has no images to mix')
         self.criterion = self.task.create_criterion(config, train_set).to(self.accelerator.device)
         self.terminated = False
 
     def _make_loaders(self, train_set: Any, val_set: Any, data_config: Dict[str, Any]) -> None:
         config, plan, rank = self.config, self.plan, self.accelerator.process_index
-        train_transform, val_transform = create_transforms(config, data_config)
+        train_transform, self.val_transform = create_transforms(config, data_config)
         self.sampler, val_sampler = None, None
         if not isinstance(train_set, IterableDataset):
             self.sampler = EpochBatches(
@@ -106,7 +114,7 @@ class _Run:
             val_sampler = EvalBatches(len(val_set), plan.per_device, plan.processes, rank)
         self.train_loader = create_loader(
             train_set, train_transform, self.sampler, config.workers, plan.per_device, config.seed, rank)
-        self.val_loader = create_loader(val_set, val_transform, val_sampler, config.workers, plan.per_device)
+        self.val_loader = create_loader(val_set, self.val_transform, val_sampler, config.workers, plan.per_device)
         self.batches = len(self.sampler) if self.sampler else len(train_set) // plan.per_device
         if config.smoke:
             self.batches = min(self.batches, config.smoke * plan.accumulation)
@@ -127,7 +135,8 @@ class _Run:
         if config.freeze:
             model.requires_grad_(False)
             model.get_classifier().requires_grad_(True)
-        self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+        on_maps = config.channels_last and not config.cache_features
+        self.memory_format = torch.channels_last if on_maps else torch.contiguous_format
         self.model = model.to(accelerator.device, memory_format=self.memory_format)
         lr, reason = learning_rate(config)
         _logger.info('learning rate: %s; batch: %s', reason, self.plan)
@@ -139,8 +148,11 @@ class _Run:
             self._configure_deepspeed()
         self.whole = deepcopy(self.model) if sharded else None
         # timm's scheduler is stepped by hand, so Accelerate is not told of it.
+        if config.cache_features and (sharded or accelerator.distributed_type == DistributedType.DEEPSPEED):
+            raise ValueError(f'cache_features does not go with {accelerator.distributed_type.value}')
+        trained = HeadOnly(self.model) if config.cache_features else self.model
         self.trained, self.optimizer = accelerator.prepare(
-            torch.compile(self.model) if config.torchcompile else self.model, optimizer)
+            torch.compile(trained) if config.torchcompile else trained, optimizer)
         self.on_updates = config.sched_on_updates or config.sched == 'onecycle'
         if config.sched == 'onecycle':
             self.scheduler = OneCycle(optimizer, self.updates * config.epochs)
@@ -163,6 +175,17 @@ class _Run:
             self.ema = ModelEmaV3(self.model, decay=config.model_ema_decay)
         self.progress = Progress()
         accelerator.register_for_checkpointing(*filter(None, (self.progress, self.scheduler, self.ema)))
+
+    def _cache_features(self, train_set: Any, val_set: Any) -> None:
+        """From here on, the loaders give features instead of images."""
+        self.model.eval()
+        self.train_loader, self.val_loader = (
+            FeatureBatches(
+                cache_features(
+                    self.model, images, self.val_transform, Path(self.config.cache_features), self.plan.per_device,
+                    self.config.workers),
+                loader.batch_sampler)
+            for images, loader in ((train_set, self.train_loader), (val_set, self.val_loader)))
 
     def _configure_deepspeed(self) -> None:
         """Tell DeepSpeed what it cannot learn from a data loader: it clips and steps inside of `backward`."""
@@ -222,7 +245,8 @@ class _Run:
             distribute_bn(evaluated, accelerator.num_processes)  # the first process's, as DistributedDataParallel does
         train_seconds = time.perf_counter() - began
         metrics = self.task.Metrics(len(self.class_names), accelerator.device)
-        figures = evaluate(accelerator, evaluated, self.val_loader, metrics, config.smoke or None)
+        runs = HeadOnly(evaluated) if config.cache_features else evaluated
+        figures = evaluate(accelerator, runs, self.val_loader, metrics, config.smoke or None)
         progress.epoch += 1
         progress.seconds = done + time.perf_counter() - began
         record = {
@@ -234,12 +258,15 @@ class _Run:
         if figures[self.task.METRIC] > progress.best:
             progress.best, progress.best_epoch = figures[self.task.METRIC], progress.epoch
             self._save_best(evaluated)
+            rows = metrics.per_class(self.class_names) if config.task == 'multilabel' else None
+            if rows and accelerator.is_main_process:
+                _write(self.output / 'per_class.csv', to_csv(rows))
         if accelerator.is_main_process:
             with (self.output / 'log.jsonl').open('a', encoding='utf-8') as log:
                 log.write(json.dumps(record) + '\n')
             _logger.info(
-                'epoch %d: train loss %.4f, top-1 %.2f, %.0f s', record['epoch'], record['train_loss'], record['top1'],
-                record['seconds'])
+                'epoch %d: train loss %.4f, %s %.2f, %.0f s', record['epoch'], record['train_loss'],
+                LABELS[self.task.METRIC], record[self.task.METRIC], record['seconds'])
         if config.log_with:
             accelerator.log({k: v for k, v in record.items() if k != 'epoch'}, step=progress.epoch)
         progress.batch = progress.updates_in_epoch = 0
@@ -487,6 +514,8 @@ def _create_model(config: TrainConfig, class_names: Tuple[str, ...]) -> nn.Modul
         overlay.update(input_size=(3, config.img_size, config.img_size), pool_size=None)
     overlay.update({
         name: getattr(config, name) for name in ('crop_pct', 'crop_mode', 'interpolation') if getattr(config, name)})
+    if config.task == 'multilabel':
+        overlay.update(notes=('multilabel',))  # by which noah_zoo.inference knows it
     if not config.pretrained:
         overlay.update(num_classes=len(class_names), tag=None, license=None, origin_url=None)
     try:

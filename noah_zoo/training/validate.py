@@ -1,21 +1,22 @@
 """Floor 4: the accuracy of a pretrained model on a dataset."""
 from typing import Any, Dict, Optional
 
+import numpy as np
 import timm
 from accelerate import Accelerator
 from timm.data import create_transform, resolve_data_config
 from torch.utils.data import IterableDataset
 
 from ..catalog import TAG, released_figures
-from . import multiclass
 from .data import create_dataset
-from .engine import evaluate
+from .engine import TASKS, evaluate
 from .loader import EvalBatches, create_loader
 
 
 def validate(
         model: str,
         dataset: str = 'fashion_mnist',
+        task: str = 'multiclass',
         data_dir: Optional[str] = None,
         split: str = 'validation',
         batch_size: int = 64,
@@ -27,7 +28,8 @@ def validate(
 
     Args:
         model: A timm name, with or without tag, 'hf-hub:...' or 'local-dir:...'.
-        dataset: 'fashion_mnist', 'folder', or a name of `timm.data.create_dataset`.
+        dataset: As of `create_dataset`.
+        task: 'multiclass' or 'multilabel'.
         data_dir: Folder of the data.
         split: Split to evaluate on.
         batch_size: Images in a batch of a process.
@@ -36,8 +38,8 @@ def validate(
         cpu: Do not use an accelerator.
 
     Returns:
-        'top1' and 'top5' in percent, 'val_loss', 'images'; and 'paper', the paper's figures on ImageNet-1k, if the
-        weights are the authors'.
+        'top1' and 'top5' in percent, or the figures of `multilabel.Metrics` and 'per_class'; 'val_loss'; 'images',
+        their number; and 'paper', the paper's figures on ImageNet-1k, if the weights are the authors'.
 
     Raises:
         FileNotFoundError: If the data are not there.
@@ -46,7 +48,9 @@ def validate(
     """
     accelerator = Accelerator(cpu=cpu)
     net = timm.create_model(model, pretrained=True, **({} if img_size is None else dict(img_size=img_size)))
-    images = create_dataset(dataset, data_dir, split)
+    images = create_dataset(dataset, data_dir, split, task=task)
+    if getattr(images, 'labels', np.empty(0)).ndim != (2 if task == 'multilabel' else 1):
+        raise ValueError(f'{dataset} is not for task {task}')
     names = net.pretrained_cfg.get('label_names')
     if net.num_classes != len(images.class_names):
         raise ValueError(
@@ -60,9 +64,11 @@ def validate(
     sampler = None if stream else EvalBatches(
         len(images), batch_size, accelerator.num_processes, accelerator.process_index)
     loader = create_loader(images, transform, sampler, workers, batch_size)
-    figures = evaluate(
-        accelerator, net.to(accelerator.device), loader, multiclass.Metrics(net.num_classes, accelerator.device))
+    metrics = TASKS[task].Metrics(net.num_classes, accelerator.device)
+    figures = evaluate(accelerator, net.to(accelerator.device), loader, metrics)
     result: Dict[str, Any] = {'model': model, 'dataset': dataset, 'split': split, **figures}
+    if task == 'multilabel':
+        result['per_class'] = metrics.per_class(images.class_names)
     if not stream:
         result['images'] = len(images)
     architecture = net.pretrained_cfg.get('architecture', '')

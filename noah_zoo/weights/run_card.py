@@ -46,13 +46,19 @@ def run_card(run_dir: Union[str, Path], repo_id: str) -> ModelCard:
             dataset_type=dataset_id or 'imagefolder', dataset_name=dataset, dataset_split=split,
             metric_type='accuracy', metric_value=best[key], metric_name=f'{label} accuracy')
         for key, label in (('top1', 'Top-1'), ('top5', 'Top-5')) if isinstance(best.get(key), (int, float))]
+    several = settings.get('task') == 'multilabel'
+    if several:
+        results.append(EvalResult(
+            task_type='image-classification', task_name='Multi-label Image Classification',
+            dataset_type=dataset_id or 'imagefolder', dataset_name=dataset, dataset_split=split,
+            metric_type='mAP', metric_value=best['mAP'], metric_name='mAP'))
     data = ModelCardData(
         model_name=model_name if results else None,
         library_name='timm',
         pipeline_tag='image-classification',
         base_model=_base_model(settings),
         datasets=[dataset_id] if dataset_id else None,
-        metrics=['accuracy'] if results else None,
+        metrics=['mAP' if several else 'accuracy'] if results else None,
         tags=['image-classification', 'timm'] + ['noah'] * is_noah,
         eval_results=results or None)
     measured = [f'{result.metric_name} {result.metric_value:.2f} %' for result in results]
@@ -62,7 +68,7 @@ def run_card(run_dir: Union[str, Path], repo_id: str) -> ModelCard:
     epochs, seed = settings.get('epochs', '?'), settings.get('seed', '?')
     sections = (
         f'# {model_name}', f'{_title(config)} trained on {dataset} with `scripts/train.py` of noah_zoo.',
-        '## Use', _run_usage(architecture, repo_id, bool(labels)),
+        '## Use', _run_usage(architecture, repo_id, bool(labels), several),
         '## Model', _run_details(config, summary),
         '## Results', f'On the split `{split}` of {dataset}: {"; ".join(measured)}. One run of {epochs} epochs, '
         f'seed {seed}; the weights are those of epoch {best["epoch"]}, the best on this split.',
@@ -77,11 +83,13 @@ def _title(config: Dict[str, Any]) -> str:
     return f'`{backbone}` with a NOAH head,' if backbone else f'`{config["architecture"]}`'
 
 
-def _run_usage(architecture: str, repo_id: str, has_labels: bool) -> str:
+def _run_usage(architecture: str, repo_id: str, has_labels: bool, several: bool) -> str:
     ours = timm.is_model(architecture) and is_ours(architecture)
     labels = "model.pretrained_cfg['label_names']" if has_labels else '[str(i) for i in range(model.num_classes)]'
-    return (f'{INSTALL}\n\n' if ours else '') + snippet(
+    text = snippet(
         f'hf-hub:{repo_id}', [f'names = {labels}'], 'create_transform, resolve_model_data_config', package=ours)
+    text = text.replace('.softmax(dim=0)', '.sigmoid()') if several else text
+    return (f'{INSTALL}\n\n' if ours else '') + text
 
 
 def _run_details(config: Dict[str, Any], summary: Dict[str, Any]) -> str:

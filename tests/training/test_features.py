@@ -1,0 +1,176 @@
+"""Cached features of a frozen backbone: the same batches and accuracy as without, and a cache that is never wrong."""
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from timm.data import create_transform, resolve_data_config
+
+from noah_zoo.training import configure, create_dataset, features, train
+from noah_zoo.training.features import CachedFeatures, FeatureBatches, cache_features, feature_key
+from noah_zoo.training.loader import EpochBatches, create_loader
+
+from .test_finetune import SHIPPED, photos  # noqa: F401  a fixture
+
+Parts = namedtuple('Parts', 'model images transform')
+
+
+@pytest.fixture
+def parts(photos):  # noqa: F811
+    model = timm.create_model(SHIPPED, pretrained=True, num_classes=3).eval()
+    return Parts(model, create_dataset('folder', str(photos), 'train'),
+                 create_transform(**resolve_data_config(dict(img_size=32), model=model)))
+
+
+def cached(parts, folder, **kwargs):
+    return cache_features(*parts, folder, **{**dict(batch_size=8, workers=0), **kwargs})
+
+
+def test_features_and_their_batches(parts, tmp_path):
+    found = cached(parts, tmp_path)
+    sampler = EpochBatches(len(parts.images), 8, 1, 0, seed=3)
+    sampler.epoch = 2
+    batches = list(FeatureBatches(found, sampler))
+    assert len(batches) == len(sampler) == 5
+    loader = create_loader(parts.images, parts.transform, sampler, 0, 8)
+    with torch.inference_mode():
+        for (x, targets), (images, labels) in zip(batches, loader, strict=True):
+            expected = parts.model.forward_features(images)
+            assert x.dtype == torch.float32 and torch.equal(targets, labels)
+            torch.testing.assert_close(x, expected, rtol=2 ** -8, atol=1e-6)  # bfloat16 has 8 bits
+
+
+def test_it_is_computed_once(parts, tmp_path, monkeypatch):
+    first = cached(parts, tmp_path)
+    monkeypatch.setattr(parts.model, 'forward_features', None)  # cannot be called
+    assert torch.equal(cached(parts, tmp_path).features, first.features)
+    files = sorted(path.suffix for path in tmp_path.iterdir())
+    assert files in (['.bin', '.json'], ['.bin', '.json', '.lock'])
+
+
+@pytest.mark.parametrize('damage', ['byte', 'short', 'gone', 'record'])
+def test_a_damaged_file_is_computed_again(damage, parts, tmp_path, caplog):
+    first = cached(parts, tmp_path)
+    expected = first.features.clone()
+    path, = tmp_path.glob('*.bin')
+    content = bytearray(path.read_bytes())
+    if damage == 'byte':
+        content[100] ^= 1
+        path.write_bytes(content)
+    elif damage == 'short':
+        path.write_bytes(content[:-2])
+    elif damage == 'gone':
+        path.unlink()
+    else:
+        path.with_suffix('.json').unlink()
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(cached(parts, tmp_path).features, expected)
+    assert ('is not as it was written' in caplog.text) == (damage != 'record')
+
+
+def test_what_the_key_depends_on(parts, photos, tmp_path):  # noqa: F811
+    def key(**changed):
+        return feature_key(*[changed.get(name, value) for name, value in zip(('model', 'images', 'transform'), (
+            parts.model, parts.images, parts.transform))])
+
+    first = key()
+    parts.model.reset_classifier(5)
+    assert key() == first  # the head is none of it
+    others = [
+        key(transform=create_transform(32)), key(images=parts.images.take(range(20))),
+        key(model=timm.create_model(SHIPPED, pretrained=True, output_stride=8).eval()),
+        key(model=timm.create_model(SHIPPED.split('.')[0]).eval())]
+    parts.model.bn1.running_mean[0] += 1
+    others.append(key())
+    parts.model.bn1.running_mean[0] -= 1
+    assert key() == first
+    file = photos / 'red' / '0.jpg'
+    os.utime(file, ns=(1, 2))
+    others.append(key())
+    assert len({first, *others}) == 7
+    code = (
+        'import sys, timm, noah_zoo; from noah_zoo.training import create_dataset; '
+        'from noah_zoo.training.features import feature_key; '
+        'from timm.data import create_transform, resolve_data_config; '
+        f'm = timm.create_model({SHIPPED!r}, pretrained=True, num_classes=9).eval(); '
+        't = create_transform(**resolve_data_config(dict(img_size=32), model=m)); '
+        f'print(feature_key(m, create_dataset("folder", {str(photos)!r}, "train"), t))')
+    env = {**os.environ, 'PYTHONHASHSEED': '7'}
+    assert subprocess.check_output([sys.executable, '-c', code], text=True, env=env).strip() == others[-1]
+
+
+def test_no_room(parts, tmp_path, monkeypatch):
+    usage = namedtuple('usage', 'total used free')
+    monkeypatch.setattr(features.shutil, 'disk_usage', lambda path: usage(10, 10, 12345))
+    message = r'the features of 42 images cannot be kept at .* GB are needed, 0.00 GB are free'
+    with pytest.raises(OSError, match=message):
+        cached(parts, tmp_path)
+    assert not list(tmp_path.glob('*.bin')) + list(tmp_path.glob('*.partial')) + list(tmp_path.glob('*.json'))
+
+
+def test_killed_while_it_computes(parts, photos, tmp_path):  # noqa: F811
+    code = (
+        'import time, timm, noah_zoo; from pathlib import Path; from noah_zoo.training import create_dataset; '
+        'from noah_zoo.training.features import cache_features; '
+        'from timm.data import create_transform, resolve_data_config; '
+        f'm = timm.create_model({SHIPPED!r}, pretrained=True, num_classes=3).eval(); '
+        't = create_transform(**resolve_data_config(dict(img_size=32), model=m)); f = m.forward_features; '
+        'm.forward_features = lambda x: (time.sleep(0.5), f(x))[1]; '
+        f'cache_features(m, create_dataset("folder", {str(photos)!r}, "train"), t, Path({str(tmp_path)!r}), 4, 0)')
+    process = subprocess.Popen([sys.executable, '-c', code])
+    for _ in range(600):
+        if list(tmp_path.glob('*.partial')):
+            break
+        time.sleep(0.1)
+    time.sleep(0.7)
+    process.kill()
+    process.wait()
+    assert list(tmp_path.glob('*.partial')) and not list(tmp_path.glob('*.bin'))
+    found = cached(parts, tmp_path)
+    assert isinstance(found, CachedFeatures) and not list(tmp_path.glob('*.partial'))
+
+
+def test_a_run_has_the_same_accuracy_with_and_without(idx_dir, tmp_path):
+    curves = []
+    for cache in (None, str(tmp_path / 'cache')):
+        output = tmp_path / f'run {cache is None}'
+        config = configure(
+            SHIPPED, str(output), 'none', data_dir=str(idx_dir), pretrained=True, freeze=True, no_aug=True,
+            cache_features=cache, img_size=64, epochs=4, batch_size=8, workers=0, cpu=True, lr=1e-3)
+        summary = train(config)
+        curves.append([json.loads(line) for line in (output / 'log.jsonl').read_text().splitlines()])
+        assert (output / 'best' / 'model.safetensors').exists() and summary['config']['freeze']
+    for without, with_cache in zip(*curves, strict=True):
+        assert with_cache['train_loss'] == pytest.approx(without['train_loss'], rel=0.02, abs=2e-3)
+        assert abs(with_cache['top1'] - without['top1']) < 0.1
+    assert len(list((tmp_path / 'cache').glob('*.bin'))) == 2
+    model = timm.create_model(f'local-dir:{output / "best"}', pretrained=True)
+    assert model.num_classes == 10
+
+
+def test_goes_on_after_a_stop(idx_dir, tmp_path):
+    shared = dict(
+        data_dir=str(idx_dir), pretrained=True, cache_features=str(tmp_path / 'cache'), img_size=32, epochs=3,
+        batch_size=8, workers=0, cpu=True, lr=1e-3)
+    whole = train(configure(SHIPPED, str(tmp_path / 'a'), 'none', **shared))
+    train(configure(SHIPPED, str(tmp_path / 'b'), 'none', **shared))
+    Path(tmp_path / 'b' / 'summary.json').unlink()
+    for checkpoint in sorted((tmp_path / 'b' / 'checkpoints').iterdir())[1:]:
+        for file in checkpoint.rglob('*'):
+            file.unlink() if file.is_file() else None
+        checkpoint.rmdir()
+    again = train(configure(SHIPPED, str(tmp_path / 'b'), 'none', resume='auto', **shared))
+    assert (again['train_loss'], again['top1']) == (whole['train_loss'], whole['top1'])
+
+
+def test_what_does_not_go_with_it(idx_dir, tmp_path):
+    with pytest.raises(ValueError, match='mixup and cutmix do not go with cache_features'):
+        train(configure(SHIPPED, str(tmp_path), 'none', data_dir=str(idx_dir), cache_features=str(tmp_path / 'c'),
+                        mixup=0.2, cpu=True, workers=0, batch_size=8, img_size=32))
