@@ -13,6 +13,7 @@ class Recipe:
         epochs: Epochs.
         batch_size: Images per update, over all processes and accumulation steps.
         opt: Optimizer of timm.optim; 'momentum' is SGD without Nesterov momentum.
+        amsgrad: Adam with AMSGrad.
         opt_eps: Epsilon of the optimizer; its own if None.
         momentum: Momentum of SGD; timm leaves Adam's betas, 0.9 and 0.999, as they are.
         weight_decay: Weight decay.
@@ -24,7 +25,8 @@ class Recipe:
             with every update.
         sched_on_updates: Step the scheduler with every update, not every epoch.
         decay_epochs: Epochs between steps of 'step'.
-        decay_rate: Factor of 'step', exponent of 'poly'.
+        decay_rate: Factor of 'step' and 'multistep', exponent of 'poly'.
+        decay_milestones: Epochs at which 'multistep' steps.
         warmup_epochs: Epochs of linear warm-up.
         warmup_lr: Learning rate at its start.
         min_lr: Learning rate at the end.
@@ -58,6 +60,7 @@ class Recipe:
     epochs: int = 100
     batch_size: int = 128
     opt: str = 'sgd'
+    amsgrad: bool = False
     opt_eps: Optional[float] = None
     momentum: float = 0.9
     weight_decay: float = 1e-4
@@ -69,6 +72,7 @@ class Recipe:
     sched_on_updates: bool = False
     decay_epochs: float = 30
     decay_rate: float = 0.1
+    decay_milestones: Tuple[int, int, int] = (90, 180, 270)
     warmup_epochs: int = 0
     warmup_lr: float = 1e-5
     min_lr: float = 0.
@@ -151,6 +155,14 @@ RECIPES: Dict[str, Recipe] = {
         model_ema_decay=0.9997, aa='rand-m9-mstd0.5-inc1',  # supplement; timm's RandAugment at its usual strength
         loss='asl',  # the experiments that the paper follows
         img_size=448, train_crop='squash', crop_mode='squash', crop_pct=1.),  # supplement
+    'reid': Recipe(
+        epochs=350, batch_size=64, opt='momentum', momentum=0.9, lr=0.065, weight_decay=1e-4,  # supplement, Market-1501
+        sched='multistep', decay_milestones=(150, 225, 300), decay_rate=0.1,  # supplement, from-scratch training
+        train_crop='squash'),
+    'reid_finetune': Recipe(
+        epochs=150, batch_size=64, opt='adam', amsgrad=True, lr=3e-4, weight_decay=1e-4,  # supplement, Market-1501
+        sched='step', decay_epochs=60, decay_rate=0.1,  # supplement, fine-tuning
+        train_crop='squash'),
     'finetune': Recipe(  # not the paper's
         epochs=15, batch_size=64, opt='adamw', lr=1e-4, head_lr_factor=10., weight_decay=0.05, clip_grad=1.,
         sched='cosine', sched_on_updates=True, warmup_epochs=1, warmup_lr=1e-6, min_lr=1e-6, scale=(0.35, 1.),

@@ -81,4 +81,4 @@ after = set(timm.list_models())
 assert before < after, before - after
 print(len(timm.list_models('*_noah')), len(after - before), 'noah' in after)
 '''
-    assert run(code).split() == ['25', '36', 'True']
+    assert run(code).split() == ['25', '37', 'True']

@@ -13,8 +13,9 @@ class TrainConfig(Recipe):
         model: A timm name.
         output: Folder of the run.
         noah_variant: A head of the paper's ablations instead of NOAH's: a name of `noah_zoo.ablations.VARIANTS`.
-        task: 'multiclass', one class per image, or 'multilabel'.
-        dataset: 'fashion_mnist', 'folder', 'inaturalist', a name of `timm.data.create_dataset`; 'coco', 'csv'.
+        task: 'multiclass', one class per image, 'multilabel', or 'reid', re-identification.
+        dataset: 'fashion_mnist', 'folder', 'inaturalist', a name of `timm.data.create_dataset`; 'coco', 'csv';
+            'market1501'.
         data_dir: Folder of the data.
         input_key: Column of the images, of 'hfds/' and 'hfids/'; 'image' if None.
         target_key: Column of the labels; 'label' if None.

@@ -5,7 +5,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-LABELS = {'top1': 'top-1', 'top5': 'top-5', 'mAP': 'mAP', 'CF1': 'CF1', 'OF1': 'OF1'}  # figures, the best epoch's first
+LABELS = {  # of the figures that are drawn; the first that a run has is the one that chooses the best epoch
+    'top1': 'top-1', 'top5': 'top-5', 'mAP': 'mAP', 'CF1': 'CF1', 'OF1': 'OF1', 'rank1': 'rank-1'}
 
 
 def draw_curve(log: Path, path: Path, title: str) -> None:
@@ -21,7 +22,8 @@ def draw_curve(log: Path, path: Path, title: str) -> None:
     figure = Figure(figsize=(9, 3.5), layout='constrained')
     losses, accuracy = figure.subplots(1, 2)
     for key, label, style in (('train_loss', 'training', '-'), ('val_loss', 'evaluation', '--')):
-        losses.plot(epochs, [record[key] for record in records], style, marker='.', label=label)
+        if key in records[0]:
+            losses.plot(epochs, [record[key] for record in records], style, marker='.', label=label)
     losses.set(xlabel='epoch', ylabel='loss', title=title)
     drawn = [key for key in LABELS if key in records[0]]
     for key, style in zip(drawn, ('-', '--', ':')):

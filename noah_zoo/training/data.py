@@ -23,7 +23,7 @@ from .streams import Stream
 _logger = logging.getLogger(__name__)
 
 FASHION_MNIST_DIR = Path('/usr/share/datasets/fashion-mnist')  # Debian's package dataset-fashion-mnist
-DATASETS = 'fashion_mnist, folder, hfds/NAME, hfids/NAME, wds/, coco, inaturalist, csv'
+DATASETS = 'fashion_mnist, folder, hfds/NAME, hfids/NAME, wds/, coco, inaturalist, csv, market1501'
 SPLITS = ('train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation', 'test')
 
 
@@ -315,12 +315,15 @@ def create_dataset(
         ValueError: If the name, split or labels are not as described, or a folder has to be named and is not.
     """
     from .annotated import ANNOTATED, HubLists  # which are made of what is here
+    from .reid import Market
 
     prefix, slash, rest = name.partition('/')
-    if name in ANNOTATED:
+    if name in (*ANNOTATED, 'market1501'):
         if not data_dir:
             raise ValueError(f'{name}: name the folder of the annotations with --data-dir')
-        return ANNOTATED[name](data_dir, split, **dict(without_labels=without_labels) if name == 'coco' else {})
+        if name == 'coco':
+            return ANNOTATED[name](data_dir, split, without_labels)
+        return ANNOTATED.get(name, Market)(data_dir, split)
     if name == 'fashion_mnist':
         return FashionMnist(Path(data_dir) if data_dir else FASHION_MNIST_DIR, split)
     if name == 'folder':
@@ -358,7 +361,8 @@ def create_datasets(
             without_labels=config.without_labels)
 
     train_set = create(config.train_split, True)
-    found = 'multilabel' if isinstance(train_set, Images) and train_set.labels.ndim == 2 else 'multiclass'
+    found = 'reid' if config.dataset == 'market1501' else (
+        'multilabel' if isinstance(train_set, Images) and train_set.labels.ndim == 2 else 'multiclass')
     if found != config.task:
         raise ValueError(f'{config.dataset} is for --task {found}, and the task is {config.task}')
     if config.val_fraction:

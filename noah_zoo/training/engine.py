@@ -31,7 +31,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import DataLoader, IterableDataset
 
-from . import multiclass, multilabel
+from . import multiclass, multilabel, reid
 from .checkpoint import Progress, newest_checkpoint, save_checkpoint
 from .config import TrainConfig
 from .curve import LABELS, draw_curve
@@ -45,7 +45,7 @@ from .transforms import create_transforms
 
 _logger = logging.getLogger(__name__)
 
-TASKS = {'multiclass': multiclass, 'multilabel': multilabel}  # each has METRIC, create_criterion and Metrics
+TASKS = {'multiclass': multiclass, 'multilabel': multilabel, 'reid': reid}
 TERMINATED = 143  # exit code after SIGTERM: 128 + 15
 PLACE = ('output', 'data_dir', 'resume', 'workers', 'log_with', 'checkpoint_hist', 'device_batch_size')
 
@@ -142,7 +142,8 @@ class _Run:
         _logger.info('learning rate: %s; batch: %s', reason, self.plan)
         optimizer = create_optimizer_v2(
             self.model, opt=config.opt, lr=lr, weight_decay=config.weight_decay, momentum=config.momentum,
-            param_group_fn=self._parameter_groups, **({} if config.opt_eps is None else dict(eps=config.opt_eps)))
+            param_group_fn=self._parameter_groups, **({} if config.opt_eps is None else dict(eps=config.opt_eps)),
+            **(dict(amsgrad=True) if config.amsgrad else {}))
         sharded = accelerator.distributed_type == DistributedType.FSDP
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
             self._configure_deepspeed()
@@ -159,7 +160,8 @@ class _Run:
         else:
             self.scheduler, _ = create_scheduler_v2(
                 optimizer, sched=config.sched, num_epochs=config.epochs, decay_epochs=config.decay_epochs,
-                decay_rate=config.decay_rate, warmup_epochs=config.warmup_epochs, warmup_lr=config.warmup_lr,
+                decay_rate=config.decay_rate, decay_milestones=config.decay_milestones,
+                warmup_epochs=config.warmup_epochs, warmup_lr=config.warmup_lr,
                 min_lr=config.min_lr, step_on_epochs=not self.on_updates, updates_per_epoch=self.updates)
         self.ema = None
         if config.model_ema_decay:
@@ -246,7 +248,7 @@ class _Run:
         train_seconds = time.perf_counter() - began
         metrics = self.task.Metrics(len(self.class_names), accelerator.device)
         runs = HeadOnly(evaluated) if config.cache_features else evaluated
-        figures = evaluate(accelerator, runs, self.val_loader, metrics, config.smoke or None)
+        figures = evaluate(accelerator, self.task.evaluated(runs), self.val_loader, metrics, config.smoke or None)
         progress.epoch += 1
         progress.seconds = done + time.perf_counter() - began
         record = {

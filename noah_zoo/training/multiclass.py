@@ -43,6 +43,11 @@ def class_weights(images: Images) -> Tensor:
     return torch.from_numpy(counts.sum() / (len(counts) * counts)).float()
 
 
+def evaluated(model: nn.Module) -> nn.Module:
+    """What of the model is evaluated."""
+    return model
+
+
 class Metrics:
     """Top-1 and, with more than five classes, top-5 accuracy in percent, and the mean cross-entropy `val_loss`.
 

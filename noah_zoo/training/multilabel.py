@@ -54,6 +54,11 @@ def positive_weights(images: Images) -> Tensor:
     return torch.from_numpy((len(labels) - positives) / positives).float()
 
 
+def evaluated(model: nn.Module) -> nn.Module:
+    """What of the model is evaluated."""
+    return model
+
+
 class Metrics:
     """mAP, CP, CR, CF1, OP, OR, OF1 in percent at the threshold 0.5; those at '_top3' count only predictions among an
     image's three highest scores, as is usual on COCO; and the mean binary cross-entropy `val_loss`.

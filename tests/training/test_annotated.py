@@ -1,5 +1,6 @@
 """Datasets with annotation files: what is read, and what is refused before any training starts."""
 import copy
+import functools
 import json
 import subprocess
 import sys
@@ -7,9 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
+from noah_zoo.benchmark import Case, head_step
+from noah_zoo.measure import peak_memory
 from noah_zoo.training import TrainConfig, create_dataset
 from noah_zoo.training.data import create_datasets, split_images
 
@@ -94,6 +98,20 @@ def test_inaturalist(tmp_path):
     assert images.class_names == ('Plantae/Iris', 'Insecta/Iris', 'Parus major')
     assert images.labels.tolist() == [0, 1, 2] * 2 and images.read(4)[1] == 1
     assert create_dataset('inaturalist', str(tmp_path), 'validation').where(0).endswith('val0.jpg')
+
+
+@pytest.mark.parametrize('name, millions', [('resnet18_noah', 13.82), ('resnet50_noah', 33.97)])
+def test_parameters_on_inaturalist(name, millions):
+    with torch.device('meta'):
+        model = timm.create_model(name, num_classes=5089)
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == millions  # Table XIV
+
+
+@pytest.mark.slow
+def test_a_batch_of_inaturalist_in_bounded_memory():
+    case = Case(512, 4, 1 / 2, 49, num_classes=5089, batch_size=256, training=True)
+    build = functools.partial(head_step, 'noah', case, 'cpu', torch.float32)
+    assert peak_memory(build, threads=2) < 100 * 2**20  # a map alone, N x K x L, takes 1 GB
 
 
 def test_csv(tmp_path):

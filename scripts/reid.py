@@ -1,0 +1,61 @@
+"""Floor 5: person re-identification on the layout of Market-1501: train, evaluate.
+
+    python scripts/reid.py train --data-dir market1501 --model reid_resnet50 --output runs/reid
+    python scripts/reid.py train --data-dir market1501 --model noah --model-kwargs backbone=reid_resnet50 \\
+        pretrained_backbone=resnet50.a1_in1k --recipe reid_finetune --output runs/reid_noah
+    python scripts/reid.py evaluate --model local-dir:runs/reid_noah/best --data-dir market1501 --picture ranking.png
+
+train      as train.py, with all of its flags; the recipe is the paper's from-scratch one, or 'reid_finetune'
+evaluate   rank-1, -5, -10 and mAP of the queries in the gallery, and a picture of what was found
+"""
+import argparse
+import logging
+import sys
+
+from train import main as train
+
+
+def parse_evaluate():
+    parser = argparse.ArgumentParser(prog='reid.py evaluate', argument_default=argparse.SUPPRESS)
+    add = parser.add_argument
+    add('--model', required=True, metavar='NAME', help="a timm name with weights, 'local-dir:RUN/best' say")
+    add('--data-dir', required=True, metavar='DIR', help='folder of query/ and bounding_box_test/')
+    add('--picture', metavar='FILE', help='PNG to draw queries and their ten nearest into')
+    add('--queries', type=int, metavar='N', help='queries in the picture (6)')
+    add('-b', '--batch-size', type=int, metavar='N', help='images at a time (64)')
+    add('-j', '--workers', type=int, metavar='N', help='data loading processes (2)')
+    add('--cpu', action='store_true', help='do not use an accelerator')
+    return parser, parser.parse_args(sys.argv[2:])
+
+
+def evaluate() -> None:
+    parser, args = parse_evaluate()
+    import noah_zoo  # noqa: F401
+    from noah_zoo.training.reid import evaluate_reid
+
+    logging.basicConfig(level=logging.WARNING, format='%(message)s')
+    try:
+        figures = evaluate_reid(**vars(args))
+    except (OSError, ValueError, RuntimeError) as error:
+        parser.exit(2, f'reid.py: error: {error}\n')
+    except KeyboardInterrupt:
+        parser.exit(130, '\nreid.py: interrupted\n')
+    print('; '.join(f'{name} {figures[name]:.2f} %' for name in ('rank1', 'rank5', 'rank10', 'mAP')) +
+          f' of {figures["queries"]} queries')
+
+
+def main() -> None:
+    what = sys.argv[1] if len(sys.argv) > 1 else ''
+    if what == 'evaluate':
+        evaluate()
+    elif what == 'train':
+        del sys.argv[1]
+        train('reid.py', __doc__, task='reid', dataset='market1501', recipe='reid')
+    elif what in ('-h', '--help'):
+        print(__doc__.partition(': ')[2])
+    else:
+        sys.exit(f'reid.py: error: {what!r} is not one of train, evaluate; see --help')
+
+
+if __name__ == '__main__':
+    main()
