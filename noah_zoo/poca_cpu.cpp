@@ -5,16 +5,13 @@
 // cache (attend).
 
 #include <immintrin.h>
+#include <omp.h>
 
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <functional>
-#include <system_error>
-#include <thread>
-#include <vector>
 
 namespace {
 
@@ -137,25 +134,26 @@ void attend(const float *scores, const float *values, ptrdiff_t length, float *o
     }
 }
 
-ptrdiff_t panels(const Call &call) { return (call.maps + PANEL - 1) / PANEL; }
-
 size_t buffer_size(const Call &call) { return (call.key_depth + call.value_depth + 2 * call.length + 1) * PANEL; }
 
-// Some images, and one thread's share of the panels of all groups
-void run_images(const Call &call, ptrdiff_t first_image, ptrdiff_t end_image, ptrdiff_t thread, float *buffer) {
+// One thread's share of the panels of all groups, for so many images at a time as the second nearest cache holds
+void run(const Call &call, int thread, int threads, float *buffer) {
     float *key = buffer, *value = key + call.key_depth * PANEL;
     float *scores = value + call.value_depth * PANEL, *values = scores + call.length * PANEL;
     float *attended = values + call.length * PANEL;
-    ptrdiff_t all = call.groups * panels(call), first_value = call.channels - call.groups * call.value_depth;
-    for (ptrdiff_t i = all * thread / call.threads; i < all * (thread + 1) / call.threads; i++) {
-        ptrdiff_t group = i / panels(call), map = i % panels(call) * PANEL;
-        ptrdiff_t maps = std::min<ptrdiff_t>(call.maps - map, PANEL);
-        ptrdiff_t row = group * call.maps + map;
+    ptrdiff_t first_value = call.channels - call.groups * call.value_depth;
+    ptrdiff_t images = std::max<ptrdiff_t>(NEAR / (call.length * (call.key_depth + call.value_depth)), 1);
+    ptrdiff_t panels = (call.maps + PANEL - 1) / PANEL, all = call.groups * panels;
+    ptrdiff_t tasks = (call.batch + images - 1) / images * all;
+    for (ptrdiff_t task = tasks * thread / threads; task < tasks * (thread + 1) / threads; task++) {
+        ptrdiff_t image = task / all * images, end = std::min(image + images, call.batch);
+        ptrdiff_t group = task % all / panels, map = task % panels * PANEL;
+        ptrdiff_t maps = std::min<ptrdiff_t>(call.maps - map, PANEL), row = group * call.maps + map;
         const float *key_weight = call.key_weight + row * call.key_depth;
         const float *value_weight = call.value_weight + row * call.value_depth;
         pack(key_weight, maps, call.key_depth, key);
         pack(value_weight, maps, call.value_depth, value);
-        for (ptrdiff_t image = first_image; image < end_image; image++) {
+        for (; image < end; image++) {
             const float *x = call.x + image * call.image_stride;
             embed(call, x + group * call.key_depth * call.channel_stride, key, call.key_depth,
                   key_weight + maps * call.key_depth, scores);
@@ -167,32 +165,20 @@ void run_images(const Call &call, ptrdiff_t first_image, ptrdiff_t end_image, pt
     }
 }
 
-// One thread's share of all
-void run(const Call &call, ptrdiff_t thread, float *buffer) {
-    ptrdiff_t images = NEAR / (call.length * (call.key_depth + call.value_depth));
-    for (ptrdiff_t first = 0, end; first < call.batch; first = end) {
-        end = std::min(first + std::max<ptrdiff_t>(images, 1), call.batch);
-        run_images(call, first, end, thread, buffer);
-    }
-}
-
 }  // namespace
 
 // 0, or -1 if there is no memory
 extern "C" int poca_forward(const Call *call) {
-    float *buffers = (float *)aligned_alloc(64, call->threads * buffer_size(*call) * sizeof(float));
-    if (!buffers) return -1;
-    std::vector<std::thread> others;
-    for (ptrdiff_t thread = 1; thread < call->threads; thread++) {
-        float *buffer = buffers + thread * buffer_size(*call);
-        try {
-            others.emplace_back(run, std::cref(*call), thread, buffer);
-        } catch (const std::system_error &) {  // no more threads
-            run(*call, thread, buffer);
-        }
+    int result = 0;
+#pragma omp parallel num_threads(call->threads)
+    {
+        float *buffer = (float *)aligned_alloc(64, buffer_size(*call) * sizeof(float));
+        if (buffer)
+            run(*call, omp_get_thread_num(), omp_get_num_threads(), buffer);
+        else
+#pragma omp atomic write
+            result = -1;
+        free(buffer);
     }
-    run(*call, 0, buffers);
-    for (std::thread &other : others) other.join();
-    free(buffers);
-    return 0;
+    return result;
 }

@@ -25,7 +25,10 @@ def compiled() -> Optional[Callable]:
     spec = importlib.util.find_spec('noah_zoo._poca_cpu')
     if spec is None or torch.backends.cpu.get_cpu_capability() not in ('AVX2', 'AVX512'):
         return None
-    return ctypes.CDLL(spec.origin).poca_forward
+    try:
+        return ctypes.CDLL(spec.origin).poca_forward
+    except OSError:  # no OpenMP library
+        return None
 
 
 def forward(x_BLC: Tensor, key_weight: Tensor, value_weight: Tensor, conv_groups: int, out_BM: Tensor) -> bool:

@@ -24,7 +24,8 @@ class CachedFeatures:
     """What a model's `forward_features` gives for every image of a dataset, memory-mapped bfloat16.
 
     Attributes:
-        features: (images, ...), a row as the model gives it for one image.
+        features: (images, ...), a row as the model gives it for one image. Of maps, the channels of a position are side
+            by side in memory, as the head reads them.
         images: The dataset.
     """
 
@@ -37,6 +38,8 @@ class CachedFeatures:
     def batch(self, indices: Sequence[int]) -> Tuple[Tensor, Tensor]:
         """Features (B, ...) in float32 and targets of some images."""
         indices = torch.tensor(indices)
+        if self.features.ndim == 4:  # indexing would make the strides those of maps
+            return self.features.permute(0, 2, 3, 1)[indices].float().permute(0, 3, 1, 2), self.targets[indices]
         return self.features[indices].float(), self.targets[indices]
 
 
@@ -93,7 +96,10 @@ def cache_features(
         shape = _recorded(path)
         if shape is None:
             shape = _compute(model, images, transform, path, batch_size, workers)
-    features = torch.from_file(str(path), size=shape[0] * _count(shape), dtype=torch.bfloat16)
+    features = torch.from_file(str(path), size=torch.Size(shape).numel(), dtype=torch.bfloat16)
+    if len(shape) == 4:
+        rows, channels, height, width = shape
+        return CachedFeatures(features.view(rows, height, width, channels).permute(0, 3, 1, 2), images)
     return CachedFeatures(features.view(shape), images)
 
 
@@ -111,10 +117,6 @@ def feature_key(model: nn.Module, images: Images, transform: Callable) -> str:
                 digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     digest.update(f'{transform}\n{images.state()}\n'.encode())
     return digest.hexdigest()[:32]
-
-
-def _count(shape: Sequence[int]) -> int:
-    return torch.Size(shape[1:]).numel()
 
 
 def _record(path: Path) -> Path:
@@ -143,11 +145,12 @@ def _compute(
     try:
         with partial.open('wb') as file, tqdm(total=len(images), desc='features', unit='img', leave=False) as bar:
             for x, _ in loader:
-                rows = model.forward_features(x.to(device)).to(torch.bfloat16).cpu().contiguous()
+                rows = model.forward_features(x.to(device)).to(torch.bfloat16).cpu()
                 if shape is None:
                     shape = (len(images), *rows.shape[1:])
-                    _check_room(path, 2 * len(images) * _count(shape))
-                data = rows.view(torch.int16).numpy()
+                    _check_room(path, 2 * torch.Size(shape).numel())
+                rows = rows.permute(0, 2, 3, 1) if rows.ndim == 4 else rows
+                data = rows.contiguous().view(torch.int16).numpy()
                 file.write(data)
                 digest.update(data)
                 bar.update(len(rows))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Dict, Sequence, Tuple
 
 from ..models.build import HEAD_ARGS
+from .curve import LABELS
 
 
 def report(folders: Sequence[str]) -> str:
@@ -27,16 +28,17 @@ def report(folders: Sequence[str]) -> str:
         different = [k for k in config.keys() | first if first.get(k) != config.get(k)]
         if different:
             raise ValueError(f'{path} differs from {first_path} in {", ".join(different)}; compare equal budgets')
+    metric = next(name for name in LABELS if all(name in summary for summary in summaries))
     lines = [
-        '| model | parameters | seeds | test top-1, mean ± standard deviation | each seed | seconds a run |',
+        f'| model | parameters | seeds | test {LABELS[metric]}, mean ± standard deviation | each seed | seconds a run |',
         '| --- | --- | --- | --- | --- | --- |']
     for model, found in sorted(runs.items()):
         found.sort(key=lambda summary: summary['config']['seed'])
-        top1 = [summary['top1'] for summary in found]
-        spread = f' ± {statistics.stdev(top1):.2f}' if len(top1) > 1 else ''
+        figures = [summary[metric] for summary in found]
+        spread = f' ± {statistics.stdev(figures):.2f}' if len(figures) > 1 else ''
         lines.append(
-            f'| {model} | {found[0]["params"]:,} | {len(found)} | {statistics.mean(top1):.2f}{spread} | '
-            f'{", ".join(f"{t:.2f}" for t in top1)} | {statistics.mean(s["seconds"] for s in found):.0f} |')
+            f'| {model} | {found[0]["params"]:,} | {len(found)} | {statistics.mean(figures):.2f}{spread} | '
+            f'{", ".join(f"{figure:.2f}" for figure in figures)} | {statistics.mean(s["seconds"] for s in found):.0f} |')
     return '\n'.join(lines)
 
 
