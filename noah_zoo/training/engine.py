@@ -93,14 +93,16 @@ class _Run:
         model = _create_model(config, self.class_names)
         self._make_loaders(train_set, val_set, resolve_data_config({}, model=model))
         self._make_model(model)
-        if config.cache_features:
-            self._cache_features(train_set, val_set)
         self.mixup = Mixup(
             config.mixup, config.cutmix, switch_prob=config.mixup_switch_prob, label_smoothing=config.smoothing,
             num_classes=len(self.class_names)) if config.mixup or config.cutmix else None
-        if self.mixup and config.cache_features:
-            raise ValueError('mixup and cutmix do not go with cache_features, which has no images to mix')
         self.criterion = self.task.create_criterion(config, train_set).to(self.accelerator.device)
+        if config.cache_features:
+            if self.mixup:
+                raise ValueError(
+                    'mixup and cutmix do not go with cache_features, which has no images to mix; give --mixup 0 '
+                    '--cutmix 0')
+            self._cache_features(train_set, val_set)
         self.terminated = False
 
     def _make_loaders(self, train_set: Any, val_set: Any, data_config: Dict[str, Any]) -> None:
@@ -135,8 +137,9 @@ class _Run:
         if config.freeze:
             model.requires_grad_(False)
             model.get_classifier().requires_grad_(True)
-        on_maps = config.channels_last and not config.cache_features
-        self.memory_format = torch.channels_last if on_maps else torch.contiguous_format
+        self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+        if config.cache_features:  # they are in the order that the head reads
+            self.memory_format = torch.preserve_format
         self.model = model.to(accelerator.device, memory_format=self.memory_format)
         lr, reason = learning_rate(config)
         _logger.info('learning rate: %s; batch: %s', reason, self.plan)

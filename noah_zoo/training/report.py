@@ -14,7 +14,7 @@ def report(folders: Sequence[str]) -> str:
 
     Raises:
         FileNotFoundError: If there is no finished run.
-        ValueError: If runs of one backbone differ in a setting other than head and seed.
+        ValueError: If runs of one backbone differ in a setting other than head and seed, or runs in their task.
     """
     paths = sorted(path for folder in folders for path in Path(folder).rglob('summary.json'))
     if not paths:
@@ -28,9 +28,12 @@ def report(folders: Sequence[str]) -> str:
         different = [k for k in config.keys() | first if first.get(k) != config.get(k)]
         if different:
             raise ValueError(f'{path} differs from {first_path} in {", ".join(different)}; compare equal budgets')
-    metric = next(name for name in LABELS if all(name in summary for summary in summaries))
+    metric = next((name for name in LABELS if all(name in summary for summary in summaries)), None)
+    if metric is None:
+        raise ValueError('the runs have no figure in common; compare runs of one task')
     lines = [
-        f'| model | parameters | seeds | test {LABELS[metric]}, mean ± standard deviation | each seed | seconds a run |',
+        f'| model | parameters | seeds | test {LABELS[metric]}, mean ± standard deviation | each seed '
+        '| seconds a run |',
         '| --- | --- | --- | --- | --- | --- |']
     for model, found in sorted(runs.items()):
         found.sort(key=lambda summary: summary['config']['seed'])
@@ -38,7 +41,7 @@ def report(folders: Sequence[str]) -> str:
         spread = f' ± {statistics.stdev(figures):.2f}' if len(figures) > 1 else ''
         lines.append(
             f'| {model} | {found[0]["params"]:,} | {len(found)} | {statistics.mean(figures):.2f}{spread} | '
-            f'{", ".join(f"{figure:.2f}" for figure in figures)} | {statistics.mean(s["seconds"] for s in found):.0f} |')
+            f'{", ".join(f"{x:.2f}" for x in figures)} | {statistics.mean(s["seconds"] for s in found):.0f} |')
     return '\n'.join(lines)
 
 

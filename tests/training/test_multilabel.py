@@ -1,6 +1,10 @@
 """Several classes per image: figures against scikit-learn and by hand, losses, runs on annotated images."""
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +19,8 @@ from noah_zoo.training.validate import validate
 
 from .test_annotated import make_coco
 from .test_finetune import SHIPPED
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def figures(logits, targets, batch=7):
@@ -126,6 +132,26 @@ def test_a_run_on_coco(loss, tmp_path):
     with torch.no_grad():
         expected = model(transform(read_image(image)).unsqueeze(0))[0].sigmoid()
     assert {p['index']: p['probability'] for p in predictions} == pytest.approx(dict(enumerate(expected.tolist())))
+
+
+def test_on_two_processes_with_one_cache(tmp_path):
+    make_coco(tmp_path / 'coco', images=24)
+    words = [
+        str(ROOT / 'scripts' / 'finetune.py'), '--model', SHIPPED, '--task', 'multilabel', '--dataset', 'coco',
+        '--data-dir', str(tmp_path / 'coco'), '--cache-features', str(tmp_path / 'cache'), '--img-size', '32', '--cpu',
+        '--epochs', '2', '-b', '8', '--workers', '0', '--model-kwargs', 'drop_rate=0']  # whose mask is a process's own
+    lines = []
+    for launcher, name in (
+            ([], 'one'), (['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2'], 'two')):
+        done = subprocess.run(
+            [sys.executable, *launcher, *words, '--output', str(tmp_path / name)], capture_output=True, text=True,
+            timeout=300, check=False, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+        assert done.returncode == 0, done.stderr[-3000:]
+        lines.append([json.loads(line) for line in (tmp_path / name / 'log.jsonl').read_text().splitlines()])
+    assert len(list((tmp_path / 'cache').glob('*.bin'))) == 2
+    for one, two in zip(*lines, strict=True):
+        for key in ('train_loss', 'mAP', 'CP', 'OR', 'OF1_top3', 'val_loss'):
+            assert two[key] == pytest.approx(one[key], rel=1e-4), key
 
 
 def test_tasks_are_not_mixed_up(tmp_path):
