@@ -88,6 +88,27 @@ Example:
     model = torch.hub.load('OWNER/noah_zoo', 'noah', backbone='convnext_tiny', num_classes=37)
 """
 
+_REID = """ResNet-50 with an embedding of 512 channels between pooling and classifier, for person re-identification.
+
+Images (B, 3, 256, 128), normalised as `timm.data.resolve_data_config({}, model=model)` says, give logits
+(B, num_classes); `model.forward_head(model.forward_features(images), pre_logits=True)` is the embedding (B, 512).
+
+Args:
+    pretrained: Load timm's ImageNet-1k weights of ResNet-50 (a1_in1k); embedding and classifier stay random.
+    **kwargs: As of `timm.create_model`: `num_classes`, ...
+
+Returns:
+    The model, in training mode.
+
+Raises:
+    RuntimeError: If `pretrained` and the weights cannot be had.
+    TypeError: If the model has no such argument.
+
+Example:
+    model = torch.hub.load('OWNER/noah_zoo', 'reid_resnet50', num_classes=751)
+    model = torch.hub.load('OWNER/noah_zoo', 'noah', backbone='reid_resnet50', num_classes=751)
+"""
+
 
 def _read_catalog():
     """noah_zoo/catalog.py as a module of its own, without the package around it."""
@@ -123,7 +144,7 @@ def _entry(name, doc):
 def _entries():
     catalog = _read_catalog()
     return {name: _entry(name, _describe(name, catalog)) for name in catalog.registered()} | {
-        'noah': _entry('noah', _ANY)}
+        'noah': _entry('noah', _ANY), 'reid_resnet50': _entry('reid_resnet50', _REID)}
 
 
 globals().update(_entries())

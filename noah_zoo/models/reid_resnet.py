@@ -45,9 +45,11 @@ class ReidResNet(ResNet):
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dict[str, Any]:
-    """Of weights without an embedding, it stays as it was initialised."""
-    own = model.state_dict()
-    return {**{name: own[name] for name in ('embedding.weight', 'embedding.bias')}, **state_dict}
+    """Of weights without an embedding, which are timm's of ResNet, it and the classifier after it stay as they were."""
+    if 'embedding.weight' in state_dict:
+        return state_dict
+    new = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(('embedding.', 'fc.'))}
+    return {**{name: tensor for name, tensor in state_dict.items() if not name.startswith('fc.')}, **new}
 
 
 @register_model

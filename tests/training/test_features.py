@@ -7,6 +7,7 @@ import sys
 import time
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -14,7 +15,7 @@ import torch
 from timm.data import create_transform, resolve_data_config
 
 from noah_zoo.training import configure, create_dataset, features, train
-from noah_zoo.training.features import CachedFeatures, FeatureBatches, cache_features, feature_key
+from noah_zoo.training.features import CachedFeatures, FeatureBatches, HeadOnly, cache_features, feature_key
 from noah_zoo.training.loader import EpochBatches, create_loader
 
 from .test_finetune import SHIPPED, photos  # noqa: F401  a fixture
@@ -168,6 +169,30 @@ def test_goes_on_after_a_stop(idx_dir, tmp_path):
         checkpoint.rmdir()
     again = train(configure(SHIPPED, str(tmp_path / 'b'), 'none', resume='auto', **shared))
     assert (again['train_loss'], again['top1']) == (whole['train_loss'], whole['top1'])
+
+
+@pytest.mark.slow
+def test_thousands_of_images_a_second():
+    images, threads = 2048, torch.get_num_threads()
+    maps = torch.randn(images, 7, 7, 512).to(torch.bfloat16).permute(0, 3, 1, 2)
+    labels = torch.randint(10, (images,)).numpy()
+    cached = CachedFeatures(maps, SimpleNamespace(labels=labels, rows=range(images)))
+    model = timm.create_model('resnet18_noah', num_classes=10).eval().requires_grad_(False)
+    head = model.get_classifier().train().requires_grad_(True)
+    optimizer = torch.optim.SGD(head.parameters(), 1e-3)
+    torch.set_num_threads(2)
+    try:
+        seconds = []
+        for _ in range(4):
+            start = time.perf_counter()
+            for x, targets in FeatureBatches(cached, EpochBatches(images, 256, 1, 0, seed=0)):
+                torch.nn.functional.cross_entropy(HeadOnly(model)(x), targets).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            seconds.append(time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(threads)
+    assert images / min(seconds) > 2000
 
 
 def test_what_does_not_go_with_it(idx_dir, tmp_path):

@@ -112,12 +112,13 @@ def test_weights_of_rare_classes(tmp_path):
         positive_weights(images.take(np.flatnonzero(images.labels[:, 2] == 0)))
 
 
-@pytest.mark.parametrize('loss', ['bce', 'asl'])
-def test_a_run_on_coco(loss, tmp_path):
+@pytest.mark.parametrize('recipe, loss', [('coco_resnet101', 'bce'), ('coco_vit_large', 'asl')])
+def test_a_run_on_coco(recipe, loss, tmp_path):
     make_coco(tmp_path / 'coco', images=48)
     summary = train(configure(
-        SHIPPED.split('.')[0], str(tmp_path / 'run'), 'coco_resnet101', dataset='coco', data_dir=str(tmp_path / 'coco'),
-        task='multilabel', loss=loss, img_size=32, epochs=3, freeze_epochs=1, workers=0, cpu=True, lr=0.02))
+        SHIPPED.split('.')[0], str(tmp_path / 'run'), recipe, dataset='coco', data_dir=str(tmp_path / 'coco'),
+        task='multilabel', img_size=32, epochs=3, batch_size=8, workers=0, cpu=True))
+    assert summary['config']['loss'] == loss
     lines = [json.loads(line) for line in (tmp_path / 'run' / 'log.jsonl').read_text().splitlines()]
     assert summary['best']['mAP'] == max(line['mAP'] for line in lines) > 0
     table = (tmp_path / 'run' / 'per_class.csv').read_text().splitlines()

@@ -158,8 +158,12 @@ def test_backbone_from_resnet50s_weights(tmp_path):
     torch.save(resnet.state_dict(), tmp_path / 'resnet50.pth')
     noah = timm.create_model(
         'noah', backbone='reid_resnet50', num_classes=5, pretrained_backbone=str(tmp_path / 'resnet50.pth'))
-    assert torch.equal(noah.layer4[2].conv3.weight, resnet.layer4[2].conv3.weight)
-    assert noah.embedding.weight.std() > 0
+    twin = timm.create_model(
+        'reid_resnet50', pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'resnet50.pth')))
+    for model in (noah, twin):
+        assert torch.equal(model.layer4[2].conv3.weight, resnet.layer4[2].conv3.weight)
+        assert model.embedding.weight.std() > 0
+    assert twin.fc.weight.shape == (1000, 512)
 
 
 def test_trains_and_finds(market, tmp_path):
