@@ -50,7 +50,7 @@ def main() -> None:
         evaluate()
     elif what == 'train':
         del sys.argv[1]
-        train('reid.py', __doc__, task='reid', dataset='market1501', recipe='reid')
+        train('reid.py train', __doc__, task='reid', dataset='market1501', recipe='reid')
     elif what in ('-h', '--help'):
         print(__doc__.partition(': ')[2])
     else:

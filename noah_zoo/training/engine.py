@@ -102,6 +102,8 @@ class _Run:
                 raise ValueError(
                     'mixup and cutmix do not go with cache_features, which has no images to mix; give --mixup 0 '
                     '--cutmix 0')
+            if config.task == 'reid':
+                raise ValueError('cache_features does not go with the task reid, whose embedding is to be trained')
             self._cache_features(train_set, val_set)
         self.terminated = False
 

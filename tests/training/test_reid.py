@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from noah_zoo import NoahHead
-from noah_zoo.training import TrainConfig, configure, create_dataset
+from noah_zoo.training import TrainConfig, configure, create_dataset, train
 from noah_zoo.training.data import create_datasets
 from noah_zoo.training.ranking import Identified, cmc_map
 
@@ -191,6 +191,13 @@ def test_recipes():
         (350, 64, 0.065, 1e-4), (150, 64, 3e-4, 1e-4)]
     assert (scratch.sched, scratch.decay_milestones) == ('multistep', (150, 225, 300))
     assert (tuned.opt, tuned.amsgrad, tuned.sched, tuned.decay_epochs) == ('adam', True, 'step', 60)
+
+
+def test_its_embedding_is_not_frozen(market, tmp_path):
+    with pytest.raises(ValueError, match='cache_features does not go with the task reid'):
+        train(configure(
+            'reid_resnet50', str(tmp_path), 'reid', task='reid', dataset='market1501', data_dir=str(market), cpu=True,
+            workers=0, batch_size=4, cache_features=str(tmp_path)))
 
 
 def test_words_of_the_script():
