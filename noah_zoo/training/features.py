@@ -1,23 +1,28 @@
 """Floor 4: the features of a frozen backbone, computed once and kept on disk, so that a head trains on them alone."""
+import errno
 import hashlib
 import json
 import logging
 import os
 import shutil
+import warnings
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Tuple
+from typing import Any, Callable, Iterator, Optional, Sequence, Tuple
 
+import numpy as np
 import torch
 from filelock import FileLock
 from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
-from ..weights.hub import sha256_of
 from .data import Images
 from .loader import EvalBatches, create_loader
 
 _logger = logging.getLogger(__name__)
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+OTHER_SETTINGS = ('training', 'num_classes', 'grad_checkpointing')  # of a module, that leave its features as they are
 
 
 class CachedFeatures:
@@ -38,7 +43,7 @@ class CachedFeatures:
     def batch(self, indices: Sequence[int]) -> Tuple[Tensor, Tensor]:
         """Features (B, ...) in float32 and targets of some images."""
         indices = torch.tensor(indices)
-        if self.features.ndim == 4:  # indexing would make the strides those of maps
+        if not self.features.is_contiguous():  # indexing would make it so
             return self.features.permute(0, 2, 3, 1)[indices].float().permute(0, 3, 1, 2), self.targets[indices]
         return self.features[indices].float(), self.targets[indices]
 
@@ -70,9 +75,9 @@ def cache_features(
 ) -> CachedFeatures:
     """The features of all images, from `folder` if they are there, else computed and left there.
 
-    A file is called by a hash of what its content depends on: the backbone's modules and weights, the transform, the
-    images. It is used if its sha256 is as recorded, and computed again if not. Processes that want the same wait for
-    the one that computes.
+    A file is called by a hash of what its content depends on: the backbone's modules, their settings and weights, the
+    transform, the images. It is used if its sha256 is as recorded, and computed again if not. Processes that want the
+    same wait for the one that computes.
 
     Args:
         model: A timm model in the mode of evaluation, on its device.
@@ -83,6 +88,7 @@ def cache_features(
         workers: Loading processes.
 
     Raises:
+        DamagedImageError: If an image cannot be read.
         OSError: If the disk has no room; nothing half-written stays.
         ValueError: If the images are a stream.
     """
@@ -96,8 +102,10 @@ def cache_features(
         shape = _recorded(path)
         if shape is None:
             shape = _compute(model, images, transform, path, batch_size, workers)
-    features = torch.from_file(str(path), size=torch.Size(shape).numel(), dtype=torch.bfloat16)
-    if len(shape) == 4:
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # nobody writes to it; a writable map could not be larger than memory
+        features = torch.from_numpy(np.memmap(path, np.int16, 'r')).view(torch.bfloat16)
+    if _is_nchw(model, shape):
         rows, channels, height, width = shape
         return CachedFeatures(features.view(rows, height, width, channels).permute(0, 3, 1, 2), images)
     return CachedFeatures(features.view(shape), images)
@@ -105,12 +113,13 @@ def cache_features(
 
 def feature_key(model: nn.Module, images: Images, transform: Callable) -> str:
     """A hash of all that the features depend on: not of the head, its classes or their names."""
-    digest = hashlib.sha256(b'1')
+    digest = hashlib.sha256(b'2')
     head = {id(module) for module in model.get_classifier().modules()}
     for name, module in model.named_modules():
         if id(module) in head:
             continue
-        digest.update(f'{name} {type(module).__name__} {module.extra_repr()}\n'.encode())
+        settings = {k: v for k, v in sorted(vars(module).items()) if _is_plain(v) and k not in OTHER_SETTINGS}
+        digest.update(f'{name} {type(module).__name__} {settings}\n'.encode())
         for kind in (module.named_parameters, module.named_buffers):
             for own, tensor in kind(recurse=False):
                 digest.update(f'{own} {tensor.dtype} {tuple(tensor.shape)}\n'.encode())
@@ -119,19 +128,41 @@ def feature_key(model: nn.Module, images: Images, transform: Callable) -> str:
     return digest.hexdigest()[:32]
 
 
-def _record(path: Path) -> Path:
-    return path.with_suffix('.json')
+def _is_plain(value: Any) -> bool:
+    """Whether the text of a value says all about it, in any process."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return isinstance(value, (bool, int, float, str))
+
+
+def _is_nchw(model: nn.Module, shape: Sequence[int]) -> bool:
+    return len(shape) == 4 and shape[1] == model.num_features
 
 
 def _recorded(path: Path) -> Optional[Tuple[int, ...]]:
     """The shape of features that are there and whole."""
-    if not _record(path).exists():
+    record = path.with_suffix('.json')
+    if not record.exists():
         return None
-    record = json.loads(_record(path).read_text(encoding='utf-8'))
-    if path.exists() and path.stat().st_size == record['bytes'] and sha256_of(path) == record['sha256']:
-        return tuple(record['shape'])
+    try:
+        content = json.loads(record.read_text(encoding='utf-8'))
+        shape = torch.Size(content['shape'])
+        if path.stat().st_size == 2 * shape.numel() and _sha256(path) == content['sha256']:
+            return shape
+    except (FileNotFoundError, KeyError, TypeError, ValueError):
+        pass
     _logger.warning('%s is not as it was written; its features are computed again', path)
     return None
+
+
+def _sha256(path: Path) -> str:
+    digest, size = hashlib.sha256(), path.stat().st_size
+    with path.open('rb') as file, tqdm(
+            total=size, desc='checking features', unit='B', unit_scale=True, leave=False, disable=size < 1e9) as bar:
+        while block := file.read(2 ** 24):
+            digest.update(block)
+            bar.update(len(block))
+    return digest.hexdigest()
 
 
 @torch.inference_mode()
@@ -140,8 +171,8 @@ def _compute(
 ) -> Tuple[int, ...]:
     loader = create_loader(images, transform, EvalBatches(len(images), batch_size, 1, 0), workers, batch_size)
     device, digest, shape = next(model.parameters()).device, hashlib.sha256(), None
-    partial = path.with_suffix('.partial')
-    _record(path).unlink(missing_ok=True)
+    partial, record = path.with_suffix('.partial'), path.with_suffix('.json')
+    record.unlink(missing_ok=True)
     try:
         with partial.open('wb') as file, tqdm(total=len(images), desc='features', unit='img', leave=False) as bar:
             for x, _ in loader:
@@ -149,24 +180,27 @@ def _compute(
                 if shape is None:
                     shape = (len(images), *rows.shape[1:])
                     _check_room(path, 2 * torch.Size(shape).numel())
-                rows = rows.permute(0, 2, 3, 1) if rows.ndim == 4 else rows
+                rows = rows.permute(0, 2, 3, 1) if _is_nchw(model, shape) else rows
                 data = rows.contiguous().view(torch.int16).numpy()
                 file.write(data)
                 digest.update(data)
                 bar.update(len(rows))
         os.replace(partial, path)
+        partial.write_text(json.dumps({
+            'shape': shape, 'dtype': 'bfloat16', 'sha256': digest.hexdigest(), 'model': type(model).__name__,
+            'transform': str(transform), 'first_image': images.where(0)}, indent=2) + '\n', encoding='utf-8')
+        os.replace(partial, record)
     except OSError as error:
-        raise OSError(f'the features of {len(images):,} images cannot be kept at {path}: {error}') from error
+        if error.errno not in FULL:  # an image's file, say
+            raise
+        reason = error.strerror
+        raise OSError(f'the features of {len(images):,} images cannot be kept at {path}: {reason}') from error
     finally:
         partial.unlink(missing_ok=True)
-    record: Dict[str, Any] = {'shape': shape, 'dtype': 'bfloat16', 'bytes': path.stat().st_size}
-    text = json.dumps({**record, 'sha256': digest.hexdigest()}, indent=2) + '\n'
-    partial.write_text(text, encoding='utf-8')
-    os.replace(partial, _record(path))
     return shape
 
 
 def _check_room(path: Path, needed: int) -> None:
     free = shutil.disk_usage(path.parent).free
     if needed > free:
-        raise OSError(f'{needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free')
+        raise OSError(errno.ENOSPC, f'{needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free')

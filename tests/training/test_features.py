@@ -2,6 +2,8 @@
 import json
 import logging
 import os
+import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -14,6 +16,7 @@ import timm
 import torch
 from timm.data import create_transform, resolve_data_config
 
+from noah_zoo import add_noah_head
 from noah_zoo.training import configure, create_dataset, features, train
 from noah_zoo.training.features import CachedFeatures, FeatureBatches, HeadOnly, cache_features, feature_key
 from noah_zoo.training.loader import EpochBatches, create_loader
@@ -48,6 +51,32 @@ def test_features_and_their_batches(parts, tmp_path):
             torch.testing.assert_close(x, expected, rtol=2 ** -8, atol=1e-6)  # bfloat16 has 8 bits
 
 
+@pytest.mark.parametrize('name, kwargs', [
+    ('test_vit', dict(img_size=32)),
+    ('swin_tiny_patch4_window7_224', dict(img_size=56, window_size=7, embed_dim=16, depths=(1, 1), num_heads=(1, 2)))])
+def test_tokens_and_maps_with_channels_last_lie_as_the_model_gives_them(name, kwargs, photos, tmp_path):  # noqa: F811
+    model = add_noah_head(timm.create_model(name, num_classes=3, **kwargs)).eval()
+    size = kwargs['img_size']
+    images, transform = create_dataset('folder', str(photos), 'train').take([3, 40, 9, 30, 20]), create_transform(size)
+    x, _ = cache_features(model, images, transform, tmp_path, 2, 0).batch([4, 0, 2])
+    with torch.inference_mode():
+        expected = model.forward_features(torch.stack([transform(images.read(i)[0]) for i in (4, 0, 2)]))
+        logits = model.forward_head(expected)
+    assert model.noah_features.fmt != 'NCHW' and x.stride() == expected.stride()
+    torch.testing.assert_close(x, expected, rtol=2 ** -8, atol=1e-5)
+    torch.testing.assert_close(HeadOnly(model)(x), logits, rtol=0.02, atol=0.02)  # of features that are rounded
+
+
+def test_larger_than_memory(parts, tmp_path, monkeypatch):
+    shape = (2 ** 27, 1280, 1, 1)  # 344 GB, of which the disk holds nothing
+    path = tmp_path / f'{feature_key(*parts)}.bin'
+    with path.open('wb') as file:
+        file.truncate(2 * torch.Size(shape).numel())
+    monkeypatch.setattr(features, '_recorded', lambda path: shape)
+    x, _ = cached(parts, tmp_path).batch([7, 1])
+    assert x.shape == (2, *shape[1:])
+
+
 def test_it_is_computed_once(parts, tmp_path, monkeypatch):
     first = cached(parts, tmp_path)
     monkeypatch.setattr(parts.model, 'forward_features', None)  # cannot be called
@@ -56,7 +85,7 @@ def test_it_is_computed_once(parts, tmp_path, monkeypatch):
     assert files in (['.bin', '.json'], ['.bin', '.json', '.lock'])
 
 
-@pytest.mark.parametrize('damage', ['byte', 'short', 'gone', 'record'])
+@pytest.mark.parametrize('damage', ['byte', 'short', 'gone', 'record', '', '{}', '[1]', '{"shape": [4'])
 def test_a_damaged_file_is_computed_again(damage, parts, tmp_path, caplog):
     first = cached(parts, tmp_path)
     expected = first.features.clone()
@@ -69,8 +98,10 @@ def test_a_damaged_file_is_computed_again(damage, parts, tmp_path, caplog):
         path.write_bytes(content[:-2])
     elif damage == 'gone':
         path.unlink()
-    else:
+    elif damage == 'record':
         path.with_suffix('.json').unlink()
+    else:
+        path.with_suffix('.json').write_text(damage)
     with caplog.at_level(logging.WARNING):
         assert torch.equal(cached(parts, tmp_path).features, expected)
     assert ('is not as it was written' in caplog.text) == (damage != 'record')
@@ -107,6 +138,14 @@ def test_what_the_key_depends_on(parts, photos, tmp_path):  # noqa: F811
     assert subprocess.check_output([sys.executable, '-c', code], text=True, env=env).strip() == others[-1]
 
 
+def test_the_key_depends_on_what_neither_weights_nor_layers_show(parts):
+    def key(**kwargs):
+        torch.manual_seed(0)
+        model = timm.create_model('test_vit', img_size=32, num_classes=3, **kwargs).eval()
+        return feature_key(model, parts.images, parts.transform)
+    assert len({key(), key(), key(num_heads=4), key(dynamic_img_size=False)}) == 3
+
+
 def test_no_room(parts, tmp_path, monkeypatch):
     usage = namedtuple('usage', 'total used free')
     monkeypatch.setattr(features.shutil, 'disk_usage', lambda path: usage(10, 10, 12345))
@@ -114,6 +153,29 @@ def test_no_room(parts, tmp_path, monkeypatch):
     with pytest.raises(OSError, match=message):
         cached(parts, tmp_path)
     assert not list(tmp_path.glob('*.bin')) + list(tmp_path.glob('*.partial')) + list(tmp_path.glob('*.json'))
+
+
+def test_full_while_it_computes(parts, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20000, before[1]))  # a batch has 8 * 1280 * 2 bytes
+    try:
+        with pytest.raises(OSError, match='the features of 42 images cannot be kept at .*File too large'):
+            cached(parts, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert {path.suffix for path in tmp_path.iterdir()} <= {'.lock'}
+    assert len(cached(parts, tmp_path).features) == 42
+
+
+def test_an_image_that_is_gone_is_named(parts, photos, tmp_path):  # noqa: F811
+    copy = tmp_path / 'photos'
+    shutil.copytree(photos, copy)
+    images = create_dataset('folder', str(copy), 'train')
+    gone = images.where(30)
+    Path(gone).unlink()
+    with pytest.raises(FileNotFoundError, match=gone):
+        cache_features(parts.model, images, parts.transform, tmp_path / 'cache', 8, 0)
+    assert {path.suffix for path in (tmp_path / 'cache').iterdir()} <= {'.lock'}
 
 
 def test_killed_while_it_computes(parts, photos, tmp_path):  # noqa: F811
