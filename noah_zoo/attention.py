@@ -67,7 +67,7 @@ def attention_maps(
         for module, mode in training.items():
             module.training = mode
     if head.input_fmt == 'NLC':
-        x_BCL, grid = given[0].transpose(1, 2), _grid(given[0].shape[1], *images.shape[-2:])
+        x_BCL, grid = given[0].transpose(1, 2), token_grid(given[0].shape[1], *images.shape[-2:])
     else:
         x_BCHW = given[0] if head.input_fmt == 'NCHW' else given[0].permute(0, 3, 1, 2)
         x_BCL, grid = x_BCHW.flatten(2), x_BCHW.shape[2:]
@@ -99,8 +99,8 @@ def _indices(name: str, asked: Union[int, Sequence[int], None], size: int) -> Te
     return indices
 
 
-def _grid(length: int, height: int, width: int) -> Tuple[int, int]:
-    """Rows and columns of `length` tokens of an image."""
+def token_grid(length: int, height: int, width: int) -> Tuple[int, int]:
+    """Rows and columns of the grid of `length` tokens whose shape is nearest to that of an image, height x width."""
     rows = [rows for rows in range(1, length + 1) if length % rows == 0]
     return min(((h, length // h) for h in rows), key=lambda grid: abs(math.log(grid[0] / grid[1] * width / height)))
 

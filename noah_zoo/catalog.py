@@ -222,6 +222,7 @@ class Shipped:
 
     Attributes:
         file: The weights, safetensors.
+        twin: The vanilla twin of the same training, in timm's Hub layout.
         model_args: Arguments of the model that the weights need.
         input_size: Channels, height and width.
         pool_size: Height and width of the feature map: the positions that the head sees.
@@ -230,6 +231,7 @@ class Shipped:
         top1: Test top-1 accuracy in percent, measured here (README).
     """
     file: Path
+    twin: Path
     model_args: Dict[str, Any]
     input_size: Tuple[int, int, int]
     pool_size: Tuple[int, int]
@@ -240,9 +242,10 @@ class Shipped:
 
 FASHION_MNIST_CLASSES = (
     'T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot')
+ASSETS = Path(__file__).parent / 'assets'
 SHIPPED: Dict[str, Shipped] = {
     'mobilenetv2_035_noah.fashion_mnist': Shipped(
-        Path(__file__).parent / 'assets' / 'mobilenetv2_035_noah.fashion_mnist.safetensors',
+        ASSETS / 'mobilenetv2_035_noah.fashion_mnist.safetensors', ASSETS / 'mobilenetv2_035.fashion_mnist',
         dict(output_stride=16), (3, 64, 64), (4, 4), 1.0, FASHION_MNIST_CLASSES, 90.36),
 }
 

@@ -1,15 +1,21 @@
 """Floor 4: classify image files."""
 import difflib
+import tempfile
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Sequence
 
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from timm.data import ImageNetInfo, create_transform, resolve_data_config
-from torch import nn
+from torch import Tensor, nn
 
+from .catalog import CATALOG, SHIPPED, TAG, TWINS
 from .images import DamagedImageError, read_image
+from .weights import WeightsError
+from .weights.drive import fetch_released
+from .weights.official import write_folder
 
 SAMPLES = Path(__file__).parent / 'samples'
 DEFAULT_MODEL = 'mobilenetv2_035_noah.fashion_mnist'
@@ -33,6 +39,32 @@ def load_model(name: str, device: str = 'cpu') -> nn.Module:
         return timm.create_model(name, pretrained=True).to(device).eval()
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f'{name} on {device}: {error}') from error
+
+
+def load_twin(name: str, device: str = 'cpu') -> nn.Module:
+    """The vanilla twin of a pretrained NOAH model in eval mode, trained as that was: the authors', or the one shipped.
+
+    Args:
+        name: A NOAH model with weights of the authors, tag or not, or the one inside the package.
+        device: A torch device.
+
+    Raises:
+        ValueError: If no such twin is known, or its weights cannot be had.
+    """
+    architecture, _, tag = name.partition('.')
+    if name in SHIPPED:
+        return load_model(f'local-dir:{SHIPPED[name].twin}', device)
+    if architecture not in CATALOG or tag not in ('', TAG):
+        raise ValueError(f'{name}: no vanilla twin with weights of the same training is known')
+    vanilla = CATALOG[architecture].vanilla
+    if vanilla in TWINS:
+        return load_model(f'{vanilla}.{TAG}', device)
+    try:
+        weights = load_file(fetch_released(vanilla))
+    except WeightsError as error:
+        raise ValueError(str(error)) from error
+    with tempfile.TemporaryDirectory() as folder:
+        return load_model(f'local-dir:{write_folder(weights, vanilla, Path(folder) / vanilla)}', device)
 
 
 def label_names(model: nn.Module) -> List[str]:
@@ -67,9 +99,15 @@ def find_images(paths: Sequence[str]) -> List[Path]:
     return images
 
 
+def probabilities(model: nn.Module, logits_BK: Tensor) -> Tensor:
+    """Probabilities (B, K), which do not add up to 1 for a model that was trained for several classes per image."""
+    multilabel = 'multilabel' in (model.pretrained_cfg.get('notes') or ())
+    return logits_BK.float().sigmoid() if multilabel else logits_BK.float().softmax(dim=-1)
+
+
 @torch.inference_mode()
 def predict(model: nn.Module, images: Sequence[Path], top_k: int = 5) -> Iterator[Dict[str, Any]]:
-    """Classify images one by one. The classes of a model that was trained for several per image do not add up to 1.
+    """Classify images one by one.
 
     Args:
         model: A model of `load_model`.
@@ -81,7 +119,7 @@ def predict(model: nn.Module, images: Sequence[Path], top_k: int = 5) -> Iterato
         `{'path', 'error'}` for a file that is no whole image.
     """
     transform = create_transform(**resolve_data_config({}, model=model))
-    names, multilabel = label_names(model), 'multilabel' in (model.pretrained_cfg.get('notes') or ())
+    names = label_names(model)
     parameter = next(model.parameters())
     for path in images:
         try:
@@ -89,8 +127,7 @@ def predict(model: nn.Module, images: Sequence[Path], top_k: int = 5) -> Iterato
         except (OSError, DamagedImageError) as error:
             yield {'path': str(path), 'error': str(error)}
             continue
-        logits = model(x_BCHW.to(parameter.device, parameter.dtype))[0].float()
-        probabilities = logits.sigmoid() if multilabel else logits.softmax(dim=0)
-        values, indices = probabilities.topk(min(top_k, len(names)))
+        logits = model(x_BCHW.to(parameter.device, parameter.dtype))
+        values, indices = probabilities(model, logits)[0].topk(min(top_k, len(names)))
         yield {'path': str(path), 'predictions': [
             {'label': names[i], 'index': i, 'probability': p} for p, i in zip(values.tolist(), indices.tolist())]}

@@ -14,7 +14,7 @@ def parse_args():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
     add = parser.add_argument
-    add('--model', required=True, metavar='NAME', help="timm name, with or without tag, 'hf-hub:...', 'local-dir:...'")
+    add('--model', required=True, metavar='NAME', help="timm name, 'hf-hub:...', 'local-dir:...', or an exported file")
     add('--dataset', metavar='NAME', help="'fashion_mnist' (default), 'folder', 'hfds/NAME', 'hfids/NAME' or 'wds/...'")
     add('--data-dir', metavar='DIR', help='folder of the data')
     add('--task', metavar='NAME', help='multiclass or multilabel (multiclass)')

@@ -1,4 +1,5 @@
 """Floor 4: the accuracy of a pretrained model on a dataset."""
+from pathlib import Path
 from typing import Any, Dict, Optional
 
 import numpy as np
@@ -8,6 +9,7 @@ from timm.data import create_transform, resolve_data_config
 from torch.utils.data import IterableDataset
 
 from ..catalog import TAG, released_figures
+from ..export import SUFFIXES, ExportedModel
 from .data import create_dataset
 from .engine import TASKS, evaluate
 from .loader import EvalBatches, create_loader
@@ -27,7 +29,7 @@ def validate(
     """Evaluate a pretrained model, with its own preprocessing, every image once on any number of processes.
 
     Args:
-        model: A timm name, with or without tag, 'hf-hub:...' or 'local-dir:...'.
+        model: A timm name, with or without tag, 'hf-hub:...' or 'local-dir:...'; or a file of `noah_zoo.export`.
         dataset: As of `create_dataset`.
         task: 'multiclass' or 'multilabel'.
         data_dir: Folder of the data.
@@ -47,7 +49,10 @@ def validate(
         ValueError: If the classes of the model and the dataset do not match.
     """
     accelerator = Accelerator(cpu=cpu)
-    net = timm.create_model(model, pretrained=True, **({} if img_size is None else dict(img_size=img_size)))
+    if Path(model).suffix in SUFFIXES.values() and Path(model).is_file():
+        net = ExportedModel(model)
+    else:
+        net = timm.create_model(model, pretrained=True, **({} if img_size is None else dict(img_size=img_size)))
     images = create_dataset(dataset, data_dir, split, task=task)
     if getattr(images, 'labels', np.empty(0)).ndim != (2 if task == 'multilabel' else 1):
         raise ValueError(f'{dataset} is not for task {task}')

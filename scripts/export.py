@@ -1,0 +1,62 @@
+"""Floor 5: write a model as a file that runs without this package, and its preprocessing and label names beside it.
+
+    python scripts/export.py --model resnet18_noah --check
+    python scripts/export.py --model hf-hub:you/photos --format torch-export --output photos.pt2
+    python scripts/export.py --int8 calibration/ --dataset fashion_mnist
+
+Batches may have any size, images too where the backbone allows it. --int8 also writes FILE.int8.onnx.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+SUFFIXES = {'onnx': '.onnx', 'torch-export': '.pt2', 'torchscript': '.pt'}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog='export.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        '--model', metavar='NAME',
+        help="timm name, 'local-dir:DIR' or 'hf-hub:USER/MODEL' (mobilenetv2_035_noah.fashion_mnist)")
+    parser.add_argument('--format', default='onnx', choices=SUFFIXES, help='what to write (onnx)')
+    parser.add_argument('--output', type=Path, metavar='FILE', help='file to write (NAME.onnx, here)')
+    parser.add_argument(
+        '--check', action='store_true', help='run the file on batches of 1 and 3 and compare with PyTorch, to 1e-4')
+    parser.add_argument(
+        '--int8', nargs='+', metavar='PATH', help='also in 8 bits, calibrated on these images and folders of images')
+    parser.add_argument('--dataset', metavar='NAME', help="measure top-1 of what was written, see validate.py")
+    parser.add_argument('--data-dir', metavar='DIR', help='folder of that dataset')
+    args = parser.parse_args()
+    if args.int8 and args.format != 'onnx':
+        parser.error(f'--int8 is for --format onnx, not {args.format}')
+
+    import noah_zoo  # noqa: F401  registers the models
+    from noah_zoo.export import export, quantize
+    from noah_zoo.inference import DEFAULT_MODEL, find_images, load_model
+    from noah_zoo.training.validate import validate
+
+    name = args.model or DEFAULT_MODEL
+    output = args.output or Path(name.rpartition(':')[2].rstrip('/').rpartition('/')[2] + SUFFIXES[args.format])
+    try:
+        if not output.parent.is_dir():
+            raise FileNotFoundError(f'{output.parent}: no such folder for {output.name}')
+        calibration = find_images(args.int8) if args.int8 else []
+        written = [export(load_model(name), output, args.format, args.check)]
+        if calibration:
+            written.append(quantize(output, calibration, output.with_suffix('.int8.onnx')))
+        for exported in written:
+            sizes = 'batches and images' if exported.dynamic_size else 'batches'
+            print(f'{exported.path}: {exported.path.stat().st_size / 1e6:.2f} MB, {sizes} of any size')
+            for shape, error in exported.errors.items():
+                print(f'  {shape}: largest difference to PyTorch {error:.1e}')
+            if args.dataset:
+                result = validate(str(exported.path), args.dataset, data_dir=args.data_dir, cpu=True)
+                print(f'  top-1 on {result.get("images", "")} images of {args.dataset}: {result["top1"]:.2f} %')
+    except (ImportError, OSError, ValueError) as error:
+        parser.exit(2, f'export.py: error: {error}\n')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
