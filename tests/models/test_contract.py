@@ -180,6 +180,27 @@ def test_compilers(name):
         torch.testing.assert_close(exported(x), logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize('name', [
+    name if name in SMALL else pytest.param(name, marks=pytest.mark.slow) for name in CATALOG])
+def test_compiled_channels_last_and_bfloat16(name):
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model, x = create(name, num_classes=10).eval(), image()
+    for parameter in model.get_classifier().parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    with torch.no_grad():
+        logits = model(x)
+        largest = logits.abs().max().item()
+        model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+        compiled = torch.compile(model, fullgraph=True, backend='eager')
+        for given in (model(x), compiled(x)):
+            torch.testing.assert_close(given, logits, rtol=0, atol=1e-5 * largest)
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            given = model(x)
+    assert given.dtype == torch.float32  # the head sums in it
+    torch.testing.assert_close(given, logits, rtol=0, atol=0.05 * largest)
+
+
 def test_inductor_compiles_without_a_graph_break():
     torch.manual_seed(0)
     model = create('mobilenetv2_035_noah', num_classes=10).eval()
