@@ -208,7 +208,7 @@ def add_noah_head(
         num_groups: Optional[int] = None,
         key_ratio: Optional[float] = None,
         drop_rate: float = 0.,
-        **noah_cfg,
+        **noah_cfg: Any,
 ) -> nn.Module:
     """Put a NOAH head on a timm model, in place.
 

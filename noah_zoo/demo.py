@@ -26,7 +26,7 @@ LAUNCH = dict(  # what a server of the page needs: no request leaves it
         .gradio-container {max-width: 1200px !important; margin: auto}
         #samples .grid-container {grid-template-columns: repeat(auto-fill, minmax(70px, 1fr)) !important}
         #maps .grid-container {grid-template-columns: repeat(auto-fill, minmax(120px, 1fr)) !important}
-        #samples .grid-wrap, #maps .grid-wrap {padding-top: 30px}''')
+        #samples .grid-wrap, #maps .grid-wrap {padding-top: 30px; max-height: none}''')
 
 
 class Pair(NamedTuple):
