@@ -1,7 +1,7 @@
 """Floor 2: the head on any timm model."""
 import copy
 import functools
-from typing import Any, Dict, NamedTuple, Optional, Tuple, Type
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Type
 
 import torch
 from timm.data import resolve_data_config
@@ -233,7 +233,7 @@ def add_noah_head(
     Raises:
         ValueError: If the model cannot take the head, with the reason; it is then as it was.
     """
-    name = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or type(model).__name__
+    name = name_of(model)
     if isinstance(model, NoahModel):
         raise ValueError(f'{name}: the model has a NOAH head already; reset_classifier gives it another')
     if not isinstance(model, nn.Module):
@@ -285,8 +285,7 @@ def _inspect(trial: nn.Module) -> Tuple[Features, str, Tensor]:
     Raises:
         ValueError: If there is no single classifier over one set of positions.
     """
-    channels, *size = resolve_data_config({}, model=trial)['input_size']
-    size = getattr(getattr(trial, 'patch_embed', None), 'img_size', None) or size
+    channels, *size = input_size_of(trial)
     weight = next(trial.parameters())
     image = weight.new_zeros(1, getattr(trial, 'in_chans', channels), *size)
     x = trial.forward_features(image)
@@ -302,6 +301,17 @@ def _inspect(trial: nn.Module) -> Tuple[Features, str, Tensor]:
     if positions < 2:
         raise ValueError(f'no spatial features are left: forward_features gives {list(x.shape)}')
     return features, place, x
+
+
+def name_of(model: nn.Module) -> str:
+    """The model's architecture, of its pretrained cfg; else its class."""
+    return (getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or type(model).__name__
+
+
+def input_size_of(model: nn.Module) -> List[int]:
+    """Channels, height and width of the images that a timm model was made for; its pretrained cfg may have others."""
+    channels, *size = resolve_data_config({}, model=model)['input_size']
+    return [channels, *(getattr(getattr(model, 'patch_embed', None), 'img_size', None) or size)]
 
 
 def find_classifier(model: nn.Module) -> str:

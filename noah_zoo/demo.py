@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 from torch import nn
 
+from .attach import name_of
 from .attention import attention_maps
 from .catalog import CATALOG, TAG
-from .figures import as_model_sees, grad_cam, name_of, overlay
-from .images import DamagedImageError, read_image
+from .figures import as_model_sees, grad_cam, overlay
+from .images import read_image
 from .inference import DEFAULT_MODEL, SAMPLES, label_names, load_model, load_twin, probabilities
 
 SHOWN = 256  # pixels of the shorter side of a picture, at least
@@ -61,7 +62,7 @@ def create_page(models: Sequence[str] = (), device: str = 'cpu') -> gr.Blocks:
         try:
             pair = load(name.strip())
             seen = read_image(image, where='The image')
-        except (DamagedImageError, OSError, ValueError) as error:
+        except (OSError, ValueError) as error:
             return None, *_nothing(f'⚠️ {error}')
         best, guesses = guess(pair.model, seen, pair.names)
         twin = gr.Label(label='No vanilla twin', value=None)
@@ -77,11 +78,11 @@ def create_page(models: Sequence[str] = (), device: str = 'cpu') -> gr.Blocks:
         return classify(str(samples[event.index]), name)
 
     def classify_again(asked: Optional[Asked], name: str) -> Tuple[Any, ...]:
-        return classify(asked and asked[0], name)
+        return classify(asked and asked.image, name)
 
     def look(asked: Optional[Asked], event: gr.SelectData) -> Tuple[Any, str]:
-        pair = load(asked[1])
-        return _look(pair, read_image(asked[0]), pair.names.index(event.value))
+        pair = load(asked.model)
+        return _look(pair, read_image(asked.image), pair.names.index(event.value))
 
     with gr.Blocks(title='Where does NOAH look?', analytics_enabled=False) as page:
         gr.Markdown(INTRODUCTION)

@@ -14,6 +14,7 @@ from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 from torch.export import Dim
 
+from .attach import input_size_of, name_of
 from .images import read_image
 from .inference import label_names
 
@@ -58,7 +59,7 @@ def export(model: nn.Module, output: Union[str, Path], fmt: str = 'onnx', check:
     """
     if fmt not in SUFFIXES:
         raise ValueError(f'format {fmt!r} is unknown; choose from {", ".join(SUFFIXES)}')
-    output, name, description = Path(output), _name(model), describe(model)
+    output, name, description = Path(output), name_of(model), describe(model)
     if output.suffix != SUFFIXES[fmt]:
         raise ValueError(f'{output}: a file of format {fmt} ends with {SUFFIXES[fmt]}')
     model = model.eval()
@@ -67,7 +68,7 @@ def export(model: nn.Module, output: Union[str, Path], fmt: str = 'onnx', check:
     x_BCHW = torch.randn(2, *size, generator=generator)
     other = torch.randn(1, size[0], size[1] + 32, size[2] + 64, generator=generator)
     with torch.no_grad(), tempfile.TemporaryDirectory(dir=output.parent, prefix=f'.{output.name}.') as folder:
-        file, text = Path(folder) / output.name, Path(folder) / 'description'
+        file = Path(folder) / output.name
         dynamic_size = _takes(model, other)
         try:
             try:
@@ -86,10 +87,7 @@ def export(model: nn.Module, output: Union[str, Path], fmt: str = 'onnx', check:
         if check:
             batches = [x_BCHW[:1], torch.cat((x_BCHW, -x_BCHW[:1])), *([other] if dynamic_size else [])]
             errors = _compare(model, file, fmt, batches)
-        text.write_text(json.dumps(
-            {**description, 'format': fmt, 'dynamic_image_size': dynamic_size}, indent=2) + '\n', encoding='utf-8')
-        os.replace(file, output)
-        os.replace(text, output.with_suffix('.json'))
+        _place(file, output, {**description, 'format': fmt, 'dynamic_image_size': dynamic_size})
     return Exported(output, output.with_suffix('.json'), dynamic_size, errors)
 
 
@@ -100,18 +98,13 @@ def describe(model: nn.Module) -> Dict[str, Any]:
     width, then its values, of 0 to 1, are normalised by `mean` and `std`: `crop_mode` 'center' says that, other modes
     are timm's. 'multilabel' among `notes` says that an image may have several classes, each with its sigmoid.
     """
-    config, (_, *size) = resolve_data_config({}, model=model), _input_size(model)
+    config, (_, *size) = resolve_data_config({}, model=model), input_size_of(model)
     return {
-        'architecture': _name(model), 'input_size': _input_size(model),
+        'architecture': name_of(model), 'input_size': input_size_of(model),
         'resize': math.floor(min(size) / config['crop_pct']), 'crop': size, 'crop_pct': config['crop_pct'],
         'crop_mode': config['crop_mode'], 'interpolation': config['interpolation'], 'mean': list(config['mean']),
         'std': list(config['std']), 'notes': list(model.pretrained_cfg.get('notes') or ()),
         'label_names': label_names(model)}
-
-
-def _input_size(model: nn.Module) -> List[int]:
-    channels, *size = resolve_data_config({}, model=model)['input_size']
-    return [channels, *(getattr(getattr(model, 'patch_embed', None), 'img_size', None) or size)]
 
 
 def quantize(path: Union[str, Path], images: Sequence[Path], output: Union[str, Path]) -> Exported:
@@ -137,15 +130,13 @@ def quantize(path: Union[str, Path], images: Sequence[Path], output: Union[str, 
     path, output, transform = Path(path), Path(output), transform_of(ExportedModel(path))
     description = json.loads(path.with_suffix('.json').read_text(encoding='utf-8'))
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f'.{output.name}.') as folder:
-        prepared, file, text = (Path(folder) / name for name in ('prepared.onnx', output.name, 'description'))
+        prepared, file = Path(folder) / 'prepared.onnx', Path(folder) / output.name
         quant_pre_process(str(path), str(prepared))
         quantize_static(
             str(prepared), str(file), _Calibration(images, transform), quant_format=QuantFormat.QDQ, per_channel=True,
             activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
             reduce_range=True)  # processors without VNNI add up products in 16 bits, which would overflow
-        text.write_text(json.dumps({**description, 'int8': True}, indent=2) + '\n', encoding='utf-8')
-        os.replace(file, output)
-        os.replace(text, output.with_suffix('.json'))
+        _place(file, output, {**description, 'int8': True})
     return Exported(output, output.with_suffix('.json'), description['dynamic_image_size'], {})
 
 
@@ -192,7 +183,7 @@ class ExportedModel(nn.Module):
 
 def transform_of(model: nn.Module) -> Callable:
     """timm's preprocessing of the pretrained cfg, at the size that the model was made for."""
-    return create_transform(**dict(resolve_data_config({}, model=model), input_size=_input_size(model)))
+    return create_transform(**dict(resolve_data_config({}, model=model), input_size=input_size_of(model)))
 
 
 def load_exported(path: Path) -> Callable[[Tensor], Tensor]:
@@ -233,6 +224,14 @@ def _write(model: nn.Module, x_BCHW: Tensor, file: Path, fmt: str, dynamic_size:
             torch.jit.script(model).save(str(file))
 
 
+def _place(file: Path, output: Path, description: Dict[str, Any]) -> None:
+    """Move a file from a temporary folder beside its place to there, and its description beside it."""
+    text = file.with_name('description')
+    text.write_text(json.dumps(description, indent=2) + '\n', encoding='utf-8')
+    os.replace(file, output)
+    os.replace(text, output.with_suffix('.json'))
+
+
 def _takes(model: nn.Module, x_BCHW: Tensor) -> bool:
     try:
         model(x_BCHW)
@@ -249,13 +248,9 @@ def _compare(model: nn.Module, file: Path, fmt: str, batches: List[Tensor]) -> D
         errors[shape] = (given - expected).abs().max().item()
         if not errors[shape] <= TOLERANCE * max(1, expected.abs().max().item()):
             raise ValueError(
-                f'{_name(model)} as {fmt}: logits of {shape} images differ by {errors[shape]:.1e}, more than '
+                f'{name_of(model)} as {fmt}: logits of {shape} images differ by {errors[shape]:.1e}, more than '
                 f'{TOLERANCE:.0e} of the largest, {expected.abs().max().item():.3g}; nothing was written')
     return errors
-
-
-def _name(model: nn.Module) -> str:
-    return (getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or type(model).__name__
 
 
 def _first_line(error: Exception) -> str:

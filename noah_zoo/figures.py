@@ -14,6 +14,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
+from .attach import name_of
 from .attention import attention_maps, token_grid
 from .inference import label_names, load_model, load_twin, probabilities
 
@@ -212,11 +213,6 @@ def draw(
     bar = scale.colorbar(ScalarMappable(cmap=COLOURS), cax=place, orientation='horizontal')
     bar.set_ticks((0, 1), labels=('lowest of a map', 'highest'))
     return figure
-
-
-def name_of(model: nn.Module) -> str:
-    """The model's architecture, of its pretrained cfg."""
-    return (model.pretrained_cfg or {}).get('architecture') or type(model).__name__
 
 
 def _grid_of(figure: SubFigure, rows: int, columns: int) -> np.ndarray:

@@ -10,8 +10,6 @@ import argparse
 import sys
 from pathlib import Path
 
-SUFFIXES = {'onnx': '.onnx', 'torch-export': '.pt2', 'torchscript': '.pt'}
-
 
 def main() -> int:
     parser = argparse.ArgumentParser(
@@ -19,7 +17,8 @@ def main() -> int:
     parser.add_argument(
         '--model', metavar='NAME',
         help="timm name, 'local-dir:DIR' or 'hf-hub:USER/MODEL' (mobilenetv2_035_noah.fashion_mnist)")
-    parser.add_argument('--format', default='onnx', choices=SUFFIXES, help='what to write (onnx)')
+    formats = 'onnx', 'torch-export', 'torchscript'
+    parser.add_argument('--format', default='onnx', choices=formats, help='what to write (onnx)')
     parser.add_argument('--output', type=Path, metavar='FILE', help='file to write (NAME.onnx, here)')
     parser.add_argument(
         '--check', action='store_true', help='run the file on batches of 1 and 3 and compare with PyTorch, to 1e-4')
@@ -32,9 +31,8 @@ def main() -> int:
         parser.error(f'--int8 is for --format onnx, not {args.format}')
 
     import noah_zoo  # noqa: F401  registers the models
-    from noah_zoo.export import export, quantize
+    from noah_zoo.export import SUFFIXES, export, quantize
     from noah_zoo.inference import DEFAULT_MODEL, find_images, load_model
-    from noah_zoo.training.validate import validate
 
     name = args.model or DEFAULT_MODEL
     output = args.output or Path(name.rpartition(':')[2].rstrip('/').rpartition('/')[2] + SUFFIXES[args.format])
@@ -51,6 +49,8 @@ def main() -> int:
             for shape, error in exported.errors.items():
                 print(f'  {shape}: largest difference to PyTorch {error:.1e}')
             if args.dataset:
+                from noah_zoo.training.validate import validate
+
                 result = validate(str(exported.path), args.dataset, data_dir=args.data_dir, cpu=True)
                 print(f'  top-1 on {result.get("images", "")} images of {args.dataset}: {result["top1"]:.2f} %')
     except (ImportError, OSError, ValueError) as error:

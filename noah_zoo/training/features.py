@@ -16,6 +16,7 @@ from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
+from ..weights.hub import sha256_of
 from .data import Images
 from .loader import EvalBatches, create_loader
 
@@ -147,22 +148,12 @@ def _recorded(path: Path) -> Optional[Tuple[int, ...]]:
     try:
         content = json.loads(record.read_text(encoding='utf-8'))
         shape = torch.Size(content['shape'])
-        if path.stat().st_size == 2 * shape.numel() and _sha256(path) == content['sha256']:
+        if path.stat().st_size == 2 * shape.numel() and sha256_of(path, 'checking features') == content['sha256']:
             return shape
     except (FileNotFoundError, KeyError, TypeError, ValueError):
         pass
     _logger.warning('%s is not as it was written; its features are computed again', path)
     return None
-
-
-def _sha256(path: Path) -> str:
-    digest, size = hashlib.sha256(), path.stat().st_size
-    with path.open('rb') as file, tqdm(
-            total=size, desc='checking features', unit='B', unit_scale=True, leave=False, disable=size < 1e9) as bar:
-        while block := file.read(2 ** 24):
-            digest.update(block)
-            bar.update(len(block))
-    return digest.hexdigest()
 
 
 @torch.inference_mode()

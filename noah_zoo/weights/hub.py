@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import tqdm
 
 from ..models.build import WeightsError
 
@@ -94,9 +95,9 @@ def damage(path: Path, expected: Optional[str] = None) -> Optional[str]:
     return None if found == expected else f'its hash is {found}, expected {expected}'
 
 
-def sha256_of(path: Path) -> str:
-    """The sha256 of a file's content, in hexadecimal digits."""
-    return _digest(path, hashlib.sha256())
+def sha256_of(path: Path, title: Optional[str] = None) -> str:
+    """The sha256 of a file's content, in hexadecimal digits; with a title, that of a progress bar from 1 GB on."""
+    return _digest(path, hashlib.sha256(), title)
 
 
 def patience() -> float:
@@ -193,10 +194,14 @@ def _damaged(name: str, path: Path, expected: Optional[str]) -> Optional[str]:
     return problem
 
 
-def _digest(path: Path, digest: Any) -> str:
-    with path.open('rb') as file:
+def _digest(path: Path, digest: Any, title: Optional[str] = None) -> str:
+    size = path.stat().st_size
+    silent = title is None or size < 1e9
+    with path.open('rb') as file, tqdm(
+            total=size, desc=title, unit='B', unit_scale=True, leave=False, disable=silent) as bar:
         while block := file.read(1 << 20):
             digest.update(block)
+            bar.update(len(block))
     return digest.hexdigest()
 
 
