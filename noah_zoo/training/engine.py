@@ -232,6 +232,7 @@ class _Run:
             return self.finished
         accelerator, progress, config = self.accelerator, self.progress, self.config
         self._resume()
+        accelerator.wait_for_everyone()  # a late process must look at `output` before anything is written there
         if accelerator.is_main_process:
             self._begin()
         if config.log_with:

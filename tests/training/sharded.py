@@ -5,6 +5,7 @@
 import os
 import runpy
 import sys
+import time
 from pathlib import Path
 
 strategy = sys.argv.pop(1)
@@ -24,7 +25,15 @@ if strategy == 'fsdp':
 else:
     sys.argv.remove('--cpu')
     PartialState._prepare_backend = lambda self, *args: ('gloo', DistributedType.MULTI_CPU)
-prepare = Accelerator.prepare
+from noah_zoo.training import engine  # noqa: E402
+
+prepare, check_output = Accelerator.prepare, engine._check_output
+
+
+def late(config, output):
+    if os.environ['RANK'] == '1' and not config.resume:
+        time.sleep(4)  # on a busy machine, the other process is ready to train by now
+    return check_output(config, output)
 
 
 def checked(self, *args):
@@ -38,6 +47,6 @@ def checked(self, *args):
     return model, optimizer
 
 
-Accelerator.prepare = checked
+Accelerator.prepare, engine._check_output = checked, late
 sys.argv[0] = str(Path(__file__).resolve().parents[2] / 'scripts' / 'train.py')
 runpy.run_path(sys.argv[0], run_name='__main__')
