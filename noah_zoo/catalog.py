@@ -228,7 +228,7 @@ class Shipped:
         pool_size: Height and width of the feature map: the positions that the head sees.
         crop_pct: Share of the image that evaluation crops.
         label_names: Class names, in the order of the logits.
-        top1: Test top-1 accuracy in percent, measured here (README).
+        top1: Test top-1 accuracy in percent, measured here (`docs/numbers.md`).
     """
     file: Path
     twin: Path

@@ -1,4 +1,4 @@
-"""Floor 5: write the model cards, and the README's table of models, from the catalog.
+"""Floor 5: write the model cards, and the table of models in docs/models.md, from the catalog.
 
     python scripts/cards.py
 

@@ -20,7 +20,7 @@ from noah_zoo import NoahHead, add_noah_head
 TABLE = Path(__file__).resolve().parents[1] / 'docs' / 'backbones.md'
 TEXT = """# The head on timm's models
 
-`noah_zoo.add_noah_head(model)` puts the head on a timm model. Tried here: timm {timm}.
+[`noah_zoo.add_noah_head(model)`](your_backbone.md) puts the head on a timm model. Tried here: timm {timm}.
 
 - Class and register tokens are left out of the positions.
 - What timm does between pooling and classifier (a norm, a 1x1 layer, the MLP of an attention pool, dropout) is done per

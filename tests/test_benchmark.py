@@ -361,11 +361,11 @@ def test_help_does_not_wait_for_torch():
     assert '| torch\n' not in done.stderr and '| argparse\n' in done.stderr
 
 
-def test_the_figures_of_the_readme():
+def test_the_figures_of_the_documentation():
     head, pairs, training = (
         json.loads((ROOT / 'results' / 'benchmark' / f'{name}-cpu.json').read_text())
         for name in ('head', 'pairs', 'two_threads/training'))
-    text = ' '.join((ROOT / 'README.md').read_text(encoding='utf-8').split())
+    text = ' '.join((ROOT / 'docs' / 'numbers.md').read_text(encoding='utf-8').split())
     for result in (head, pairs, training):
         assert result['command'] in text
     assert (

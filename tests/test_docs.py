@@ -1,13 +1,28 @@
 """The documentation: it builds strictly, asks nothing of other hosts, and its snippets run."""
 import os
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 import yaml
+from PIL import Image
+from safetensors.torch import save
+
+import noah_zoo  # noqa: F401
+from noah_zoo.inference import SAMPLES
+
+from .hub_server import HubServer
+from .released import released_state_dict
+from .training.conftest import make_fashion_mnist
+from .training.test_annotated import make_coco, make_inaturalist
+from .training.test_finetune import make_photos
+from .training.test_reid import make_market
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -32,7 +47,7 @@ def test_the_site(tmp_path):
         [sys.executable, '-m', 'mkdocs', 'build', '--strict', '--site-dir', str(tmp_path)], cwd=ROOT,
         capture_output=True, text=True, timeout=200, check=False, env={**os.environ, 'NO_MKDOCS_2_WARNING': '1'})
     assert result.returncode == 0, result.stderr
-    nav = re.search(r'^nav:\n(.*)', (ROOT / 'mkdocs.yml').read_text(encoding='utf-8'), re.DOTALL | re.MULTILINE)[1]
+    nav = re.search(r'^nav:\n((  - .*\n)*)', (ROOT / 'mkdocs.yml').read_text(encoding='utf-8'), re.MULTILINE)[1]
     names = [name for entry in yaml.safe_load(nav) for name in entry.values()]
     assert set(names) == {path.name for path in (ROOT / 'docs').glob('*.md')}
     for name in names:
@@ -45,15 +60,117 @@ def test_the_site(tmp_path):
     assert 'Where a NOAH model looks' in (tmp_path / 'reference' / 'index.html').read_text(encoding='utf-8')
 
 
-@pytest.mark.parametrize('name', ['index.md', 'head.md'])
-def test_snippets(name, tmp_path):
-    text = (ROOT / 'docs' / name).read_text(encoding='utf-8')
-    blocks = re.findall(r'```python\n(.*?)```', text, re.DOTALL)
-    assert blocks
-    output = subprocess.run(
-        [sys.executable, '-c', '\n'.join(blocks)], cwd=tmp_path, capture_output=True, text=True, timeout=200,
-        check=True, env={**os.environ, 'HF_HUB_OFFLINE': '1'}).stdout
-    assert all(shape in output.splitlines() for shape in re.findall(r'# (\(\d.*?\))', text))
+# Snippets
+
+# What a shell does before it runs a page's commands as they are printed: training in a few steps of small batches.
+SHELL = r"""
+export PYTHONPATH=$PWD PATH=%s:$PATH
+say() { echo "snippet: $*" >&2; }
+# Installing: the tests run in what was installed.
+pip() { say "pip $*"; }
+pytest() { say "pytest $*"; }
+python() {
+    say "python $*"
+    case "$*" in
+        *--check-data*) command python "$@" --workers 0 ;;
+        scripts/train.py*|scripts/finetune.py*|"scripts/reid.py train"*) command python "$@" $(small "$@") ;;
+        scripts/validate.py*) command python "$@" --cpu --workers 0 --img-size 32 ;;
+        "scripts/reid.py evaluate"*) command python "$@" --cpu --workers 0 ;;
+        scripts/benchmark.py*) command python "$@" --quick --output runs/benchmark ;;
+        scripts/demo.py*) command python "$@" --help ;;  # it would serve for ever; tests/test_demo.py asks it
+        "scripts/publish.py --all"*) command python "$@" --help ;;  # tests/weights/test_publish.py has all of it
+        *) command python "$@" ;;
+    esac
+}
+accelerate() { say "accelerate $*"; command accelerate launch --cpu --num_processes 1 "${@:2}" $(small "$@"); }
+torchrun() { say "torchrun $*"; command torchrun "$@" $(small "$@"); }
+small() {
+    echo --cpu --workers 0 --smoke 1 --batch-size 4 --device-batch-size 2
+    case "$*" in *--data-dir*) ;; *) echo --data-dir fashion_mnist ;; esac
+}
+"""
+
+
+def write_photo(path):
+    path.parent.mkdir(exist_ok=True)
+    with Image.open(SAMPLES / '0018_bag.png') as image:
+        image.convert('RGB').save(path)
+
+
+def make_imagenet(root):
+    """A photograph of each of 1,000 classes."""
+    for path in (root / split / f'n{i:08}' / '0.jpg' for split in ('train', 'validation') for i in range(1000)):
+        path.parent.mkdir(parents=True)
+        write_photo(path)
+
+
+# What the pages take for granted: files, and weights on the Hub.
+FILES = {
+    'photo.jpg': write_photo, 'new.jpg': write_photo, 'folder': lambda path: write_photo(path / 'photo.jpg'),
+    'photos': make_photos, 'fashion_mnist': lambda path: make_fashion_mnist(path, 25), 'imagenet': make_imagenet,
+    'coco': lambda path: make_coco(path, 48), 'inat2017': make_inaturalist, 'market1501': make_market,
+    'resnet50_noah.pth.tar': lambda path: torch.save(
+        {'epoch': 100, 'arch': 'resnet50', 'state_dict': released_state_dict('resnet50_noah')}, path)}
+HUB = {
+    'README.md': ('resnet50_noah', 'resnet50.a1_in1k', 'convnext_tiny.in12k_ft_in1k'),
+    'models.md': ('resnet50.a1_in1k',), 'your_backbone.md': ('convnext_atto.d2_in1k',),
+    'finetune.md': ('resnet50_noah', 'mobilenetv2_100_noah', 'convnext_atto.d2_in1k'), 'publish.md': ('resnet18_noah',),
+    'questions.md': ('resnet18_noah',),
+    'downstream.md': ('resnet101_noah', 'vit_large_patch16_224.augreg_in21k', 'resnet50.a1_in1k')}
+# What a page goes on with.
+BEFORE = {'publish.md': """python scripts/finetune.py --model resnet18_noah --dataset folder --data-dir photos \
+    --val-fraction 0.2 --output runs/photos"""}
+QUICK = ('index.md', 'head.md', 'models.md', 'your_backbone.md', 'export.md', 'questions.md')
+PAGES = sorted(
+    path.relative_to(ROOT).as_posix() for path in (ROOT / 'README.md', *(ROOT / 'docs').glob('*.md'))
+    if re.search('^```(python|bash)', path.read_text(encoding='utf-8'), re.MULTILINE))
+
+
+def blocks(page):
+    text = (ROOT / page).read_text(encoding='utf-8')
+    found = re.findall(r'^```(\w*)\n(.*?)^```$', text, re.MULTILINE | re.DOTALL)
+    assert {language for language, _ in found} <= {'python', 'bash', 'bibtex', 'text'}
+    return [(language, code) for language, code in found if language in ('python', 'bash')]
+
+
+def program(page, workspace):
+    """One Python program of all that a page has, in its order; commands are given to a shell."""
+    (workspace / '.shell').write_text(SHELL % Path(sys.executable).parent)
+    lines = [
+        'import subprocess', 'from pathlib import Path', 'import noah_zoo.training.data',
+        "noah_zoo.training.data.FASHION_MNIST_DIR = Path('fashion_mnist')  # Debian's package may not be there"]
+    for language, code in [('bash', BEFORE.get(page, '')), *blocks(page)]:
+        if language == 'bash':
+            code = code.replace('/data/imagenet', 'imagenet')
+            code = f"subprocess.run(['bash', '-euo', 'pipefail', '-c', {code!r}], check=True)"
+        lines.append(code)
+    return '\n'.join(lines)
+
+
+@pytest.mark.parametrize('page', [
+    pytest.param(page, marks=() if Path(page).name in QUICK else pytest.mark.slow) for page in PAGES])
+def test_snippets(page, tmp_path):
+    name, workspace, text = Path(page).name, tmp_path / 'checkout', (ROOT / page).read_text(encoding='utf-8')
+    shutil.copytree(ROOT, workspace, ignore=shutil.ignore_patterns('.*', 'runs', 'site', '*.egg-info', '__pycache__'))
+    for file, make in FILES.items():
+        if file in text + BEFORE.get(name, '') or file == 'fashion_mnist':
+            make(workspace / file)
+    with HubServer(users={'hf_you': 'you'}) as hub:
+        for model in HUB.get(name, ()):
+            repo_id = f'mirror/{model}.osvai_in1k' if model.endswith('_noah') else f'timm/{model}'
+            hub.put(repo_id, {'model.safetensors': save(timm.create_model(model).state_dict())})
+        env = hub.env(tmp_path / 'home', 'hf_you') | {
+            'BASH_ENV': str(workspace / '.shell'), 'NOAH_ZOO_NAMESPACE': 'mirror', 'MPLBACKEND': 'agg',
+            'PYTHONPATH': str(workspace)}
+        done = subprocess.run(
+            [sys.executable, '-c', program(page, workspace)], cwd=workspace, env=env, capture_output=True, text=True,
+            timeout=1800, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    printed = done.stdout.splitlines()
+    assert all(shape in printed for shape in re.findall(r'# (\(\d.*?\))', text)), printed
+    extras = re.search(r'optional-dependencies\]\n(.*?)\n\[', (ROOT / 'pyproject.toml').read_text(), re.DOTALL)[1]
+    for extra in re.findall(r"snippet: pip install -e \.\[(.*?)\]", done.stderr):
+        assert all(re.search(f'^{word} = ', extras, re.MULTILINE) for word in extra.split(','))
 
 
 def test_the_picture_is_what_its_command_draws(tmp_path):
@@ -61,6 +178,5 @@ def test_the_picture_is_what_its_command_draws(tmp_path):
     command = re.search(r'```bash\n(python scripts/visualize.*?)```', text, re.DOTALL)[1].replace('\\\n', ' ').split()
     command[-1] = str(tmp_path / command[-1])
     subprocess.run([sys.executable, *command[1:]], cwd=ROOT, check=True, timeout=200)
-    from PIL import Image
     with Image.open(tmp_path / 'bag.png') as drawn, Image.open(ROOT / 'docs' / 'bag.png') as kept:
         assert drawn.size == kept.size

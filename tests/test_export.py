@@ -20,8 +20,10 @@ from noah_zoo.images import DamagedImageError, read_image
 from noah_zoo.inference import DEFAULT_MODEL, SAMPLES, load_model, predict
 from noah_zoo.training.validate import validate
 
+from .scripts import call
+
 ROOT = Path(__file__).resolve().parents[1]
-QUICK = 'deit_tiny_050_patch16_224_noah', 'pvt_tiny_050_noah'
+QUICK = 'deit_tiny_050_patch16_224_noah', 'mobilenetv2_035_noah'
 ANY_SIZE = 'resnet', 'mobilenet', 'shufflenet', 'pvt'
 
 
@@ -224,15 +226,9 @@ def test_a_damaged_file(suffix, tmp_path):
         ExportedModel(tmp_path / 'none.onnx')
 
 
-def run(*args, cwd):
-    return subprocess.run(
-        [sys.executable, str(ROOT / 'scripts' / 'export.py'), *map(str, args)],
-        cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
-
-
 def test_the_script(tmp_path):
     for _ in range(2):
-        result = run('--format', 'torchscript', '--check', cwd=tmp_path)
+        result = call('export.py', '--format', 'torchscript', '--check', cwd=tmp_path)
         assert result.returncode == 0, result.stderr
         assert 'batches and images of any size' in result.stdout and result.stdout.count('largest difference') == 3
         assert {path.name for path in tmp_path.iterdir()} == {f'{DEFAULT_MODEL}.pt', f'{DEFAULT_MODEL}.json'}
@@ -246,6 +242,6 @@ def test_the_script(tmp_path):
     (['--output', 'nowhere/m.onnx'], 'nowhere: no such folder for m.onnx'),
     (['--output', 'm.tflite'], 'm.tflite: a file of format onnx ends with .onnx')])
 def test_bad_arguments(args, message, tmp_path):
-    result = run(*args, cwd=tmp_path)
+    result = call('export.py', *args, cwd=tmp_path)
     assert result.returncode == 2 and message in result.stderr and 'Traceback' not in result.stderr
     assert not list(tmp_path.iterdir())

@@ -1,7 +1,5 @@
 """Pictures of where models looked: overlays, classes by name, Grad-CAM++ against its formula, Figure 2."""
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +15,8 @@ from noah_zoo.attach import find_classifier
 from noah_zoo.figures import as_model_sees, draw, find_classes, grad_cam, load_pair, overlay
 from noah_zoo.images import read_image
 from noah_zoo.inference import DEFAULT_MODEL, SAMPLES, load_model, load_twin
+
+from .scripts import call
 
 ROOT = Path(__file__).resolve().parents[1]
 BAG = SAMPLES / '0018_bag.png'
@@ -181,15 +181,9 @@ def test_a_pair_without_grad_cam(monkeypatch):
         load_pair(DEFAULT_MODEL, 'resnet18')
 
 
-def run(*args, cwd):
-    return subprocess.run(
-        [sys.executable, str(ROOT / 'scripts' / 'visualize.py'), *map(str, args)],
-        cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
-
-
 def test_the_script(tmp_path):
     for output, more in (('0018_bag_attention.png', []), ('x.png', ['--output', 'x.png', '--classes', 'bag', 'shirt'])):
-        result = run(BAG, '--dpi', 60, *more, cwd=tmp_path)
+        result = call('visualize.py', BAG, '--dpi', 60, *more, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
         assert result.stdout.split() == [output] and Image.open(tmp_path / output).size[0] > 500
 
@@ -200,6 +194,6 @@ def test_the_script(tmp_path):
     ([BAG, '--output', 'none/x.png'], 'none: no such folder for x.png'),
     ([BAG, '--output', 'x.pgn'], "'pgn' is not supported")])
 def test_bad_arguments(args, message, tmp_path):
-    result = run(*args, cwd=tmp_path)
+    result = call('visualize.py', *args, cwd=tmp_path)
     assert result.returncode == 2 and message in result.stderr, result.stderr
     assert 'Traceback' not in result.stderr and not list(tmp_path.iterdir())

@@ -12,17 +12,19 @@ from PIL import Image
 from noah_zoo.catalog import FASHION_MNIST_CLASSES
 from noah_zoo.inference import DEFAULT_MODEL, SAMPLES, find_images, label_names, load_model, predict
 
+from .scripts import call
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run(*args, cwd=ROOT):
-    return subprocess.run(
-        [sys.executable, str(ROOT / 'scripts' / 'predict.py'), *map(str, args)],
-        cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
+def run(*args):
+    return call('predict.py', *args)
 
 
 def test_the_main_job(tmp_path):
-    result = run(cwd=tmp_path)
+    result = subprocess.run(
+        [sys.executable, str(ROOT / 'scripts' / 'predict.py')], cwd=tmp_path, capture_output=True, text=True,
+        timeout=300, check=False)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert sum(line.endswith('.png') for line in lines) == 12

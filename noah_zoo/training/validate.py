@@ -6,6 +6,7 @@ import numpy as np
 import timm
 from accelerate import Accelerator
 from timm.data import create_transform, resolve_data_config
+from torch import nn
 from torch.utils.data import IterableDataset
 
 from ..catalog import TAG, released_figures
@@ -46,13 +47,15 @@ def validate(
     Raises:
         FileNotFoundError: If the data are not there.
         RuntimeError: If the weights cannot be had.
-        ValueError: If the classes of the model and the dataset do not match.
+        ValueError: If the classes of the model and the dataset do not match, or the model takes images of another size.
     """
     accelerator = Accelerator(cpu=cpu)
     if Path(model).suffix in SUFFIXES.values() and Path(model).is_file():
         net = ExportedModel(model)
     else:
-        net = timm.create_model(model, pretrained=True, **({} if img_size is None else dict(img_size=img_size)))
+        net = timm.create_model(model, pretrained=True)
+    if img_size:
+        _set_image_size(net, model, img_size)
     images = create_dataset(dataset, data_dir, split, task=task)
     if getattr(images, 'labels', np.empty(0)).ndim != (2 if task == 'multilabel' else 1):
         raise ValueError(f'{dataset} is not for task {task}')
@@ -64,8 +67,7 @@ def validate(
     stream = isinstance(images, IterableDataset)
     if names and not stream:
         images = images.with_classes(names)  # in the order of the logits
-    config = resolve_data_config({} if img_size is None else dict(img_size=img_size), model=net)
-    transform = create_transform(**config)
+    transform = create_transform(**resolve_data_config(dict(img_size=img_size) if img_size else {}, model=net))
     sampler = None if stream else EvalBatches(
         len(images), batch_size, accelerator.num_processes, accelerator.process_index)
     loader = create_loader(images, transform, sampler, workers, batch_size)
@@ -81,3 +83,14 @@ def validate(
     if paper and net.pretrained_cfg.get('tag') == TAG and net.num_classes == 1000:
         result['paper'] = {'top1': paper.top1, 'top5': paper.top5}
     return result
+
+
+def _set_image_size(net: nn.Module, name: str, img_size: int) -> None:
+    """Tell a model of the size where it has to know; `ValueError` where it cannot."""
+    cfg = net.pretrained_cfg
+    if hasattr(net, 'set_input_size'):
+        net.set_input_size(img_size=(img_size, img_size))
+    elif cfg.get('fixed_input_size') or cfg.get('dynamic_image_size') is False:
+        height, width = cfg['input_size'][1:]
+        if (height, width) != (img_size, img_size):
+            raise ValueError(f'{name} is made for images of {height} x {width} pixels; got img_size={img_size}')

@@ -1,4 +1,4 @@
-"""Floor 3: the model cards of the catalog's models, and the README's table of models."""
+"""Floor 3: the model cards of the catalog's models, and the table of models in the documentation."""
 import functools
 import os
 import uuid
@@ -358,8 +358,8 @@ def _limitations(row: Model) -> str:
 # Files
 
 
-def readme_table() -> str:
-    """The README's Markdown table of the 25 pairs. Cells of figures are vanilla → NOAH."""
+def models_table() -> str:
+    """The Markdown table of the 25 pairs. Cells of figures are vanilla → NOAH."""
     def pair(vanilla: str, noah: str) -> str:
         return f'{vanilla} → {noah}'
 
@@ -379,10 +379,10 @@ def readme_table() -> str:
 
 
 def write_cards(root: Union[str, Path], check: bool = False) -> List[str]:
-    """Write `model_cards/NAME.md` of all 50 names, and the table between the markers of `README.md`.
+    """Write `docs/model_cards/NAME.md` of all 50 names, and the table between the markers of `docs/models.md`.
 
-    `model_cards` holds generated files only: a left-over `.md` is removed. Each file is written beside its place and
-    renamed. A file that is as it should be is not touched.
+    `docs/model_cards` holds generated files only: a left-over `.md` is removed. Each file is written beside its place
+    and renamed. A file that is as it should be is not touched.
 
     Args:
         root: The repository.
@@ -392,20 +392,20 @@ def write_cards(root: Union[str, Path], check: bool = False) -> List[str]:
         What was out of date, a line per file: 'PATH: differs', 'is missing' or 'is left over'.
 
     Raises:
-        FileNotFoundError: If the README is missing.
+        FileNotFoundError: If `docs/models.md` is missing.
         ValueError: If it does not have both markers, once and in order.
     """
     root = Path(root)
-    readme = root / 'README.md'
-    if not readme.is_file():
-        raise FileNotFoundError(f'{readme} is missing; expected the root of the repository')
-    text = _bytes(readme).decode('utf-8')
+    page = root / 'docs' / 'models.md'
+    if not page.is_file():
+        raise FileNotFoundError(f'{page} is missing; expected the root of the repository')
+    text = _bytes(page).decode('utf-8')
     begin, end = MARKERS
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise ValueError(f'{readme}: expected the markers {begin} and {end}, once and in this order')
+        raise ValueError(f'{page}: expected the markers {begin} and {end}, once and in this order')
     before, after = text[:text.index(begin)], text[text.index(end):]
-    wanted = {readme: f'{before}{begin}\n{readme_table()}\n{after}'}
-    folder = root / 'model_cards'
+    wanted = {page: f'{before}{begin}\n{models_table()}\n{after}'}
+    folder = page.with_name('model_cards')
     wanted.update({folder / f'{name}.md': model_card(name).content for name in released()})
 
     stale = []

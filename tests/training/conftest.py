@@ -22,12 +22,18 @@ def write_idx(path, array):
     path.write_bytes(gzip.compress(data) if path.suffix == '.gz' else data)
 
 
+def make_fashion_mnist(root, repeats=4):
+    """48 images to train on, or another multiple of 12, and 12 to test."""
+    root.mkdir(exist_ok=True)
+    images, labels = samples()
+    for prefix, times, suffix in (('train', repeats, '.gz'), ('t10k', 1, '')):
+        write_idx(root / f'{prefix}-images-idx3-ubyte{suffix}', np.stack(images * times))
+        write_idx(root / f'{prefix}-labels-idx1-ubyte{suffix}', np.array(labels * times, np.uint8))
+
+
 @pytest.fixture(scope='session')
 def idx_dir(tmp_path_factory):
-    """48 images to train on, 12 to test."""
     root = tmp_path_factory.mktemp('idx')
-    images, labels = samples()
-    for prefix, repeats, suffix in (('train', 4, '.gz'), ('t10k', 1, '')):
-        write_idx(root / f'{prefix}-images-idx3-ubyte{suffix}', np.stack(images * repeats))
-        write_idx(root / f'{prefix}-labels-idx1-ubyte{suffix}', np.array(labels * repeats, np.uint8))
+    make_fashion_mnist(root)
     return root
+

@@ -2,8 +2,6 @@
 import copy
 import functools
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +15,8 @@ from noah_zoo.measure import peak_memory
 from noah_zoo.training import TrainConfig, create_dataset
 from noah_zoo.training.data import create_datasets, split_images
 
-SCRIPT = Path(__file__).resolve().parents[2] / 'scripts' / 'finetune.py'
+from ..scripts import call
+
 CATEGORIES = [{'id': 9, 'name': 'zebra'}, {'id': 1, 'name': 'person'}, {'id': 5, 'name': 'boat'}]
 NAMES = ('person', 'boat', 'zebra')
 
@@ -219,12 +218,12 @@ def test_files_that_are_not_there_or_no_json(tmp_path):
 
 def test_check_data_says_it_before_anything_else(tmp_path):
     make_coco(tmp_path)
-    words = [sys.executable, str(SCRIPT), '--check-data', '--dataset', 'coco', '--task', 'multilabel', '--workers', '0',
-             '--data-dir', str(tmp_path)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    words = ('finetune.py', '--check-data', '--dataset', 'coco', '--task', 'multilabel', '--workers', '0', '--data-dir',
+             tmp_path)
+    done = call(*words)
     assert done.returncode == 0, done.stderr
     assert done.stdout == 'coco: 9 training images and 4 validation images of 3 classes, all of them readable\n'
     make_coco(tmp_path, change=unknown_category)
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    done = call(*words)
     assert done.returncode == 2 and not done.stdout
     assert done.stderr.splitlines()[-1].startswith('finetune.py: error: ') and 'category_id 77' in done.stderr

@@ -30,17 +30,21 @@ def run(script, *args, cwd=ROOT, env=None):
         text=True, timeout=300, check=False)
 
 
-@pytest.fixture(scope='module')
-def photos(tmp_path_factory):
+def make_photos(root):
     """24 red, 12 blue and 6 green JPEG files of noise, a folder per class."""
-    root = tmp_path_factory.mktemp('photos')
     rng = np.random.default_rng(0)
     for name, channel, count in (('red', 0, 24), ('blue', 2, 12), ('green', 1, 6)):
-        (root / name).mkdir()
+        (root / name).mkdir(parents=True)
         for i in range(count):
             pixels = rng.integers(0, 100, (40, 60, 3), dtype=np.uint8)
             pixels[..., channel] += 150
             Image.fromarray(pixels).save(root / name / f'{i}.jpg')
+
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory):
+    root = tmp_path_factory.mktemp('photos')
+    make_photos(root)
     return root
 
 
@@ -53,7 +57,7 @@ def settings(photos, output, **kwargs):
 
 def test_from_a_folder_to_a_published_model_in_the_readmes_commands(photos, tmp_path):
     text = (ROOT / 'README.md').read_text(encoding='utf-8').replace('\\\n', '')
-    block = text.partition('### Fine-tuning')[2].split('```')[1]
+    block = text.partition('## Fine-tune')[2].split('```')[1]
     commands = [line.split() for line in block.splitlines() if line.startswith('python ')]
     assert [command[1] for command in commands] == [f'scripts/{name}.py' for name in ('finetune', 'publish', 'predict')]
     (tmp_path / 'photos').symlink_to(photos)

@@ -16,6 +16,8 @@ from noah_zoo.training import TrainConfig, configure, create_dataset, train
 from noah_zoo.training.data import create_datasets
 from noah_zoo.training.ranking import Identified, cmc_map
 
+from ..scripts import call
+
 SCRIPT = Path(__file__).resolve().parents[2] / 'scripts' / 'reid.py'
 
 
@@ -88,9 +90,7 @@ def write_person(path, identity, camera):
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path)
 
 
-@pytest.fixture(scope='module')
-def market(tmp_path_factory):
-    root = tmp_path_factory.mktemp('market1501')
+def make_market(root):
     for identity in (2, 7, 11, 12):
         for camera in (1, 2, 6):
             write_person(root / 'bounding_box_train' / f'{identity:04}_c{camera}s1_000451_03.jpg', identity, camera)
@@ -101,6 +101,12 @@ def market(tmp_path_factory):
     for name, identity in (('-1_c1s1_000401_03.jpg', 3), ('0000_c1s1_000151_02.jpg', 4)):
         write_person(root / 'bounding_box_test' / name, identity, 5)
     (root / 'bounding_box_test' / 'Thumbs.db').write_text('not an image')
+
+
+@pytest.fixture(scope='module')
+def market(tmp_path_factory):
+    root = tmp_path_factory.mktemp('market1501')
+    make_market(root)
     return root
 
 
@@ -126,9 +132,7 @@ def test_bad_folders(market, tmp_path):
     with pytest.raises(ValueError, match='identities -1 .junk. and 0 .distractors. are for the gallery only'):
         create_dataset('market1501', str(tmp_path), 'train')
     (tmp_path / 'query').mkdir()
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), 'evaluate', '--model', 'x', '--data-dir', str(tmp_path)], capture_output=True,
-        text=True, check=False)
+    done = call('reid.py', 'evaluate', '--model', 'x', '--data-dir', tmp_path)
     assert done.returncode == 2 and done.stderr.startswith('reid.py: error: market1501: no .jpg files in ')
     assert done.stderr.count('\n') == 1
 
@@ -203,5 +207,5 @@ def test_its_embedding_is_not_frozen(market, tmp_path):
 def test_words_of_the_script():
     for word, code, text in (
             ('--help', 0, 'person re-identification on the layout'), ('trian', 1, "'trian' is not one of")):
-        done = subprocess.run([sys.executable, str(SCRIPT), word], capture_output=True, text=True, check=False)
+        done = call('reid.py', word)
         assert done.returncode == code and text in done.stdout + done.stderr

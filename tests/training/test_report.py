@@ -48,7 +48,8 @@ def test_nothing_to_report(tmp_path):
 
 
 @pytest.mark.parametrize('page, folder', [
-    ('README.md', 'fashion_mnist'), ('README.md', 'fashion_mnist_pairs'), ('docs/ablations.md', 'ablations')])
+    ('docs/numbers.md', 'fashion_mnist'), ('docs/numbers.md', 'fashion_mnist_pairs'),
+    ('docs/ablations.md', 'ablations')])
 def test_the_figures_of_the_docs(page, folder):
     # A table is what the command beside it prints.
     table = report([str(ROOT / 'results' / folder)])

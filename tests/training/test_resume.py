@@ -19,6 +19,7 @@ import noah_zoo  # noqa: F401
 from noah_zoo.training.data import FashionMnist
 
 from ..client import SmallDisk
+from ..scripts import call
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / 'scripts' / 'train.py'
@@ -52,6 +53,13 @@ def run(*args, code=0, **kwargs):
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == code, err[-3000:]
     return out + err
+
+
+def run_here(idx_dir, output, settings, *more, code=0):
+    args = [word for pair in settings.items() for word in pair]
+    done = call('train.py', '--cpu', '--data-dir', idx_dir, '--output', output, *args, *more)
+    assert done.returncode == code, done.stderr[-3000:]
+    return done.stdout + done.stderr
 
 
 def checkpoints(output):
@@ -208,7 +216,7 @@ def test_what_deepspeed_cannot_do(idx_dir, tmp_path):
 def test_accumulation(idx_dir, tmp_path):
     def losses(batch, device, lr):
         output = tmp_path / f'{batch}-{device}-{lr}'
-        run(idx_dir, output, {**PLAIN, '--batch-size': batch, '--device-batch-size': device, '--lr': lr})
+        run_here(idx_dir, output, {**PLAIN, '--batch-size': batch, '--device-batch-size': device, '--lr': lr})
         return [json.loads(line)['train_loss'] for line in (output / 'log.jsonl').read_text().splitlines()]
 
     assert losses(16, 4, 0.01) == pytest.approx(losses(16, 16, 0.01), rel=1e-5)
@@ -255,23 +263,23 @@ def test_a_full_disk(idx_dir, tmp_path):
 
 def test_a_loss_that_is_not_finite(idx_dir, tmp_path):
     settings = {**PLAIN, '--lr': 1e20, '--checkpoint-steps': 1}
-    message = run(idx_dir, tmp_path / 'run', settings, code=2)
+    message = run_here(idx_dir, tmp_path / 'run', settings, code=2)
     assert 'the loss is' in message and 'in update 2' in message and 'update-000000001' in message
     assert checkpoints(tmp_path / 'run') == ['update-000000001']
-    message = run(idx_dir, tmp_path / 'other', {**settings, '--skip-nonfinite': 2}, code=2)
+    message = run_here(idx_dir, tmp_path / 'other', {**settings, '--skip-nonfinite': 2}, code=2)
     assert message.count('left out') == 2
 
 
 def test_a_run_is_not_overwritten(idx_dir, tmp_path):
     output = tmp_path / 'run'
-    run(idx_dir, output, PLAIN)
+    run_here(idx_dir, output, PLAIN)
     before = left_files(output)
-    assert 'has a finished run' in run(idx_dir, output, PLAIN, code=2)
-    run(idx_dir, output, PLAIN, 1, '--resume', 'auto')  # nothing to do
+    assert 'has a finished run' in run_here(idx_dir, output, PLAIN, code=2)
+    run_here(idx_dir, output, PLAIN, '--resume', 'auto')  # nothing to do
     assert left_files(output) == before
     (output / 'summary.json').unlink()
-    assert 'has an unfinished run; go on with it by --resume auto' in run(idx_dir, output, PLAIN, code=2)
-    assert 'no such folder' in run(idx_dir, output, PLAIN, 1, '--resume', 'nowhere', code=2)
+    assert 'has an unfinished run; go on with it by --resume auto' in run_here(idx_dir, output, PLAIN, code=2)
+    assert 'no such folder' in run_here(idx_dir, output, PLAIN, '--resume', 'nowhere', code=2)
 
 
 def left_files(output):

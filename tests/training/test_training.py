@@ -1,7 +1,5 @@
 """Datasets and the training loop, through the real scripts on real images."""
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +13,7 @@ from noah_zoo.catalog import FASHION_MNIST_CLASSES, SHIPPED
 from noah_zoo.training import create_dataset
 from noah_zoo.training.data import FASHION_MNIST_DIR, FashionMnist
 
+from ..scripts import call
 from .conftest import samples
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,9 +22,7 @@ FAST = ['--model', 'mobilenetv2_035_noah', '--img-size', '32', '--epochs', '2', 
 
 
 def train(*args):
-    return subprocess.run(
-        [sys.executable, str(ROOT / 'scripts' / 'train.py'), *FAST, *map(str, args)],
-        capture_output=True, text=True, timeout=300, check=False)
+    return call('train.py', *FAST, *args)
 
 
 @pytest.fixture(scope='module')

@@ -5,21 +5,26 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
+from PIL import Image
+from timm.models import ResNet, VisionTransformer, save_for_hf
+
+import noah_zoo  # noqa: F401
+from noah_zoo.catalog import CATALOG
+from noah_zoo.training.validate import validate
+
+from ..scripts import call
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ['--model', 'mobilenetv2_035_noah.fashion_mnist', '--cpu', '--workers', '0']
 
 
-def run(*args, launch=()):
-    return subprocess.run(
-        [sys.executable, *launch, str(ROOT / 'scripts' / 'validate.py'), *map(str, args)],
-        capture_output=True, text=True, timeout=200, check=False)
-
-
 def test_on_any_number_of_processes(idx_dir):
     results = []
     for launch in ((), ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2')):
-        result = run(*SHIPPED, '--data-dir', idx_dir, '-b', 5, '--json', launch=launch)
+        result = subprocess.run(
+            [sys.executable, *launch, str(ROOT / 'scripts' / 'validate.py'), *SHIPPED, '--data-dir', str(idx_dir),
+             '-b', '5', '--json'], capture_output=True, text=True, timeout=200, check=False)
         assert result.returncode == 0, result.stderr
         results.append(json.loads(result.stdout))
     assert results[0]['images'] == 12 and 'paper' not in results[0]
@@ -28,21 +33,36 @@ def test_on_any_number_of_processes(idx_dir):
 
 
 def test_printed(idx_dir):
-    lines = run(*SHIPPED, '--data-dir', idx_dir).stdout.splitlines()
+    lines = call('validate.py', *SHIPPED, '--data-dir', idx_dir).stdout.splitlines()
     assert lines[0] == 'mobilenetv2_035_noah.fashion_mnist on fashion_mnist [validation]'
     assert lines[1].startswith('top-1: ') and lines[1].endswith(' %')
 
 
+@pytest.mark.parametrize('name, twin', [
+    ('resnet18_noah', ResNet), ('deit_tiny_050_patch16_224_noah', VisionTransformer)])
+def test_another_image_size(name, twin, idx_dir, tmp_path, monkeypatch):
+    model = timm.create_model(name, num_classes=10, pretrained_cfg_overlay=dict(input_size=(3, 32, 32), pool_size=None))
+    save_for_hf(model, str(tmp_path), safe_serialization=True)
+    sizes, forward = [], twin.forward_features
+    monkeypatch.setattr(
+        twin, 'forward_features', lambda self, x, **kwargs: sizes.append(x.shape[-1]) or forward(self, x, **kwargs))
+    for img_size in (None, 48):
+        validate(
+            f'local-dir:{tmp_path}', 'fashion_mnist', data_dir=str(idx_dir), img_size=img_size, workers=0, cpu=True)
+    assert sizes == [32, 48]
+
+
+def test_an_image_size_that_cannot_be(idx_dir, tmp_path):
+    save_for_hf(timm.create_model('mixer_s16_050_224_noah', num_classes=10), str(tmp_path), safe_serialization=True)
+    with pytest.raises(ValueError, match='is made for images of 224 x 224 pixels; got img_size=48'):
+        validate(f'local-dir:{tmp_path}', 'fashion_mnist', data_dir=str(idx_dir), img_size=48, workers=0, cpu=True)
+
+
 def test_beside_the_papers_figure(tmp_path):
     # The authors' weights are told by their tag; 1,000 classes, an image each.
-    import timm
-    from PIL import Image
-
-    import noah_zoo  # noqa: F401
-    from noah_zoo.catalog import CATALOG
     model = timm.create_model(
         'mobilenetv2_035_noah', pretrained_cfg_overlay=dict(input_size=(3, 32, 32), pool_size=None))
-    timm.models.save_for_hf(model, str(tmp_path / 'model'), safe_serialization=True)
+    save_for_hf(model, str(tmp_path / 'model'), safe_serialization=True)
     config = json.loads((tmp_path / 'model' / 'config.json').read_text())
     assert config['pretrained_cfg']['tag'] == 'osvai_in1k'
     for label in range(1000):
@@ -52,9 +72,9 @@ def test_beside_the_papers_figure(tmp_path):
     args = ['--model', f'local-dir:{tmp_path / "model"}', '--dataset', 'folder', '--data-dir', tmp_path / 'data',
             '--cpu', '--workers', 0]
     paper = CATALOG['mobilenetv2_035_noah'].paper
-    result = json.loads(run(*args, '--json').stdout)
+    result = json.loads(call('validate.py', *args, '--json').stdout)
     assert result['images'] == 1000 and result['paper'] == {'top1': paper.top1, 'top5': paper.top5}
-    lines = run(*args).stdout.splitlines()
+    lines = call('validate.py', *args).stdout.splitlines()
     assert lines[1].endswith('paper, on ImageNet-1k: 63.40 %') and lines[2].endswith('ImageNet-1k: 83.91 %')
 
 
@@ -65,9 +85,8 @@ def test_beside_the_papers_figure(tmp_path):
     (['--model', 'resnet18_noha'], 'resnet18_noha'),
 ])
 def test_bad_input(args, message, tmp_path):
-    from PIL import Image
     for name in ('cat', 'dog'):
         (tmp_path / 'validation' / name).mkdir(parents=True)
         Image.new('RGB', (8, 8)).save(tmp_path / 'validation' / name / '1.png')
-    result = run(*[arg.format(folder=tmp_path) for arg in args], '--cpu')
+    result = call('validate.py', *[arg.format(folder=tmp_path) for arg in args], '--cpu')
     assert result.returncode == 2 and message in result.stderr and 'Traceback' not in result.stderr

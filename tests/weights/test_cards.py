@@ -22,7 +22,7 @@ from noah_zoo.catalog import CATALOG, PAPER_TABLES, released
 from noah_zoo.recipes import RECIPES, REMARKS, learning_rate
 from noah_zoo.training.recipes import configure
 from noah_zoo.weights import cards, convert_file
-from noah_zoo.weights.cards import macs, model_card, readme_table, write_cards
+from noah_zoo.weights.cards import macs, model_card, models_table, write_cards
 from noah_zoo.weights.run_card import run_card
 from tests.released import cheap_state_dict
 
@@ -342,18 +342,19 @@ def test_no_run(tmp_path):
 
 @pytest.fixture
 def repository(tmp_path):
-    shutil.copy(ROOT / 'README.md', tmp_path)
-    shutil.copytree(ROOT / 'model_cards', tmp_path / 'model_cards')
+    (tmp_path / 'docs').mkdir()
+    shutil.copy(ROOT / 'docs' / 'models.md', tmp_path / 'docs')
+    shutil.copytree(ROOT / 'docs' / 'model_cards', tmp_path / 'docs' / 'model_cards')
     return tmp_path
 
 
 def test_the_repository_is_up_to_date():
     assert write_cards(ROOT, check=True) == [], 'python scripts/cards.py'
-    assert len(list((ROOT / 'model_cards').iterdir())) == 50 == len(released())
+    assert len(list((ROOT / 'docs' / 'model_cards').iterdir())) == 50 == len(released())
 
 
-def test_readme_table():
-    lines = readme_table().splitlines()
+def test_table():
+    lines = models_table().splitlines()
     assert len(lines) == 27 and sum('†' in line for line in lines) == 10
     for line, row in zip(lines[2:], CATALOG.values()):
         cells = line.strip('| ').split(' | ')
@@ -363,27 +364,27 @@ def test_readme_table():
 
 
 def test_check_finds_what_is_stale_and_writing_mends_it(repository):
-    folder = repository / 'model_cards'
+    folder = repository / 'docs' / 'model_cards'
     changed = bytearray((folder / 'resnet18.md').read_bytes())
     changed[-100] ^= 1
     (folder / 'resnet18.md').write_bytes(changed)
     (folder / 'pvt_tiny.md').unlink()
     (folder / 'resnet19.md').write_text('left over')
-    readme = repository / 'README.md'
-    readme.write_bytes(readme.read_bytes().replace(b'71.81 ', b'72.81 ', 1))
+    page = repository / 'docs' / 'models.md'
+    page.write_bytes(page.read_bytes().replace(b'71.81 ', b'72.81 ', 1))
     before = {path: path.read_bytes() for path in sorted(repository.rglob('*')) if path.is_file()}
     stale = [
-        'README.md: differs', 'model_cards/resnet18.md: differs', 'model_cards/pvt_tiny.md: is missing',
-        'model_cards/resnet19.md: is left over']
+        'docs/models.md: differs', 'docs/model_cards/resnet18.md: differs', 'docs/model_cards/pvt_tiny.md: is missing',
+        'docs/model_cards/resnet19.md: is left over']
     assert write_cards(repository, check=True) == stale
     assert before == {path: path.read_bytes() for path in sorted(repository.rglob('*')) if path.is_file()}
     assert write_cards(repository) == stale
     assert write_cards(repository, check=True) == write_cards(repository) == []
-    assert readme.read_bytes() == (ROOT / 'README.md').read_bytes()
+    assert page.read_bytes() == (ROOT / 'docs' / 'models.md').read_bytes()
 
 
 def test_a_failed_write_leaves_the_file_as_it_was(repository, monkeypatch):
-    path = repository / 'model_cards' / 'resnet18.md'
+    path = repository / 'docs' / 'model_cards' / 'resnet18.md'
     path.write_text('as it was')
 
     def fail(*args):
@@ -394,13 +395,14 @@ def test_a_failed_write_leaves_the_file_as_it_was(repository, monkeypatch):
     assert path.read_text() == 'as it was' and len(list(path.parent.iterdir())) == 50
 
 
-def test_a_readme_without_markers_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match='README.md is missing'):
+def test_a_page_without_markers_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match='models.md is missing'):
         write_cards(tmp_path)
-    (tmp_path / 'README.md').write_text('# Other\n<!-- models:end --><!-- models:begin -->')
+    (tmp_path / 'docs').mkdir()
+    (tmp_path / 'docs' / 'models.md').write_text('# Other\n<!-- models:end --><!-- models:begin -->')
     with pytest.raises(ValueError, match='expected the markers'):
         write_cards(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ['README.md']
+    assert [path.name for path in (tmp_path / 'docs').iterdir()] == ['models.md']
 
 
 def test_script(repository, monkeypatch, capsys):
@@ -409,7 +411,7 @@ def test_script(repository, monkeypatch, capsys):
         script('cards').main()
 
     main('--check')
-    (repository / 'model_cards' / 'gmlp_s16_224.md').unlink()
+    (repository / 'docs' / 'model_cards' / 'gmlp_s16_224.md').unlink()
     with pytest.raises(SystemExit) as info:
         main('--check')
     error = capsys.readouterr().err
@@ -417,10 +419,10 @@ def test_script(repository, monkeypatch, capsys):
     assert 'python scripts/cards.py' in error
     main()
     main('--check')
-    (repository / 'README.md').unlink()
+    (repository / 'docs' / 'models.md').unlink()
     with pytest.raises(SystemExit) as info:
         main()
-    assert info.value.code == 2 and 'README.md is missing' in capsys.readouterr().err
+    assert info.value.code == 2 and 'models.md is missing' in capsys.readouterr().err
 
 
 def test_script_help():

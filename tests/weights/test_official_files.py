@@ -19,7 +19,9 @@ import torch
 
 from noah_zoo.catalog import CATALOG
 from noah_zoo.weights import convert_file, convert_official, official, read_official
-from tests.released import cheap_state_dict, images, released_state_dict
+
+from ..released import cheap_state_dict, images, released_state_dict
+from ..scripts import call
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / 'scripts' / 'convert.py'
@@ -275,7 +277,7 @@ def test_script_refuses_in_one_line(tmp_path, released):
         (('evil.pth', '--model', NAME, '--output', 'out'), 'system'),
         (('cut.pth', '--model', NAME, '--output', 'new/out'), 'truncated'),
     ]:
-        result = run(*args, cwd=tmp_path)
+        result = call('convert.py', *args, cwd=tmp_path)
         assert (result.returncode, result.stdout) == (2, '')
         assert result.stderr.startswith('convert.py: error: ') and result.stderr.count('\n') == 1
         assert wanted in result.stderr
