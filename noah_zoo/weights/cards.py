@@ -361,13 +361,13 @@ def _limitations(row: Model) -> str:
 def models_table() -> str:
     """The Markdown table of the 25 pairs. Cells of figures are vanilla → NOAH."""
     def pair(vanilla: str, noah: str) -> str:
-        return f'{vanilla} → {noah}'
+        return f'{vanilla}\N{NO-BREAK SPACE}→\N{NO-BREAK SPACE}{noah}'
 
     def link(name: str) -> str:
         return f'[`{name}`](model_cards/{name}.md)'
 
     rows = [
-        (link(row.name), link(row.vanilla) + ' †' * is_ours(row.vanilla), str(row.num_groups),
+        (link(row.name), link(row.vanilla) + '\N{NO-BREAK SPACE}†' * is_ours(row.vanilla), str(row.num_groups),
          str(Fraction(row.key_ratio)),
          pair(*(f'{_measure(name).params / 1e6:.2f}' for name in (row.vanilla, row.name))),
          pair(_giga(macs(row.vanilla)), _giga(macs(row.name))),
