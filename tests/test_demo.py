@@ -154,6 +154,11 @@ def test_in_a_browser(width, server, browser, tmp_path):
     page.click('#noah button:has-text("Shirt") >> nth=0')
     page.wait_for_function(f'document.querySelectorAll("#maps img")[1].getAttribute("src") != {before[1]!r}')
     assert 'Shirt: where' in page.inner_text('#maps')
+    before = maps()
+    page.focus('#noah button:has-text("Coat") >> nth=0')
+    page.keyboard.press('Enter')
+    page.wait_for_function(f'document.querySelectorAll("#maps img")[1].getAttribute("src") != {before[1]!r}')
+    assert 'Coat: where' in page.inner_text('#maps')
 
     (tmp_path / 'broken.png').write_text('no image')
     upload(tmp_path / 'broken.png')
