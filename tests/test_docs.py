@@ -86,7 +86,7 @@ python() {
 accelerate() { say "accelerate $*"; command accelerate launch --cpu --num_processes 1 "${@:2}" $(small "$@"); }
 torchrun() { say "torchrun $*"; command torchrun "$@" $(small "$@"); }
 small() {
-    echo --cpu --workers 0 --smoke 1 --batch-size 4 --device-batch-size 2
+    echo --cpu --workers 0 --smoke 1 --batch-size 4 --device-batch-size 4
     case "$*" in *--data-dir*) ;; *) echo --data-dir fashion_mnist ;; esac
 }
 """

@@ -57,14 +57,16 @@ def cmc_map(
     first, precision = [], []
     for start in range(0, len(query.ids), block):
         found = rank_gallery(Identified(*(tensor[start:start + block] for tensor in query)), gallery)
-        matches = found['matches'][found['matches'].any(dim=1)]
-        place = found['counts'][found['matches'].any(dim=1)].cumsum(dim=1)
+        has_match = found['matches'].any(dim=1)
+        if not has_match.any():
+            continue
+        matches, place = found['matches'][has_match], found['counts'][has_match].cumsum(dim=1)
         first.append(torch.where(matches, place, place.shape[1]).amin(dim=1))
         shares = torch.where(matches, matches.cumsum(dim=1).double() / place.clamp(min=1), 0.)
         precision.append(shares.sum(dim=1) / matches.sum(dim=1))
-    first, precision = torch.cat(first), torch.cat(precision)
-    if not len(first):
+    if not first:
         raise ValueError(f'none of the {len(query.ids)} queries has an image of the same identity by another camera')
+    first, precision = torch.cat(first), torch.cat(precision)
     figures = {f'rank{rank}': 100 * (first <= rank).double().mean().item() for rank in ranks}
     return {**figures, 'mAP': 100 * precision.mean().item(), 'queries': len(first)}
 

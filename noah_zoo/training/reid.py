@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
+import numpy as np
 import timm
 import torch
 from accelerate import Accelerator
@@ -57,7 +58,7 @@ class Market(Files):
         else:
             super().__init__((), ())
             self.labels = torch.tensor([ids, cameras, queries]).T.numpy()
-            self.rows = torch.arange(len(paths)).numpy()
+            self.rows = np.lexsort((ids, np.array(ids) < 1))  # a trial sees the first ones: queries and their matches
 
     def read(self, index: int) -> Tuple[Image.Image, Any]:
         """An RGB image, and its class in training, else identity, camera and whether it is a query (3,)."""
@@ -154,9 +155,10 @@ def evaluate_reid(
     query, gallery = split_gallery(features, labels)
     figures = cmc_map(query, gallery)
     if picture:
+        paths, is_query = np.array(images.paths)[images.rows], labels[:, 2].numpy() == 1
         count = len(query.ids)
         chosen = torch.linspace(0, count - 1, min(queries, count)).long()
         draw_rankings(
-            Identified(*(tensor[chosen] for tensor in query)), gallery, [images.paths[i] for i in chosen],
-            images.paths[count:]).savefig(picture, dpi=110)
+            Identified(*(tensor[chosen] for tensor in query)), gallery, paths[is_query][chosen],
+            paths[~is_query]).savefig(picture, dpi=110)
     return figures

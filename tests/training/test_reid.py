@@ -68,6 +68,8 @@ def test_by_hand():
     assert figures == pytest.approx({'rank1': 0, 'rank2': 100, 'mAP': 100 * (1 / 2 + 2 / 4) / 2, 'queries': 1})
     with pytest.raises(ValueError, match='none of the 1 queries has an image of the same identity by another camera'):
         cmc_map(Identified(*(x[1:] for x in query)), gallery)
+    with pytest.raises(ValueError, match='none of the 2 queries'):
+        cmc_map(query, Identified(*(x[:0] for x in gallery)))
 
 
 @pytest.mark.slow
@@ -187,6 +189,16 @@ def test_trains_and_finds(market, tmp_path):
     assert f'mAP {summary["best"]["mAP"]:.2f} % of 4 queries' in done.stdout
     with Image.open(picture) as image:
         assert image.size[0] > 1000
+
+
+def test_a_trial_sees_queries_and_their_matches(market, tmp_path):
+    rows = create_dataset('market1501', str(market), 'validation').rows.tolist()
+    assert sorted(rows) == list(range(18)) and rows[:5] == [0, 6, 7, 8, 1]  # junk and distractors come last
+    done = call(
+        'reid.py', 'train', '--data-dir', market, '--model', 'reid_resnet50', '--img-size', 64, '-b', 4, '--workers', 0,
+        '--cpu', '--smoke', '--output', tmp_path / 'run')
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / 'run' / 'summary.json').read_text())['queries'] == 3
 
 
 def test_recipes():
