@@ -121,7 +121,7 @@ HUB = {
 # What a page goes on with.
 BEFORE = {'publish.md': """python scripts/finetune.py --model resnet18_noah --dataset folder --data-dir photos \
     --val-fraction 0.2 --output runs/photos"""}
-QUICK = ('index.md', 'head.md', 'models.md', 'your_backbone.md', 'export.md', 'questions.md')
+QUICK = ('index.md', 'head.md', 'models.md', 'your_backbone.md', 'publish.md', 'questions.md')
 PAGES = sorted(
     path.relative_to(ROOT).as_posix() for path in (ROOT / 'README.md', *(ROOT / 'docs').glob('*.md'))
     if re.search('^```(python|bash)', path.read_text(encoding='utf-8'), re.MULTILINE))
