@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog='cards.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        prog='cards.py', description=__doc__.removeprefix('Floor 5: '),
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--check', action='store_true', help='write nothing, list what is out of date')
     parser.add_argument('--root', metavar='DIR', default=str(ROOT), help='the repository (this one)')
     args = parser.parse_args()

@@ -13,7 +13,8 @@ import time
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog='demo.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        prog='demo.py', description=__doc__.removeprefix('Floor 5: '),
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         '--model', nargs='+', default=[], metavar='NAME',
         help="timm names, 'local-dir:DIR', 'hf-hub:USER/MODEL' to choose from (the shipped model and the paper's)")

@@ -13,7 +13,8 @@ from pathlib import Path
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog='export.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        prog='export.py', description=__doc__.removeprefix('Floor 5: '),
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         '--model', metavar='NAME',
         help="timm name, 'local-dir:DIR' or 'hf-hub:USER/MODEL' (mobilenetv2_035_noah.fashion_mnist)")

@@ -18,7 +18,8 @@ def positive(text: str) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog='predict.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        prog='predict.py', description=__doc__.removeprefix('Floor 5: '),
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('paths', nargs='*', metavar='PATH', help='images and folders of images (the sample images)')
     parser.add_argument(
         '--model', metavar='NAME',

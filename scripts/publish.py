@@ -1,4 +1,4 @@
-"""Publish models on the Hugging Face Hub: converted, checked, sent, downloaded again, compared, and only then tagged.
+"""Floor 5: publish models on the Hugging Face Hub: checked, sent, downloaded again, compared, and only then tagged.
 
     python scripts/publish.py resnet50_noah --from official                     # the authors' file, from Google Drive
     python scripts/publish.py resnet50_noah resnet50 --from weights --dry-run   # converted folders or released files
@@ -12,7 +12,8 @@ import logging
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.removeprefix('Floor 5: '), formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('names', nargs='*', metavar='NAME', help='timm names of NOAH models or of their vanilla twins')
     add('--from', dest='source', required=True, metavar='DIR|official', help="folder of the weights, or 'official'")

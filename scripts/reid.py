@@ -52,7 +52,7 @@ def main() -> None:
         del sys.argv[1]
         train('reid.py train', __doc__, task='reid', dataset='market1501', recipe='reid')
     elif what in ('-h', '--help'):
-        print(__doc__.partition(': ')[2])
+        print(__doc__.removeprefix('Floor 5: '))
     else:
         sys.exit(f'reid.py: error: {what!r} is not one of train, evaluate; see --help')
 

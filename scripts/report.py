@@ -7,7 +7,8 @@ import argparse
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog='report.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        prog='report.py', description=__doc__.removeprefix('Floor 5: '),
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folders', nargs='+', metavar='DIR', help='folders of runs of train.py')
     args = parser.parse_args()
 

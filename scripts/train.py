@@ -95,7 +95,7 @@ def parse_args(
     recipe_class, config_class, names = read_settings()
     parser = argparse.ArgumentParser(
         prog=prog, usage=f'{prog} --model NAME --output DIR [--recipe NAME] [flags]; see --help',
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=description.removeprefix('Floor 5: '), formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS, allow_abbrev=False)
     run = parser.add_argument_group('run')
     hyper = parser.add_argument_group('hyper-parameters', "the recipe's, unless given")

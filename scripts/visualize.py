@@ -13,7 +13,8 @@ from pathlib import Path
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog='visualize.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        prog='visualize.py', description=__doc__.removeprefix('Floor 5: '),
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('image', metavar='IMAGE', type=Path)
     parser.add_argument(
         '--model', metavar='NAME',

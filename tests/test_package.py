@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from .scripts import call
+
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {  # lower floors know nothing of higher ones
     'poca': 1, 'poca_cpu': 1, 'poca_triton': 1, 'head': 1, 'ablations': 1, 'catalog': 1, 'recipes': 1, 'images': 1,
@@ -38,13 +40,19 @@ def test_no_private_name_of_timm(path):
 @pytest.mark.parametrize('path', SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_go_down_only(path):
     parts = path.relative_to(ROOT).parts
-    if parts[0] == 'scripts' or parts[1] == '__init__.py':
+    if parts[1] == '__init__.py':
         return
-    floor = FLOORS[parts[1].removesuffix('.py')]
+    floor = 5 if parts[0] == 'scripts' else FLOORS[parts[1].removesuffix('.py')]
     assert ast.get_docstring(ast.parse(path.read_text(encoding='utf-8'))).startswith(f'Floor {floor}: ')
     for name in imported_names(path):
         room = name.split('.')[1] if name.startswith('noah_zoo.') else None
         assert room is None or FLOORS[room] <= floor, name
+
+
+@pytest.mark.parametrize('script', sorted(path.name for path in (ROOT / 'scripts').glob('*.py')))
+def test_help(script):
+    done = call(script, '--help')
+    assert done.returncode == 0 and f'scripts/{script}' in done.stdout and 'Floor' not in done.stdout
 
 
 def run(code):
