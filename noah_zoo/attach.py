@@ -314,6 +314,22 @@ def input_size_of(model: nn.Module) -> List[int]:
     return [channels, *(getattr(getattr(model, 'patch_embed', None), 'img_size', None) or size)]
 
 
+def set_image_size(model: nn.Module, img_size: int) -> None:
+    """Make a timm model one for square images of another size, as far as it has to know of it.
+
+    Raises:
+        ValueError: If it takes images of its own size only.
+    """
+    (_, *size), cfg = input_size_of(model), model.pretrained_cfg
+    if size == [img_size, img_size]:
+        return
+    if hasattr(model, 'set_input_size'):
+        model.set_input_size(img_size=(img_size, img_size))
+    elif cfg.get('fixed_input_size') or cfg.get('dynamic_image_size') is False:
+        raise ValueError(
+            f'{name_of(model)} is made for images of {size[0]} x {size[1]} pixels; got img_size={img_size}')
+
+
 def find_classifier(model: nn.Module) -> str:
     """Name of a timm model's classifier; of two, the one that is not for distillation.
 

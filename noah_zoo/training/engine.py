@@ -31,6 +31,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import DataLoader, IterableDataset
 
+from ..attach import set_image_size
 from . import multiclass, multilabel, reid
 from .checkpoint import Progress, newest_checkpoint, save_checkpoint
 from .config import TrainConfig
@@ -527,11 +528,14 @@ def _create_model(config: TrainConfig, class_names: Tuple[str, ...]) -> nn.Modul
     if not config.pretrained:
         overlay.update(num_classes=len(class_names), tag=None, license=None, origin_url=None)
     try:
-        return timm.create_model(
+        model = timm.create_model(
             config.model, pretrained=config.pretrained, num_classes=len(class_names), pretrained_cfg_overlay=overlay,
             **_model_kwargs(config))
     except TypeError as error:
         raise ValueError(f'{config.model} does not take these arguments: {error}') from None
+    if config.img_size:
+        set_image_size(model, config.img_size)  # a saved model is built at the size that was saved with it
+    return model
 
 
 def _plain(settings: Dict[str, Any]) -> Dict[str, Any]:

@@ -6,9 +6,9 @@ import numpy as np
 import timm
 from accelerate import Accelerator
 from timm.data import create_transform, resolve_data_config
-from torch import nn
 from torch.utils.data import IterableDataset
 
+from ..attach import set_image_size
 from ..catalog import TAG, released_figures
 from ..export import SUFFIXES, ExportedModel
 from .data import create_dataset
@@ -55,7 +55,7 @@ def validate(
     else:
         net = timm.create_model(model, pretrained=True)
     if img_size:
-        _set_image_size(net, model, img_size)
+        set_image_size(net, img_size)
     images = create_dataset(dataset, data_dir, split, task=task)
     if getattr(images, 'labels', np.empty(0)).ndim != (2 if task == 'multilabel' else 1):
         raise ValueError(f'{dataset} is not for task {task}')
@@ -83,14 +83,3 @@ def validate(
     if paper and net.pretrained_cfg.get('tag') == TAG and net.num_classes == 1000:
         result['paper'] = {'top1': paper.top1, 'top5': paper.top5}
     return result
-
-
-def _set_image_size(net: nn.Module, name: str, img_size: int) -> None:
-    """Tell a model of the size where it has to know; `ValueError` where it cannot."""
-    cfg = net.pretrained_cfg
-    if hasattr(net, 'set_input_size'):
-        net.set_input_size(img_size=(img_size, img_size))
-    elif cfg.get('fixed_input_size') or cfg.get('dynamic_image_size') is False:
-        height, width = cfg['input_size'][1:]
-        if (height, width) != (img_size, img_size):
-            raise ValueError(f'{name} is made for images of {height} x {width} pixels; got img_size={img_size}')

@@ -1,4 +1,5 @@
 """Fine-tuning: three commands from a folder of images to a model on the Hub; heads alone, weights, crops, checks."""
+import dataclasses
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from timm.data import resolve_data_config
+from timm.models import save_for_hf
 from torch import nn
 
 from noah_zoo.training import TrainConfig, configure, create_dataset, train
@@ -89,6 +91,17 @@ def test_pretrained_unless_told_otherwise(photos, tmp_path):
     for name in ('with', 'without'):
         weights = load_file(tmp_path / name / 'best' / 'model.safetensors')
         assert torch.equal(weights['conv_stem.weight'], shipped['conv_stem.weight']) == (name == 'with')
+
+
+def test_a_saved_model_at_another_image_size(photos, tmp_path):
+    model = timm.create_model(
+        'deit_tiny_050_patch16_224_noah', num_classes=3, pretrained_cfg_overlay=dict(input_size=(3, 32, 32)))
+    save_for_hf(model, str(tmp_path / 'saved'), safe_serialization=True)
+    config = settings(photos, tmp_path / 'run', img_size=48, pretrained=True, smoke=1)
+    train(dataclasses.replace(config, model=f'local-dir:{tmp_path / "saved"}'))
+    model = timm.create_model(f'local-dir:{tmp_path / "run" / "best"}', pretrained=True)
+    assert model.patch_embed.img_size == (48, 48) and tuple(model.pretrained_cfg['input_size']) == (3, 48, 48)
+    assert model(torch.randn(1, 3, 48, 48)).shape == (1, 3)
 
 
 def test_help_and_errors():
