@@ -21,8 +21,7 @@ import sys
 def parse_args():
     parser = argparse.ArgumentParser(
         prog='benchmark.py', description=__doc__.removeprefix('Floor 5: '),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS)
+        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
     add = parser.add_argument
     add('what', nargs='+', metavar='WHAT', help='head, pairs, training, growth')
     add('--device', metavar='NAME', help='cpu (default) or cuda')

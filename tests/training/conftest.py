@@ -36,4 +36,3 @@ def idx_dir(tmp_path_factory):
     root = tmp_path_factory.mktemp('idx')
     make_fashion_mnist(root)
     return root
-

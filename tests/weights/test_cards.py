@@ -24,7 +24,9 @@ from noah_zoo.training.recipes import configure
 from noah_zoo.weights import cards, convert_file
 from noah_zoo.weights.cards import macs, model_card, models_table, write_cards
 from noah_zoo.weights.run_card import run_card
-from tests.released import cheap_state_dict
+
+from ..released import cheap_state_dict
+from ..scripts import call
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = {name: row for row in CATALOG.values() for name in (row.name, row.vanilla)}
@@ -405,24 +407,19 @@ def test_a_page_without_markers_is_refused(tmp_path):
     assert [path.name for path in (tmp_path / 'docs').iterdir()] == ['models.md']
 
 
-def test_script(repository, monkeypatch, capsys):
+def test_script(repository):
     def main(*args):
-        monkeypatch.setattr(sys, 'argv', ['cards.py', '--root', str(repository), *args])
-        script('cards').main()
+        return call('cards.py', '--root', repository, *args)
 
-    main('--check')
+    assert main('--check').returncode == 0
     (repository / 'docs' / 'model_cards' / 'gmlp_s16_224.md').unlink()
-    with pytest.raises(SystemExit) as info:
-        main('--check')
-    error = capsys.readouterr().err
-    assert info.value.code == 1 and 'model_cards/gmlp_s16_224.md: is missing' in error
-    assert 'python scripts/cards.py' in error
-    main()
-    main('--check')
+    done = main('--check')
+    assert done.returncode == 1 and 'model_cards/gmlp_s16_224.md: is missing' in done.stderr
+    assert 'python scripts/cards.py' in done.stderr
+    assert main().returncode == main('--check').returncode == 0
     (repository / 'docs' / 'models.md').unlink()
-    with pytest.raises(SystemExit) as info:
-        main()
-    assert info.value.code == 2 and 'models.md is missing' in capsys.readouterr().err
+    done = main()
+    assert done.returncode == 2 and 'models.md is missing' in done.stderr
 
 
 def test_script_help():
