@@ -73,6 +73,9 @@ class ProjectedSum(PocaVariant):
             self.fc = nn.Linear(in_features, num_classes, device=like.device, dtype=like.dtype)
             self.reset_parameters()
 
+    def begin_as_pooling(self) -> None:
+        nn.init.normal_(self.fc.weight, std=0.01)  # the number of maps has nothing to do with that of classes
+
     def merge(self, poca_BNKL: Tensor) -> Tensor:
         return self.fc(poca_BNKL.sum(dim=(1, 3)))
 
@@ -89,6 +92,9 @@ class ProjectedConcat(PocaVariant):
             self.value = self.embedding(self.value_features, num_maps, like)
             self.fc = nn.Linear(self.num_groups * num_maps, num_classes, device=like.device, dtype=like.dtype)
             self.reset_parameters()
+
+    def begin_as_pooling(self) -> None:
+        nn.init.normal_(self.fc.weight, std=0.01)
 
     def merge(self, poca_BNKL: Tensor) -> Tensor:
         return self.fc(poca_BNKL.sum(dim=3).flatten(1))
@@ -136,6 +142,11 @@ class DeeperEmbeddings(PocaVariant):
             self.key = nn.Sequential(self.embedding(self.key_features, widths[0], like), self.key)
             self.value = nn.Sequential(self.embedding(self.value_features, widths[1], like), self.value)
             self.reset_parameters()
+
+    def begin_as_pooling(self) -> None:
+        if isinstance(self.key, nn.Sequential):  # NoahHead comes first, with layers of its own
+            nn.init.zeros_(self.key[-1].weight)
+            nn.init.normal_(self.value[-1].weight, std=0.01)
 
 
 class SelfAttentionHead(NoahHead):

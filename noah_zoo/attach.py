@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .ablations import head_class
-from .head import fitting_key_ratio, fitting_num_groups
+from .head import NoahHead, fitting_key_ratio, fitting_num_groups
 
 ERRORS = (AssertionError, AttributeError, LookupError, NotImplementedError, RuntimeError)  # what timm's code raises
 
@@ -208,6 +208,7 @@ def add_noah_head(
         num_groups: Optional[int] = None,
         key_ratio: Optional[float] = None,
         drop_rate: float = 0.,
+        init: Optional[str] = None,
         **noah_cfg: Any,
 ) -> nn.Module:
     """Put a NOAH head on a timm model, in place.
@@ -225,6 +226,9 @@ def add_noah_head(
         key_ratio: Share of the channels that go to the key. If None, by the rule that a larger N has a smaller one:
             the largest of 1/2, 1/4 and 1/8 that is at most 2 / N and gives at most 384 key channels.
         drop_rate: Dropout probability on the value map. The model's own dropout stays, and is per position.
+        init: 'classifier' starts from the classifier that is there, for the same classes: keys zero, values from its
+            columns, so that logits begin as its own on the value channels; with `split_kv=False` as its own, where
+            nothing but pooling comes before it. None starts anew.
         **noah_cfg: `split_groups` and `split_kv` of `NoahHead`; `noah_variant`, see `noah_zoo.ablations`.
 
     Returns:
@@ -244,6 +248,7 @@ def add_noah_head(
     num_classes = getattr(model, 'num_classes', 0) if num_classes is None else num_classes
     if num_classes < 1:
         raise ValueError(f'{name}: num_classes={num_classes}; the model has no classes of its own, give 1 or more')
+    check_init(name, init)
     noah_cfg.update(num_groups=num_groups, key_ratio=key_ratio, drop_rate=drop_rate)
     try:
         try:
@@ -252,9 +257,65 @@ def add_noah_head(
             trial = _try(_copy(model, lambda tensor: tensor).eval(), num_classes, noah_cfg)
     except (ValueError, TypeError, *ERRORS) as error:
         raise ValueError(f'{name}: {error}') from error
+    if init:
+        twin = attach(_copy(model, lambda tensor: tensor).eval(), 0, trial.noah_features, trial.noah_place)
+        classifier = model.get_submodule(find_classifier(model))
+        check_classifier(name, trial.get_classifier(), twin, getattr(classifier, 'weight', None))
     attach(model, num_classes, trial.noah_features, trial.noah_place, **trial.noah_cfg)
+    if init:
+        model.get_classifier().begin_as_linear(classifier.weight, classifier.bias)
     _remember(model, name)
     return model
+
+
+def check_init(name: str, init: Optional[str]) -> None:
+    if init not in (None, 'classifier'):
+        raise ValueError(f"{name}: init={init!r} is not one of None, 'classifier'")
+
+
+def check_classifier(name: str, head: nn.Module, model: NoahModel, weight: Optional[Tensor]) -> None:
+    """Raise ValueError, with the reason, unless a head can start from a classifier.
+
+    Args:
+        name: The model's name, for messages.
+        head: The new head.
+        model: The model, for its pooling.
+        weight: The classifier's weights, if it has some.
+    """
+    reason = None
+    if type(head) is not NoahHead:
+        reason = f'{type(head).__name__} is not the head of the paper, which is pooling when its keys are zero'
+    elif weight is None or weight.ndim not in (2, 4) or weight[0].numel() != weight.shape[1]:
+        reason = 'it has no linear classifier'
+    elif weight.shape[0] != head.num_classes:
+        reason = f'its classifier has {weight.shape[0]} classes, the head is to have {head.num_classes}'
+    elif not _reads_the_average(model):
+        reason = 'its classifier does not read the average over positions'
+    if reason:
+        raise ValueError(f"{name}: init='classifier': {reason}; init=None starts anew")
+
+
+@torch.no_grad()
+def _reads_the_average(model: NoahModel) -> bool:
+    """Whether timm's pooling looks at the average over positions, and at nothing else."""
+    fmt, num_prefix_tokens, num_channels = model.noah_features
+    shape, dims = dict(
+        NCHW=((1, num_channels, 2, 2), (2, 3)), NHWC=((1, 2, 2, num_channels), (1, 2)),
+        NLC=((1, num_prefix_tokens + 4, num_channels), (1,)))[fmt]
+    weight = next(model.parameters())
+    x, noise = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    positions = noise[:, num_prefix_tokens:] if fmt == 'NLC' else noise
+    average = positions.mean(dims, keepdim=True).expand_as(positions).clone()
+    pooled = []
+    for change in (0, positions - average, average):
+        changed = x.clone()
+        (changed[:, num_prefix_tokens:] if fmt == 'NLC' else changed).add_(change)
+        try:
+            pooled.append(model.forward_head(changed.to(weight), pre_logits=True).float())
+        except ERRORS:  # a pooling for features of one size
+            return False
+    other, moved = ((p - pooled[0]).abs().max() for p in pooled[1:])
+    return bool(other < 0.01 * moved)
 
 
 @torch.no_grad()

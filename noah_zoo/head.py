@@ -1,6 +1,6 @@
 """Floor 1: NoahHead, the Non-glObal Attentive Head as a module (paper, Section III-B)."""
 import math
-from typing import List
+from typing import List, Optional
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .poca import poca
 
 INPUT_FMTS = ('NCHW', 'NHWC', 'NLC')
+MANY_CLASSES = 1000  # from here on, a new head is drawn as in the authors' release
 
 torch.fx.wrap('poca')  # one opaque call for torch.fx
 
@@ -96,11 +97,55 @@ class NoahHead(nn.Module):
             self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Kaiming normal by fan-out, biases zero, as in the authors' release."""
+        """First weights. Biases are zero.
+
+        From 1,000 classes on they are those of the authors' release, Kaiming normal by fan-out, which is N * K. With
+        few classes that would be large: a standard deviation of 0.22 for K = 10 and N = 4. So below, the head begins
+        as pooling and a linear layer, whatever K, N and the width: the keys are zero, so that all positions count
+        alike, and the values have the standard deviation 0.01. `docs/numbers.md` has what this was chosen by.
+        """
         for layer in self.modules():
             if hasattr(layer, 'weight'):
                 nn.init.kaiming_normal_(layer.weight, mode='fan_out')
                 nn.init.zeros_(layer.bias)
+        if self.num_classes < MANY_CLASSES:
+            self.begin_as_pooling()
+
+    def begin_as_pooling(self) -> None:
+        """First weights for few classes, of the layers that have an output for every class."""
+        nn.init.zeros_(self.key.weight)
+        nn.init.normal_(self.value.weight, std=0.01)
+
+    @torch.no_grad()
+    def begin_as_linear(self, weight: Tensor, bias: Optional[Tensor] = None) -> None:
+        """Take over a classifier of averaged features: the keys are zero, the values its columns.
+
+        Logits are then those of the classifier on the average of the value channels; without `split_kv`, those have all
+        channels, and logits are its own.
+
+        Args:
+            weight: (K, C), or (K, C, 1, 1) of a 1x1 convolution.
+            bias: (K,), or None.
+
+        Raises:
+            ValueError: If the shape is another.
+        """
+        if weight.numel() != self.num_classes * self.in_features or weight.shape[0] != self.num_classes:
+            raise ValueError(
+                f'a classifier with weights {list(weight.shape)} does not fit; expected '
+                f'{[self.num_classes, self.in_features]}')
+        weight_KC = weight.flatten(1)[:, self.in_features - self.value_features:]
+        weight_KNC = weight_KC.unflatten(1, (self.num_groups, -1)) if self.split_groups else weight_KC.unsqueeze(1)
+        if not self.split_groups:  # a block begins with a share of the channels, else they would stay alike
+            block_C = torch.arange(self.value_features, device=weight.device) * self.num_groups // self.value_features
+            block_N1 = torch.arange(self.num_groups, device=weight.device).unsqueeze(1)
+            weight_KNC = weight_KNC * (block_C == block_N1)
+        for parameter in self.key.parameters():
+            nn.init.zeros_(parameter)
+        self.value.weight.copy_(weight_KNC.transpose(0, 1).reshape_as(self.value.weight))
+        self.value.bias.zero_()
+        if bias is not None:
+            self.value.bias.copy_(bias.repeat(self.num_groups) / self.num_groups)
 
     def forward(self, x: Tensor) -> Tensor:
         check_input(x, self.in_features, self.input_fmt)

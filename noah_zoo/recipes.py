@@ -11,6 +11,8 @@ class Recipe:
 
     Attributes:
         epochs: Epochs.
+        epoch_updates: Updates that an epoch has at least: where there are few images, it passes over them several
+            times. Where `epochs` is given and this is not, an epoch is one pass.
         batch_size: Images per update, over all processes and accumulation steps.
         opt: Optimizer of timm.optim; 'momentum' is SGD without Nesterov momentum.
         amsgrad: Adam with AMSGrad.
@@ -58,6 +60,7 @@ class Recipe:
         model_kwargs: More arguments of the model.
     """
     epochs: int = 100
+    epoch_updates: int = 0
     batch_size: int = 128
     opt: str = 'sgd'
     amsgrad: bool = False
@@ -164,7 +167,7 @@ RECIPES: Dict[str, Recipe] = {
         sched='step', decay_epochs=60, decay_rate=0.1,  # supplement, fine-tuning
         train_crop='squash'),
     'finetune': Recipe(  # not the paper's
-        epochs=15, batch_size=64, opt='adamw', lr=1e-4, head_lr_factor=10., weight_decay=0.05, clip_grad=1.,
+        epochs=15, epoch_updates=50, batch_size=64, opt='adamw', lr=1e-4, head_lr_factor=10., weight_decay=0.05, clip_grad=1.,
         sched='cosine', sched_on_updates=True, warmup_epochs=1, warmup_lr=1e-6, min_lr=1e-6, scale=(0.35, 1.),
         smoothing=0.1)}
 _VIT_REMARK = (

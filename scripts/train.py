@@ -76,7 +76,7 @@ def or_none(kind: Callable) -> Callable:
 
 def argument_of(kind: Any) -> Dict[str, Any]:
     """The arguments of `add_argument` for a field of this type."""
-    if kind is bool:
+    if kind in (bool, Optional[bool]):
         return dict(action=argparse.BooleanOptionalAction)
     if kind in METAVARS:
         return dict(type=kind, metavar=METAVARS[kind])

@@ -18,7 +18,16 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
-from ..attach import Features, NoahModel, add_noah_head, attach, classifier_names, find_classifier
+from ..attach import (
+    Features,
+    NoahModel,
+    add_noah_head,
+    attach,
+    check_classifier,
+    check_init,
+    classifier_names,
+    find_classifier,
+)
 from ..catalog import CATALOG, SHIPPED
 
 WEIGHT_PLACES = ('state_dict', 'file', 'hf_hub_id', 'hf_hub_filename', 'url', 'source')  # as timm ranks them
@@ -42,6 +51,7 @@ def build_noah(
         pretrained_cfg: Any = None,
         pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
         pretrained_backbone: Optional[str] = None,
+        init: Optional[str] = None,
         **kwargs,
 ) -> nn.Module:
     """Build a registered NOAH model: timm builds the twin, `attach` gives it the head, timm loads the weights.
@@ -56,6 +66,7 @@ def build_noah(
         pretrained_cfg_overlay: See timm.
         pretrained_backbone: A timm name with tag, 'hf-hub:', 'local-dir:' or the path of a checkpoint: everything but
             the head is loaded from it.
+        init: 'classifier' starts the head from the classifier of `pretrained_backbone`; see `add_noah_head`.
         **kwargs: `num_groups`, `key_ratio`, `drop_rate`, `split_groups`, `split_kv`, `noah_variant` (see
             `noah_zoo.ablations`), and what timm's class takes.
 
@@ -70,7 +81,7 @@ def build_noah(
     shipped = SHIPPED.get(f'{variant}.{cfg.tag}')
     if shipped is not None:
         kwargs = dict(shipped.model_args, **kwargs)
-    source = _backbone_source(variant, pretrained, pretrained_backbone, kwargs)
+    source, init = _backbone_source(variant, pretrained, pretrained_backbone, init, kwargs)
 
     def build_twin(num_classes: int = 1000, **model_args) -> nn.Module:
         model = model_entrypoint(row.vanilla)(num_classes=0, **dict(twin_args or {}, **model_args))
@@ -81,7 +92,7 @@ def build_noah(
         except ValueError as error:
             raise ValueError(f'{variant}: {error}') from None
         if source:
-            load_backbone(model, source, variant, row.vanilla, filter_fn)
+            load_backbone(model, source, variant, row.vanilla, filter_fn, init)
         return model
 
     return build_model(build_twin, variant, pretrained, filter_fn, pretrained_cfg=cfg, **kwargs)
@@ -93,6 +104,7 @@ def build_any(
         pretrained_cfg: Any = None,
         pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
         pretrained_backbone: Optional[str] = None,
+        init: Optional[str] = None,
         **kwargs,
 ) -> nn.Module:
     """Build a timm model with a NOAH head; `add_noah_head` puts it there.
@@ -103,6 +115,7 @@ def build_any(
         pretrained_cfg: See timm.
         pretrained_cfg_overlay: See timm.
         pretrained_backbone: As for `build_noah`.
+        init: As for `build_noah`.
         **kwargs: As for `build_noah`.
 
     Raises:
@@ -121,7 +134,7 @@ def build_any(
         raise WeightsError(
             f'noah on {twin}: no weights with this head are known; pretrained_backbone={backbone!r} loads all but the '
             f'head, pretrained_cfg_overlay=dict(file=FILE) a file of your own')
-    source = _backbone_source(f'noah on {twin}', pretrained, pretrained_backbone, kwargs)
+    source, init = _backbone_source(f'noah on {twin}', pretrained, pretrained_backbone, init, kwargs)
 
     def filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dict[str, Tensor]:
         convert = getattr(sys.modules[model.timm_cls.__module__], 'checkpoint_filter_fn', None)
@@ -133,7 +146,7 @@ def build_any(
         model = model_entrypoint(twin)(num_classes=num_classes, **model_args)
         add_noah_head(model, **noah_cfg)
         if source:
-            load_backbone(model, source, f'noah on {twin}', twin, filter_fn)
+            load_backbone(model, source, f'noah on {twin}', twin, filter_fn, init)
         return model
 
     return build_model(
@@ -142,12 +155,19 @@ def build_any(
 
 
 def _backbone_source(
-        variant: str, pretrained: bool, pretrained_backbone: Optional[str], kwargs: Dict[str, Any]) -> Optional[str]:
-    """Where the backbone's weights come from; what a saved config says of it was before its own weights."""
+        variant: str, pretrained: bool, pretrained_backbone: Optional[str], init: Optional[str],
+        kwargs: Dict[str, Any]) -> Tuple[Optional[str], Optional[str]]:
+    """Where the backbone's weights come from, and `init`; what a saved config says of it was before its own weights."""
+    check_init(variant, init)
     saved = kwargs.get('pretrained_model_args') or {}
-    if not pretrained or pretrained_backbone is None or saved.get('pretrained_backbone') == pretrained_backbone:
-        return None if pretrained else pretrained_backbone
-    raise ValueError(f'{variant}: pretrained=True and pretrained_backbone={pretrained_backbone!r} exclude each other')
+    for name, given in (('pretrained_backbone', pretrained_backbone), ('init', init)):
+        if pretrained and given is not None and saved.get(name) != given:
+            raise ValueError(f'{variant}: pretrained=True and {name}={given!r} exclude each other')
+    if pretrained:
+        return None, None
+    if init and pretrained_backbone is None:
+        raise ValueError(f'{variant}: init={init!r} needs pretrained_backbone=, whose classifier the head starts from')
+    return pretrained_backbone, init
 
 
 def build_model(
@@ -222,7 +242,8 @@ def _whole(variant: str, cfg: PretrainedCfg, filter_fn: Optional[Callable]) -> C
 
 
 def load_backbone(
-        model: nn.Module, source: str, variant: str, twin: str, filter_fn: Optional[Callable] = None) -> None:
+        model: nn.Module, source: str, variant: str, twin: str, filter_fn: Optional[Callable] = None,
+        init: Optional[str] = None) -> None:
     """Load everything but the head from the twin's weights, in place.
 
     A class token that the model does not have is left out, and its position with it.
@@ -233,10 +254,11 @@ def load_backbone(
         variant: The model's name, for messages.
         twin: timm's name of the backbone.
         filter_fn: timm's checkpoint filter of the family.
+        init: 'classifier' starts the head from the source's classifier.
 
     Raises:
         FileNotFoundError: If `source` has a checkpoint's suffix and is no file.
-        ValueError: If weights are missing, surplus or of another shape.
+        ValueError: If weights are missing, surplus or of another shape, or there is no classifier to start from.
     """
     own = model.state_dict()
     if Path(source).suffix in ('.safetensors', '.pt', '.pth', '.bin', '.tar'):
@@ -249,6 +271,11 @@ def load_backbone(
         state_dict = filter_fn(_without_class_token(state_dict, own), model)
     cfg = get_pretrained_cfg(twin)
     places = tuple(f'{name}.' for name in (model.noah_place, 'head_dist', *_names(cfg.classifier)))
+    if init:
+        classifier, *_ = _names(cfg.classifier)
+        weight, bias = (state_dict.get(f'{classifier}.{name}') for name in ('weight', 'bias'))
+        check_classifier(f'{variant}, {source}', model.get_classifier(), model, weight)
+        model.get_classifier().begin_as_linear(weight, bias)
     state_dict = {k: v for k, v in state_dict.items() if not k.startswith(places)}
     for first_conv in (f'{name}.weight' for name in _names(cfg.first_conv)):
         if first_conv in own and first_conv in state_dict and state_dict[first_conv].shape[1] == 3:

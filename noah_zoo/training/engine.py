@@ -84,7 +84,7 @@ class _Run:
         if self.finished:
             return
         self.accelerator = Accelerator(
-            cpu=config.cpu, mixed_precision=config.mixed_precision, log_with=config.log_with, project_dir=config.output)
+            cpu=config.cpu, mixed_precision=precision(config), log_with=config.log_with, project_dir=config.output)
         self.plan = plan_batch(config, self.accelerator.num_processes)
         seed_everything(config.seed)
         known = self.output / 'damaged.json'  # of a run that goes on: it has looked at every image
@@ -114,7 +114,12 @@ class _Run:
         self.sampler, val_sampler = None, None
         if not isinstance(train_set, IterableDataset):
             self.sampler = EpochBatches(
-                len(train_set), plan.per_device, plan.processes, rank, config.seed, config.aug_repeats)
+                len(train_set), plan.per_device, plan.processes, rank, config.seed, config.aug_repeats,
+                config.epoch_updates * plan.accumulation)
+            if self.sampler.passes > 1:
+                _logger.info(
+                    'an epoch passes %d times over the %s training images: %d updates', self.sampler.passes,
+                    f'{len(train_set):,}', len(self.sampler) // plan.accumulation)
         if not isinstance(val_set, IterableDataset):
             val_sampler = EvalBatches(len(val_set), plan.per_device, plan.processes, rank)
         self.train_loader = create_loader(
@@ -140,7 +145,8 @@ class _Run:
         if config.freeze:
             model.requires_grad_(False)
             model.get_classifier().requires_grad_(True)
-        self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+        channels_last = is_convolutional(model) if config.channels_last is None else config.channels_last
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         if config.cache_features:  # they are in the order that the head reads
             self.memory_format = torch.preserve_format
         self.model = model.to(accelerator.device, memory_format=self.memory_format)
@@ -419,7 +425,8 @@ class _Run:
         head = getattr(model, 'noah_cfg', {})
         head = {name: head[name] for name in ('num_groups', 'key_ratio') if name in head}
         model_args = {**head, **_model_kwargs(self.config)}
-        model_args.pop('pretrained_backbone', None)
+        for name in ('pretrained_backbone', 'init'):  # it has weights of its own now
+            model_args.pop(name, None)
         save_for_hf(
             model, str(partial), safe_serialization=True, model_args=model_args,
             model_config=dict(label_names=list(self.class_names)))
@@ -507,6 +514,28 @@ def _check_output(config: TrainConfig, output: Path) -> Optional[Dict[str, Any]]
     if different:
         raise ValueError(f'{output} cannot go on with other settings: {"; ".join(different)}')
     return json.loads(summary.read_text(encoding='utf-8')) if summary.exists() else None
+
+
+def precision(config: TrainConfig) -> Optional[str]:
+    """What Accelerate is told of mixed precision: None is that of `accelerate config`."""
+    if config.mixed_precision != 'auto':
+        return config.mixed_precision
+    configured = os.environ.get('ACCELERATE_MIXED_PRECISION', 'no')  # 'no' where nothing was configured, too
+    gpu = not config.cpu and torch.cuda.is_available()
+    if configured != 'no' or not gpu or not torch.cuda.is_bf16_supported(including_emulation=False):
+        return None
+    _logger.info('mixed precision: bf16, which this GPU has; --mixed-precision no trains in float32')
+    return 'bf16'
+
+
+def is_convolutional(model: nn.Module) -> bool:
+    """Whether most weights of a timm model, its head aside, are those of convolutions: it is faster channels-last."""
+    classifiers = model.get_classifier()
+    classifiers = classifiers if isinstance(classifiers, tuple) else (classifiers,)
+    head = {id(p) for classifier in classifiers for p in classifier.parameters()}
+    convolutions = {id(m.weight) for m in model.modules() if isinstance(m, nn.Conv2d)}
+    sizes = [(p.numel(), id(p) in convolutions) for p in model.parameters() if id(p) not in head]
+    return 2 * sum(size for size, inside in sizes if inside) > sum(size for size, _ in sizes)
 
 
 def _model_kwargs(config: TrainConfig) -> Dict[str, Any]:

@@ -72,25 +72,36 @@ class EpochBatches(Sampler):
         rank: Number of this process.
         seed: Random seed of the order.
         repeats: Times that an image comes, one after another (repeated augmentation); the epoch is as long as without.
+        least: Batches that an epoch has at least; it passes over the images as often as that takes, each time in
+            another order.
 
     Attributes:
+        passes: Times that an epoch passes over the images.
         epoch: The epoch that `iter` gives.
         start: The batch that it begins with.
     """
 
-    def __init__(self, count: int, per_device: int, processes: int, rank: int, seed: int, repeats: int = 0) -> None:
+    def __init__(
+            self, count: int, per_device: int, processes: int, rank: int, seed: int, repeats: int = 0, least: int = 0,
+    ) -> None:
         self.count, self.per_device, self.processes, self.rank = count, per_device, processes, rank
         self.seed, self.repeats, self.epoch, self.start = seed, max(repeats, 1), 0, 0
+        self.passes = max(-(-least * per_device * processes // max(count, 1)), 1)
 
     def __len__(self) -> int:
-        return self.count // (self.per_device * self.processes)
+        return self.passes * self.count // (self.per_device * self.processes)
 
     def __iter__(self) -> Iterator[List[Key]]:
-        order = np.random.Generator(np.random.PCG64([self.seed, self.epoch])).permutation(self.count)
-        order = np.repeat(order[:-(-self.count // self.repeats)], self.repeats)[:self.count].tolist()
+        order = [index for number in range(self.passes) for index in self._pass(number)]
         for batch in range(self.start, len(self)):
             first = (batch * self.processes + self.rank) * self.per_device
             yield [(self.epoch, i, order[i]) for i in range(first, first + self.per_device)]
+
+    def _pass(self, number: int) -> List[int]:
+        """All images once, in the order of this pass of the epoch."""
+        seeds = [self.seed, self.epoch, number] if number else [self.seed, self.epoch]
+        order = np.random.Generator(np.random.PCG64(seeds)).permutation(self.count)
+        return np.repeat(order[:-(-self.count // self.repeats)], self.repeats)[:self.count].tolist()
 
 
 class EvalBatches(Sampler):

@@ -19,7 +19,8 @@ def configure(model: str, output: str, recipe: str = 'auto', **overrides: Any) -
         recipe: 'auto' is the recipe of the model's family, of NOAH models and vanilla twins alike, if the catalog has
             the model; a name of `noah_zoo.recipes.RECIPES`; or 'none', the defaults of `TrainConfig`.
         **overrides: Other fields of `TrainConfig`, which come before the recipe; None and False switch off.
-            `model_kwargs` come before the recipe's key by key. `lr_base` and `lr_base_size` also displace its `lr`.
+            `model_kwargs` come before the recipe's key by key. `lr_base` and `lr_base_size` also displace its `lr`,
+            and `epochs` its `epoch_updates`.
 
     Raises:
         TypeError: If `TrainConfig` has no such field.
@@ -35,6 +36,8 @@ def configure(model: str, output: str, recipe: str = 'auto', **overrides: Any) -
         _logger.info('recipe of %s: %s', model, name)
     if 'lr' not in overrides and {'lr_base', 'lr_base_size'} & set(overrides):
         settings.pop('lr', None)
+    if 'epochs' in overrides:
+        settings.pop('epoch_updates', None)
     if overrides.get('model_kwargs'):
         overrides = overrides | dict(model_kwargs={**settings.get('model_kwargs', {}), **overrides['model_kwargs']})
     elif 'model_kwargs' in overrides:
