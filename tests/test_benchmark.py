@@ -395,7 +395,7 @@ def test_too_large_for_the_plain_form(monkeypatch, tmp_path, caplog):
 
 
 @pytest.mark.parametrize('settings, message', [
-    (dict(what=['heads']), "what: 'heads' is not one of head, pairs, training, growth"),
+    (dict(what=['heads']), "what: 'heads' is not one of head, pairs, training, growth, probe"),
     (dict(device='tpu'), "device: 'tpu' is not one of cpu, cuda"),
     (dict(dtype='int8'), "dtype: 'int8' is not one of float32, bfloat16, float16"),
     (dict(models=['resnet50', 'resnet51']), "'resnet51' is not a model of Table XVII; choose from resnet18_noah, "),
