@@ -98,13 +98,15 @@ def data_dir(tmp_path_factory):
     return str(root)
 
 
-@pytest.mark.parametrize('name', ['mobilenetv3_small_050', 'resnet18', 'test_vit'])  # a 1x1 layer, nothing, tokens
+@pytest.mark.parametrize('name', [
+    'mobilenetv3_small_050', 'resnet18', 'test_vit', 'mobilenetv2_035_noah'])  # a 1x1 layer after pooling, none, tokens
 def test_features_are_what_a_noah_head_is_given(name, data_dir, tmp_path):
     torch.manual_seed(0)
     images = create_images(ProbeConfig(data_dir=data_dir), quick=False)[1]
     size = 160 if name == 'test_vit' else 64
     transform = timm.data.create_transform((3, size, size), interpolation='bilinear')
-    model = add_noah_head(timm.create_model(name), 5).eval()
+    model = timm.create_model(name, num_classes=5)
+    model = (model if name.endswith('_noah') else add_noah_head(model)).eval()
     given = []
     model.get_classifier().register_forward_pre_hook(lambda module, args: given.append(args[0]))
     x = torch.stack([transform(images.read(index)[0]) for index in (3, 1)])
