@@ -151,11 +151,11 @@ def table_probe(rows: Sequence[Row]) -> str:
         for row in rows]
     header = ['head', 'parameters', 'test top-1, %', 'each seed', 'learning rate', 'seconds of training']
     rates = ', '.join(f'{rate:g}' for rate in case['lrs'])
-    edge = '; (edge): the least or largest of them' if any(row['lr_at_edge'] for row in rows) else ''
+    edge = '; (edge): the least or largest that was tried' if any(row['lr_at_edge'] for row in rows) else ''
     return (
         f'{_markdown(header, lines)}\n\n'
         f'{_probed(case)}; {case["updates"]:,} updates of {min(case["batch_size"], case["train_images"])} images; '
-        f'learning rates {rates}{edge}.')
+        f'learning rates {rates}, and beyond where the best is at an end{edge}.')
 
 
 def _probed(case: Dict[str, Any]) -> str:

@@ -28,6 +28,7 @@ from .training.loader import EpochBatches, EvalBatches, seed_everything
 from .training.multiclass import METRIC, Metrics
 
 HOLD_OUT = 0.2  # of the training images, on which the learning rate is chosen
+MORE_RATES = 2  # at most, beyond the least or largest learning rate where that is the best
 WEIGHT_DECAY, SMOOTHING, WARMUP = 0.05, 0.1, 0.05  # WARMUP: share of the updates
 BATCH_SIZE, EVAL_BATCH_SIZE = 64, 256
 QUICK = dict(updates=4, seeds=2, lrs=2, images=200, img_size=64)  # of a smoke run: at most; the size unless given
@@ -100,7 +101,8 @@ class ProbeConfig:
         heads: Of `HEADS`.
         seeds: Trainings of every head, with seeds from 0.
         updates: Of every training.
-        lrs: Learning rates, of which each head has the best.
+        lrs: Learning rates, of which each head has the best; where that is the least or the largest, up to `MORE_RATES`
+            beyond it are tried.
         cache_features: Folder in which the features are kept.
     """
     model: str = 'resnet18'
@@ -304,11 +306,15 @@ def probe(config: ProbeConfig, device: str = 'cpu', quick: bool = False) -> List
     rows = []
     with tqdm(total=len(config.heads) * (len(lrs) + seeds) * updates, unit='update') as bar:
         for name in dict.fromkeys(config.heads):
-            build, found = functools.partial(HEADS[name], inputs), {}
-            for lr in lrs:
+            build = functools.partial(HEADS[name], inputs)
+
+            def figures_of(lr: float, name: str = name, build: Callable = build) -> Dict[str, float]:
                 bar.set_description(f'{name}, rate {lr:g}')
+                bar.total += 0 if lr in lrs else updates
                 head, _ = train_head(build, train_rows, fit, lr, updates, 0, bar.update)
-                found[lr] = evaluate_head(head, train_rows, held_out, num_classes)
+                return evaluate_head(head, train_rows, held_out, num_classes)
+
+            found = search_rates(figures_of, lrs, 0 if quick else MORE_RATES)
             lr = best_rate(found)
             figures, seconds = [], []
             for seed in range(seeds):
@@ -318,13 +324,27 @@ def probe(config: ProbeConfig, device: str = 'cpu', quick: bool = False) -> List
                 seconds.append(took)
             rows.append({
                 'head': name, 'case': case, 'params': sum(p.numel() for p in head.parameters()), 'lr': lr,
-                'lr_at_edge': lr in (lrs[0], lrs[-1]),
+                'lr_at_edge': lr in (min(found), max(found)),
                 'held_out_top1': {f'{rate:g}': result[METRIC] for rate, result in found.items()},
                 'top1': {
                     'mean': statistics.mean(figures), 'std': statistics.stdev(figures) if seeds > 1 else None,
                     'each': figures},
                 'seconds': seconds})
     return rows
+
+
+def search_rates(
+        figures_of: Callable[[float], Dict[str, float]], lrs: Sequence[float], more: int,
+) -> Dict[float, Dict[str, float]]:
+    """Figures by learning rate: of those given, and of up to `more` beyond them, as long as the best is at an end."""
+    found = {lr: figures_of(lr) for lr in lrs}
+    for _ in range(more if len(lrs) > 1 else 0):
+        rates, best = sorted(found), best_rate(found)
+        if best not in (rates[0], rates[-1]):
+            break
+        end, inner = rates[:2] if best == rates[0] else rates[:-3:-1]
+        found[end * end / inner] = figures_of(end * end / inner)
+    return found
 
 
 def best_rate(found: Dict[float, Dict[str, float]]) -> float:

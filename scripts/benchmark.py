@@ -57,7 +57,8 @@ def parse_args():
     add('--seeds', type=int, metavar='N', help='trainings of every head (3)')
     add('--updates', type=int, metavar='N', help='of every training, of 64 images (1000)')
     add('--lrs', type=float, nargs='+', metavar='F',
-        help='learning rates to choose from, by a fifth of the training images (2e-4 1e-3 5e-3 2.5e-2)')
+        help='learning rates to choose from, by a fifth of the training images (2e-4 1e-3 5e-3 2.5e-2); up to '
+             'two more where the best is at an end')
     add('--cache-features', metavar='DIR', help='folder where the features are kept (~/.cache/noah_zoo/features)')
     add('-j', '--workers', type=int, metavar='N', help='processes that load images (2)')
     return parser, parser.parse_args()

@@ -29,6 +29,7 @@ from noah_zoo.probe import (
     equal_classes,
     evaluate_head,
     hold_out,
+    search_rates,
     train_head,
     without_classifier,
 )
@@ -212,6 +213,21 @@ def test_best_rate():
 
     assert best_rate({1e-3: result(80., 1.), 1e-2: result(81., 9.), 1e-1: result(10., math.nan)}) == 1e-2
     assert best_rate({1e-3: result(81., 1.), 1e-2: result(81., 0.9)}) == 1e-2
+
+
+@pytest.mark.parametrize('best, more, tried', [
+    (1e-2, 2, [1e-3, 1e-2, 1e-1]), (1., 2, [1e-3, 1e-2, 1e-1, 1., 10.]), (10., 2, [1e-3, 1e-2, 1e-1, 1., 10.]),
+    (1e-4, 1, [1e-4, 1e-3, 1e-2, 1e-1]), (1., 0, [1e-3, 1e-2, 1e-1])])
+def test_search_goes_beyond_an_end(best, more, tried):
+    calls = []
+
+    def figures_of(lr):
+        calls.append(lr)
+        return {'top1': -abs(math.log(lr / best)), 'val_loss': 1.}
+
+    found = search_rates(figures_of, [1e-3, 1e-2, 1e-1], more)
+    assert sorted(found) == pytest.approx(tried) and len(calls) == len(tried) and calls[:3] == [1e-3, 1e-2, 1e-1]
+    assert search_rates(figures_of, [1e-3], 2).keys() == {1e-3}
 
 
 # Tables and pictures
