@@ -1,4 +1,5 @@
-"""Floor 4: what the head costs, beside its plain form, other heads, vanilla twins and the paper's speeds.
+"""Floor 4: what the head costs, beside its plain form, other heads, vanilla twins and the paper's speeds; and what they
+make of frozen features (`noah_zoo.probe`).
 
 Linux only: memory and the names of processors are read from /proc.
 """
@@ -12,7 +13,7 @@ import os
 import platform
 import re
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -32,6 +33,7 @@ from .head import NoahHead
 from .measure import MIN_SECONDS, kib, peak_memory, ratio, saved_bytes, summary, time_in_turn
 from .other_heads import CSRA, MLDecoder
 from .poca import poca_reference
+from .probe import ProbeConfig, probe
 
 _logger = logging.getLogger(__name__)
 PLAIN_MAPS = {False: 5, True: 8}  # maps (B, N, K, L) that the plain form may hold at once: forward, with backward
@@ -143,6 +145,7 @@ class Run:
     dtype: str = 'float32'
     quick: bool = False
     command: str = ''
+    probe: ProbeConfig = ProbeConfig()
 
     def __post_init__(self) -> None:
         for name, given, accepted in (
@@ -157,6 +160,8 @@ class Run:
         for name in ('threads', 'repeats', 'batch_sizes', 'num_classes'):
             if np.min(getattr(self, name), initial=1) < 1:
                 raise ValueError(f'{name}={getattr(self, name)}: expected 1 or more')
+        if 'probe' in self.what and self.dtype != 'float32':
+            raise ValueError(f'dtype={self.dtype!r}: probe trains heads in float32')
         if self.device == 'cuda' and not torch.cuda.is_available():
             raise ValueError("device='cuda': PyTorch finds no GPU here; choose 'cpu'")
 
@@ -261,12 +266,18 @@ def measure_pairs(run: Run) -> List[report.Row]:
     return rows
 
 
+def measure_probe(run: Run) -> List[report.Row]:
+    """Heads trained on the features of a frozen backbone."""
+    return probe(run.probe, run.device, run.quick)
+
+
 class What(NamedTuple):
-    """Something to measure."""
+    """Something to measure. `note` is a format for what the figures are."""
     measure: Callable[[Run], List[report.Row]]
     summarize: Callable[[List[report.Row]], Dict[str, Any]]
     table: Callable[[List[report.Row]], str]
     draw: Callable[[List[report.Row]], Figure]
+    note: str = 'medians (quartiles) of {run.repeats} samples'
 
 
 MEASURES = {
@@ -274,6 +285,9 @@ MEASURES = {
     'pairs': What(measure_pairs, report.mean_losses, report.table_pairs, report.draw_pairs),
     'training': What(measure_training, lambda rows: {}, report.table_costs, report.draw_training),
     'growth': What(measure_growth, lambda rows: {}, report.table_costs, report.draw_growth),
+    'probe': What(
+        measure_probe, lambda rows: {}, report.table_probe, report.draw_probe,
+        'mean ± standard deviation over {run.probe.seeds} seeds'),
 }
 
 
@@ -281,8 +295,8 @@ def benchmark(what: Sequence[str], **settings) -> Iterator[str]:
     """Measure, and write OUTPUT/WHAT-DEVICE.json and .png when all of it is measured.
 
     Args:
-        what: Of `MEASURES`: 'head', 'pairs', 'training', 'growth'.
-        **settings: Of `Run`.
+        what: Of `MEASURES`: 'head', 'pairs', 'training', 'growth', 'probe'.
+        **settings: Of `Run`; and of `ProbeConfig`, with 'probe' only.
 
     Yields:
         For each, its table as Markdown under a line with hardware and versions.
@@ -292,7 +306,10 @@ def benchmark(what: Sequence[str], **settings) -> Iterator[str]:
         OSError: If nothing can be written to `output`.
         RuntimeError: If memory runs out.
     """
-    run = Run(what, **settings)
+    of_probe = {field.name: settings.pop(field.name) for field in fields(ProbeConfig) if field.name in settings}
+    if of_probe and 'probe' not in what:
+        raise ValueError(f'{", ".join(of_probe)}: of probe only; got {" ".join(what)}')
+    run = Run(what, probe=ProbeConfig(**of_probe), **settings)
     output = Path(run.output)
     output.mkdir(parents=True, exist_ok=True)
     threads = torch.get_num_threads()
@@ -313,7 +330,7 @@ def _measure(name: str, run: Run, partial: Path, output: Path) -> str:
     title = (
         f'{name} on {result["hardware"]}, {run.device}, {run.threads} threads, {run.dtype}, '
         f'PyTorch {result["versions"]["torch"]}, {result["date"][:10]}')
-    note = 'smoke run: the figures mean nothing' if run.quick else f'medians (quartiles) of {run.repeats} samples'
+    note = 'smoke run: the figures mean nothing' if run.quick else MEASURES[name].note.format(run=run)
     figure = MEASURES[name].draw(rows)
     figure.suptitle(f'{title}\n{note}', fontsize=9)
     stem = f'{name}-{run.device}'

@@ -10,7 +10,9 @@ from matplotlib.figure import Figure
 Row = Dict[str, Any]
 HEAD_LOOKS = {  # label and colour, after Okabe and Ito, for every kind of colour vision
     'noah': ('NOAH', '#0072B2'), 'plain': ('NOAH, plain form', '#D55E00'), 'linear': ('pooling + linear', '#009E73'),
-    'ml_decoder': ('ML-Decoder', '#CC79A7'), 'csra': ('CSRA', '#E69F00')}
+    'ml_decoder': ('ML-Decoder', '#CC79A7'), 'csra': ('CSRA', '#E69F00'), 'simpool': ('SimPool', '#D55E00'),
+    'efficient_probing': ('Efficient Probing', '#000000'), 'latent': ('AttentionPoolLatent', '#56B4E9')}
+MARKERS = dict(zip(('linear', 'noah', 'csra', 'simpool', 'efficient_probing', 'ml_decoder', 'latent'), 'osD^vPX'))
 QUARTILES = ('q1', 'median', 'q3')
 STEPS = {False: 'forward', True: 'forward + backward'}
 FIGURES = {  # of a row: its name, unit, and what to multiply by
@@ -137,6 +139,55 @@ def draw_pairs(rows: Sequence[Row]) -> Figure:
     axes.set(xlabel='speed of NOAH, % of the vanilla twin', title='share of speed that is kept')
     axes.grid(alpha=0.3)
     return _with_legend(figure, axes)
+
+
+def table_probe(rows: Sequence[Row]) -> str:
+    """A line per head, and what they were trained on."""
+    case = rows[0]['case']
+    lines = [[
+        HEAD_LOOKS[row['head']][0], f'{row["params"]:,}', _mean(row['top1']),
+        ', '.join(f'{value:.2f}' for value in row['top1']['each']),
+        f'{row["lr"]:g}{" (edge)" if row["lr_at_edge"] else ""}', _number(statistics.mean(row['seconds']))]
+        for row in rows]
+    header = ['head', 'parameters', 'test top-1, %', 'each seed', 'learning rate', 'seconds of training']
+    rates = ', '.join(f'{rate:g}' for rate in case['lrs'])
+    edge = '; (edge): the least or largest that was tried' if any(row['lr_at_edge'] for row in rows) else ''
+    return (
+        f'{_markdown(header, lines)}\n\n'
+        f'{_probed(case)}; {case["updates"]:,} updates of {min(case["batch_size"], case["train_images"])} images; '
+        f'learning rates {rates}, and beyond where the best is at an end{edge}.')
+
+
+def _probed(case: Dict[str, Any]) -> str:
+    return (
+        f'{case["model"]} on {case["dataset"]}: {case["train_images"]:,} training and {case["test_images"]:,} test '
+        f'images, L={case["positions"]}, C={case["in_features"]}, K={case["num_classes"]}')
+
+
+def _mean(stats: Dict[str, Any]) -> str:
+    return f'{stats["mean"]:.2f}' + ('' if stats['std'] is None else f' ± {stats["std"]:.2f}')
+
+
+def draw_probe(rows: Sequence[Row]) -> Figure:
+    """Accuracy, with its standard deviation, over the number of parameters; every seed a dot; the legend best first."""
+    figure = Figure(figsize=(9, 5), layout='constrained')
+    axes = figure.subplots()
+    drawn = []
+    for row in sorted(rows, key=lambda row: -row['top1']['mean']):
+        label, color, top1, params = *HEAD_LOOKS[row['head']], row['top1'], row['params']
+        while any(1 / 1.08 < params / other < 1.08 for other in drawn):
+            params *= 1.1
+        drawn.append(params)
+        axes.plot([params] * len(top1['each']), top1['each'], '.', color=color, markersize=4, alpha=0.6)
+        axes.errorbar(
+            params, top1['mean'], top1['std'] or 0., fmt=MARKERS[row['head']], color=color, capsize=3, markersize=7,
+            label=f'{label}\n{row["params"]:,}')
+    axes.set(
+        xscale='log', xlabel='parameters of the head (almost equal ones side by side)', ylabel='test top-1, %')
+    axes.set_title(_probed(rows[0]['case']), fontsize=9)
+    axes.grid(alpha=0.3)
+    figure.legend(loc='outside right upper', fontsize=9, labelspacing=0.8)
+    return figure
 
 
 def by_case(rows: Sequence[Row]) -> List[List[Row]]:

@@ -1,8 +1,10 @@
-"""Floor 4: two other heads that attend over positions, written from their papers, to measure NOAH against.
+"""Floor 4: four other heads that attend over positions, written from their papers, to measure NOAH against.
 
 Tensor names say their shape: B batch, H heads, G queries, F classes of a query, D width, K classes, L positions,
 C channels.
 """
+from typing import Optional
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -108,3 +110,92 @@ class CSRA(nn.Module):
                 attended_BK = (attn_BKL * scores_BKL).sum(dim=-1)
             logits_BK = logits_BK + self.lam * attended_BK
         return logits_BK
+
+
+class SimPool(nn.Module):
+    """SimPool and a linear layer (Psomas et al., "Keep It SimPool: Who Said Supervised Transformers Suffer from
+    Attention Deficit?", ICCV 2023; Section 3.3).
+
+    One attention over the positions: its query is the average of the features, embedded linearly, its keys are the
+    embedded features, and their products are divided by the root of C before the softmax. Values are the features
+    themselves, above the least of an image. They are pooled by a weighted power mean: raised to the power `gamma`,
+    averaged by the attention, and the root taken. As in the authors' release, keys and values come from features after
+    a layer norm, the query from features before, and a small constant keeps the root's slope finite at the minimum.
+    Left out: more than one attention head, the learned offset that the release offers with `gamma`.
+
+    Shapes:
+        Input: (B, C, H, W) or (B, L, C) as `input_fmt` says.
+        Output: (B, num_classes).
+
+    Args:
+        in_features: C.
+        num_classes: K.
+        gamma: The exponent; the paper's are 2 for convolutional networks and 1.25 for transformers, 1 is the plain
+            weighted average.
+        input_fmt: 'NCHW' or 'NLC'.
+    """
+    eps = 1e-6
+
+    def __init__(self, in_features: int, num_classes: int, gamma: float = 2., input_fmt: str = 'NCHW') -> None:
+        super().__init__()
+        self.gamma = gamma
+        self.input_fmt = input_fmt
+        self.norm = nn.LayerNorm(in_features, eps=self.eps)
+        self.query = nn.Linear(in_features, in_features, bias=False)
+        self.key = nn.Linear(in_features, in_features, bias=False)
+        self.classifier = nn.Linear(in_features, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_BLC = x.flatten(2).transpose(1, 2) if self.input_fmt == 'NCHW' else x
+        normed_BLC = self.norm(x_BLC)
+        q_BC = self.query(x_BLC.mean(dim=1))
+        scores_BL = torch.einsum('bc,blc->bl', q_BC, self.key(normed_BLC)) / x_BLC.shape[-1] ** 0.5
+        v_BLC = normed_BLC - normed_BLC.amin(dim=(1, 2), keepdim=True) + self.eps
+        pooled_BC = torch.einsum('bl,blc->bc', scores_BL.softmax(dim=-1), v_BLC ** self.gamma) ** (1 / self.gamma)
+        return self.classifier(pooled_BC)
+
+
+class EfficientProbing(nn.Module):
+    """Efficient probing and a linear layer (Psomas et al., "Attention, Please! Revisiting Attentive Probing Through the
+    Lens of Efficiency", ICLR 2026, arXiv 2506.10178; the method it calls EP).
+
+    Learned queries attend over the features as they are: neither is projected first. The features are projected to
+    values, whose channels are split into as many parts as there are queries. Each query's attention averages its own
+    part, and the parts side by side are classified. The default is the authors': 32 queries, values as wide as the
+    features. Left out: the batch norm without weights that they put before the classifier of every probe.
+
+    Shapes:
+        Input: (B, C, H, W) or (B, L, C) as `input_fmt` says.
+        Output: (B, num_classes).
+
+    Args:
+        in_features: C.
+        num_classes: K.
+        num_queries: G.
+        width: D, of the values, a multiple of G; C if None.
+        input_fmt: 'NCHW' or 'NLC'.
+
+    Raises:
+        ValueError: If the queries do not divide the width.
+    """
+
+    def __init__(
+            self, in_features: int, num_classes: int, num_queries: int = 32, width: Optional[int] = None,
+            input_fmt: str = 'NCHW',
+    ) -> None:
+        super().__init__()
+        width = in_features if width is None else width
+        if width % num_queries:
+            raise ValueError(f'EfficientProbing: width={width} is not a multiple of num_queries={num_queries}')
+        self.num_queries = num_queries
+        self.input_fmt = input_fmt
+        self.queries_GC = nn.Parameter(0.02 * torch.randn(num_queries, in_features))
+        self.value = nn.Linear(in_features, width, bias=False)
+        self.classifier = nn.Linear(width, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_BLC = x.flatten(2).transpose(1, 2) if self.input_fmt == 'NCHW' else x
+        scores_BGL = self.queries_GC @ x_BLC.transpose(1, 2) / x_BLC.shape[-1] ** 0.5
+        v_BLGD = self.value(x_BLC).unflatten(-1, (self.num_queries, -1))
+        pooled_BGD = torch.einsum('bgl,blgd->bgd', scores_BGL.softmax(dim=-1), v_BLGD)
+        return self.classifier(pooled_BGD.flatten(1))

@@ -1,14 +1,19 @@
-"""Floor 5: time and memory of the head and of whole models, beside other heads, vanilla twins and the paper's speeds.
+"""Floor 5: time and memory of the head and of whole models, beside other heads, vanilla twins and the paper's speeds;
+and the accuracy of heads on the features of a frozen model.
 
     python scripts/benchmark.py head pairs training growth --device cpu --threads 1 --output results/benchmark
     python scripts/benchmark.py head pairs training growth --device cuda
     python scripts/benchmark.py pairs --models resnet50_noah mobilenetv2_100_noah --repeats 31
-    python scripts/benchmark.py head pairs training growth --quick --output runs/benchmark
+    python scripts/benchmark.py probe --model resnet50.a1_in1k --dataset folder --data-dir /data/pets --threads 2
+    python scripts/benchmark.py head pairs training growth probe --quick --output runs/benchmark
 
 head      the head alone, four shapes: NOAH, its plain form, pooling and linear, ML-Decoder, CSRA
 pairs     images/s of the pairs of Table XVII, and the share of speed that is kept, beside the paper's
 training  a training step of the head: time, peak memory, memory kept for the backward pass
 growth    time and peak memory as the number of classes and of positions grows
+probe     heads trained on cached features, each at the best of a few learning rates: test accuracy over seeds,
+          parameters, seconds; pooling and linear, NOAH, CSRA, SimPool, Efficient Probing, ML-Decoder, timm's
+          AttentionPoolLatent
 
 Each prints a Markdown table, and leaves OUTPUT/WHAT-DEVICE.json and OUTPUT/WHAT-DEVICE.png.
 """
@@ -23,7 +28,7 @@ def parse_args():
         prog='benchmark.py', description=__doc__.removeprefix('Floor 5: '),
         formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
     add = parser.add_argument
-    add('what', nargs='+', metavar='WHAT', help='head, pairs, training, growth')
+    add('what', nargs='+', metavar='WHAT', help='head, pairs, training, growth, probe')
     add('--device', metavar='NAME', help='cpu (default) or cuda')
     add('--threads', type=int, metavar='N', help='CPU threads (1)')
     add('--output', metavar='DIR', help='folder of the results (results/benchmark)')
@@ -33,7 +38,29 @@ def parse_args():
     add('--num-classes', type=int, nargs='+', metavar='N', help='of training (1000 21843)')
     add('--models', nargs='+', metavar='NAME', help='of pairs (all 25)')
     add('--dtype', metavar='NAME', help='float32 (default), or autocast to bfloat16 or float16')
-    add('--quick', action='store_true', help='a smoke run: few cases, two repeats; its figures mean nothing')
+    add('--quick', action='store_true', help='a smoke run: few cases, two repeats or seeds; its figures mean nothing')
+    add = parser.add_argument_group('probe', 'refused with other measures alone').add_argument
+    add('--model', metavar='NAME', help="timm name, 'hf-hub:...' or 'local-dir:...' (resnet18)")
+    add('--pretrained', action=argparse.BooleanOptionalAction, help='with its weights (yes, but in a smoke run)')
+    add('--dataset', metavar='NAME', help='as of train.py, of one class per image (fashion_mnist)')
+    add('--data-dir', metavar='DIR', help='folder of the data')
+    add('--input-key', metavar='NAME', help="column of the images, of 'hfds/...'")
+    add('--target-key', metavar='NAME', help='column of the labels')
+    add('--train-split', metavar='NAME', help='split to train on (train)')
+    add('--val-split', metavar='NAME', help='split to test on (validation)')
+    add('--val-fraction', type=float, metavar='F',
+        help='share of the training split to test on instead, for data without another split')
+    add('--train-images', type=int, metavar='N', help='images to train on, as many of each class (all)')
+    add('--img-size', type=int, metavar='N', help="image size (the model's)")
+    add('--heads', nargs='+', metavar='NAME',
+        help='linear, noah, csra, simpool, efficient_probing, ml_decoder, latent (all)')
+    add('--seeds', type=int, metavar='N', help='trainings of every head (3)')
+    add('--updates', type=int, metavar='N', help='of every training, of 64 images (1000)')
+    add('--lrs', type=float, nargs='+', metavar='F',
+        help='learning rates to choose from, by a fifth of the training images (2e-4 1e-3 5e-3 2.5e-2); up to '
+             'two more where the best is at an end')
+    add('--cache-features', metavar='DIR', help='folder where the features are kept (~/.cache/noah_zoo/features)')
+    add('-j', '--workers', type=int, metavar='N', help='processes that load images (2)')
     return parser, parser.parse_args()
 
 

@@ -21,11 +21,12 @@ from noah_zoo.benchmark import HEADS, SHAPES, Case, PlainNoahHead, Run, benchmar
 from noah_zoo.benchmark_report import mean_losses, mean_ratios, table_pairs
 from noah_zoo.catalog import CATALOG
 from noah_zoo.measure import peak_memory, ratio, saved_bytes, summary, time_in_turn
-from noah_zoo.other_heads import CSRA, MLDecoder
+from noah_zoo.other_heads import CSRA, EfficientProbing, MLDecoder, SimPool
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = [sys.executable, str(ROOT / 'scripts' / 'benchmark.py')]
 MB = 10 ** 6
+FORMATS = {'NCHW': (3, 6, 2, 4), 'NLC': (3, 8, 6)}
 
 
 # The other heads
@@ -98,6 +99,77 @@ def test_ml_decoder_parameters_order_of_positions_and_gradients(num_classes):
     logits.logsumexp(dim=1).sum().backward()
     for name, tensor in [('x', x), *head.named_parameters()]:
         assert tensor.grad.isfinite().all() and tensor.grad.any(), name
+
+
+def rows_of(x, input_fmt):
+    """For each image a list of positions, each a list of channels."""
+    return (x.flatten(2).transpose(1, 2) if input_fmt == 'NCHW' else x).tolist()
+
+
+def softmax(scores):
+    powers = [math.exp(score) for score in scores]
+    return [power / sum(powers) for power in powers]
+
+
+def dot(a, b):
+    return sum(x * y for x, y in zip(a, b, strict=True))
+
+
+def classify(layer, pooled):
+    return [dot(row, pooled) + bias for row, bias in zip(layer.weight.tolist(), layer.bias.tolist(), strict=True)]
+
+
+@pytest.mark.parametrize('input_fmt', FORMATS)
+@pytest.mark.parametrize('gamma', [1., 1.25, 2.])
+def test_simpool_is_the_paper_s_equations(gamma, input_fmt):
+    torch.manual_seed(0)
+    head = SimPool(6, 5, gamma=gamma, input_fmt=input_fmt).double()
+    torch.nn.init.normal_(head.norm.weight), torch.nn.init.normal_(head.norm.bias)
+    x = 2 * torch.randn(*FORMATS[input_fmt], dtype=torch.float64) + 1
+    weights, biases = head.norm.weight.tolist(), head.norm.bias.tolist()
+    wq, wk = head.query.weight.tolist(), head.key.weight.tolist()
+    expected = []
+    for positions in rows_of(x, input_fmt):
+        normed = []
+        for channels in positions:
+            mean = sum(channels) / 6
+            std = math.sqrt(sum((c - mean) ** 2 for c in channels) / 6 + 1e-6)
+            normed.append([(c - mean) / std * w + b for c, w, b in zip(channels, weights, biases, strict=True)])
+        average = [sum(column) / len(positions) for column in zip(*positions)]
+        query = [dot(row, average) for row in wq]
+        attention = softmax([dot(query, [dot(row, key) for row in wk]) / math.sqrt(6) for key in normed])
+        least = min(min(channels) for channels in normed)
+        pooled = [
+            sum(a * (channels[c] - least + 1e-6) ** gamma for a, channels in zip(attention, normed)) ** (1 / gamma)
+            for c in range(6)]
+        expected.append(classify(head.classifier, pooled))
+    expected = torch.tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(head(x), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize('input_fmt', FORMATS)
+@pytest.mark.parametrize('num_queries, width', [(1, None), (3, None), (2, 4), (4, 12)])
+def test_efficient_probing_is_the_paper_s_equations(num_queries, width, input_fmt):
+    torch.manual_seed(0)
+    head = EfficientProbing(6, 5, num_queries=num_queries, width=width, input_fmt=input_fmt).double()
+    torch.nn.init.normal_(head.queries_GC)  # so that the attention is not nearly uniform
+    x = torch.randn(*FORMATS[input_fmt], dtype=torch.float64)
+    part = (width or 6) // num_queries
+    expected = []
+    for positions in rows_of(x, input_fmt):
+        pooled = []
+        for i, query in enumerate(head.queries_GC.tolist()):
+            attention = softmax([dot(query, channels) / math.sqrt(6) for channels in positions])
+            for row in head.value.weight.tolist()[i * part:(i + 1) * part]:
+                pooled.append(sum(a * dot(row, channels) for a, channels in zip(attention, positions)))
+        expected.append(classify(head.classifier, pooled))
+    expected = torch.tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(head(x), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_efficient_probing_needs_queries_that_divide():
+    with pytest.raises(ValueError, match='width=10 is not a multiple of num_queries=4'):
+        EfficientProbing(10, 3, num_queries=4)
 
 
 @pytest.mark.parametrize('case', SHAPES, ids=lambda case: f'{case.in_features}-{case.positions}')
@@ -323,7 +395,7 @@ def test_too_large_for_the_plain_form(monkeypatch, tmp_path, caplog):
 
 
 @pytest.mark.parametrize('settings, message', [
-    (dict(what=['heads']), "what: 'heads' is not one of head, pairs, training, growth"),
+    (dict(what=['heads']), "what: 'heads' is not one of head, pairs, training, growth, probe"),
     (dict(device='tpu'), "device: 'tpu' is not one of cpu, cuda"),
     (dict(dtype='int8'), "dtype: 'int8' is not one of float32, bfloat16, float16"),
     (dict(models=['resnet50', 'resnet51']), "'resnet51' is not a model of Table XVII; choose from resnet18_noah, "),

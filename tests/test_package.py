@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {  # lower floors know nothing of higher ones
     'poca': 1, 'poca_cpu': 1, 'poca_triton': 1, 'head': 1, 'ablations': 1, 'catalog': 1, 'recipes': 1, 'images': 1,
     'attach': 2, 'models': 2, 'weights': 3, 'attention': 4, 'demo': 4, 'export': 4, 'figures': 4, 'inference': 4,
-    'training': 4, 'benchmark': 4, 'benchmark_report': 4, 'measure': 4, 'other_heads': 4}
+    'training': 4, 'benchmark': 4, 'benchmark_report': 4, 'measure': 4, 'other_heads': 4, 'probe': 4}
 SOURCES = sorted((ROOT / 'noah_zoo').rglob('*.py')) + sorted((ROOT / 'scripts').glob('*.py'))
 
 
