@@ -177,7 +177,8 @@ def reference(model: nn.Module) -> Dict[str, Tensor]:
     outputs = {
         'input': x, 'features': features, 'pre_logits': model.forward_head(features, pre_logits=True),
         'logits': model.forward_head(features)}
-    return {key: value.contiguous() for key, value in outputs.items()}
+    # pooled features may be a view: a class token is one of the features
+    return {key: value.clone(memory_format=torch.contiguous_format) for key, value in outputs.items()}
 
 
 def _close(ours: Dict[str, Tensor], theirs: Dict[str, Tensor]) -> bool:
