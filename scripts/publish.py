@@ -4,6 +4,7 @@
     python scripts/publish.py resnet50_noah resnet50 --from weights --dry-run   # converted folders or released files
     python scripts/publish.py --all --from official --namespace my-mirror       # all 50; skips what is done
     python scripts/publish.py --from runs/pets --repo-id you/your-model         # your own training run
+    python scripts/publish.py --from runs/pets --repo-id you/pets-head --head-only   # of a frozen one, what it trained
 
 Log in first: `hf auth login`, or set HF_TOKEN. A call that was interrupted is simply repeated.
 """
@@ -20,6 +21,7 @@ def parse_args():
     add('--all', action='store_true', help='all 50 models of the release')
     add('--namespace', metavar='N', help='user or organisation (noah-zoo)')
     add('--repo-id', metavar='USER/MODEL', help='publish the training run in DIR under this name')
+    add('--head-only', action='store_true', help='of a run with a frozen backbone from the Hub: send the head alone')
     add('--private', action='store_true', help='make the repository private')
     add('--dry-run', action='store_true', help='do everything but ask or change the Hub')
     args = parser.parse_args()
@@ -27,6 +29,8 @@ def parse_args():
         parser.error('name models, or give --all, or give --repo-id for a training run')
     if args.repo_id and args.namespace:
         parser.error('--repo-id has the namespace already')
+    if args.head_only and not args.repo_id:
+        parser.error('--head-only is for a training run; give its --repo-id')
     return parser, args
 
 
@@ -43,7 +47,7 @@ def main() -> None:
     failed = 0
     try:
         if args.repo_id:
-            publish_run(args.source, args.repo_id, args.private, args.dry_run)
+            publish_run(args.source, args.repo_id, args.private, args.dry_run, args.head_only)
             print(f"timm.create_model('hf-hub:{args.repo_id}', pretrained=True)")
             return
         names = args.names or released()

@@ -207,7 +207,8 @@ def build_model(
             pretrained_filter_fn=_whole(variant, cfg, filter_fn), cache_dir=cache_dir, **kwargs)
     except SafetensorError as error:
         raise WeightsError(f'{variant}: {cfg.file} is damaged or not in the safetensors format: {error}') from None
-    model.pretrained_cfg.pop('state_dict', None)  # it has been loaded, and would only hold the memory
+    for module in model.modules():  # of features_only, the model inside has it too
+        (getattr(module, 'pretrained_cfg', None) or {}).pop('state_dict', None)  # loaded, it would only hold the memory
     if isinstance(model, NoahModel) and model.num_classes:
         model.pretrained_cfg['classifier'] = classifier_names(model)
     return model

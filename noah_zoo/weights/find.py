@@ -9,9 +9,10 @@ from typing import Any, Dict, Optional, Tuple
 from safetensors import SafetensorError, safe_open
 from timm.models import PretrainedCfg, get_pretrained_cfg
 
-from ..catalog import NAMESPACE, PUBLISHED, SHIPPED, TAG
+from ..catalog import NAMESPACE, PUBLISHED, SHIPPED, TAG, registered
 from ..models.build import WEIGHT_PLACES, WeightsError
 from .drive import fetch_released
+from .head_only import whole_weights
 from .hub import MissingFileError, fetch
 from .official import read_official, weights_in
 
@@ -24,7 +25,8 @@ def find_weights(
     """The pretrained cfg with the place of verified weights; the log says which.
 
     In this order: what the caller gave; weights inside the package; the Hub, for a tag whose revision and sha256 are
-    recorded, or in the namespace NOAH_ZOO_NAMESPACE if that is set; the authors' file on Google Drive, converted.
+    recorded, or in the namespace NOAH_ZOO_NAMESPACE if that is set; the authors' file on Google Drive, converted. Of
+    weights that are a head alone, given by a repository, folder or file, the backbone is fetched as well.
 
     Args:
         variant: The model's name.
@@ -68,6 +70,28 @@ def find_weights(
     return replace(cfg, file=str(file), source=None), dict(pre_logits=True) if pre_logits else {}
 
 
+def place_on_hub(source: str) -> Optional[Tuple[str, str, Optional[str]]]:
+    """Repository, file and revision of what `timm.create_model(source, pretrained=True)` loads; None if elsewhere."""
+    scheme, colon, hub_id = source.partition(':')
+    filename = None
+    if colon and scheme not in ('hf-hub', 'hf_hub'):
+        return None
+    if not colon:
+        try:
+            cfg = get_pretrained_cfg(source) or PretrainedCfg()
+        except RuntimeError:  # a tag that timm does not know
+            return None
+        hub_id, filename = cfg.hf_hub_id, cfg.hf_hub_filename
+        namespace = os.environ.get('NOAH_ZOO_NAMESPACE')
+        if namespace and cfg.tag == TAG and cfg.architecture in registered():
+            repo_id = f'{namespace}/{cfg.architecture}.{TAG}'
+            hub_id = f'{repo_id}@{PUBLISHED[repo_id].revision}' if repo_id in PUBLISHED else repo_id
+    if not hub_id:
+        return None
+    repo_id, _, revision = hub_id.partition('@')
+    return repo_id, filename or 'model.safetensors', revision or None
+
+
 def _given(variant: str, cfg: PretrainedCfg, cache_dir: Optional[str]) -> PretrainedCfg:
     """The caller's own place; a repository on the Hub is fetched with care, the others are timm's to load."""
     place = next((place for place in ('state_dict', 'file', 'hf_hub_id', 'url') if getattr(cfg, place)), None)
@@ -79,6 +103,9 @@ def _given(variant: str, cfg: PretrainedCfg, cache_dir: Optional[str]) -> Pretra
         raise WeightsError(f'{variant}: the weights were to come from {cfg.file}, which does not exist')
     if place != 'hf_hub_id':
         _logger.info('%s: weights from %s', variant, 'a state dict' if place == 'state_dict' else getattr(cfg, place))
+        if place == 'file':
+            file = Path(cfg.file)
+            return _completed(variant, cfg, file / 'model.safetensors' if file.is_dir() else file, cache_dir)
         return cfg
     repo_id, _, revision = cfg.hf_hub_id.partition('@')
     get = partial(fetch, variant, repo_id, revision=revision or None, cache_dir=cache_dir)
@@ -93,8 +120,14 @@ def _given(variant: str, cfg: PretrainedCfg, cache_dir: Optional[str]) -> Pretra
             raise error from None
     _logger.info('%s: weights from %s on the Hub (%s)', variant, cfg.hf_hub_id, file)
     if file.suffix == '.safetensors':
-        return replace(cfg, file=str(file), source=None)
+        return _completed(variant, replace(cfg, file=str(file), source=None), file, cache_dir)
     try:
         return replace(cfg, state_dict=weights_in(read_official(file), variant), source=None)
     except ValueError as error:
         raise WeightsError(f'{variant}: {repo_id} on the Hub has no safetensors, only a pickle: {error}') from None
+
+
+def _completed(variant: str, cfg: PretrainedCfg, file: Path, cache_dir: Optional[str]) -> PretrainedCfg:
+    """The cfg as it is, or with all weights where the file has those of the head alone."""
+    weights = whole_weights(variant, file, cache_dir)
+    return cfg if weights is None else replace(cfg, state_dict=weights, source=None)

@@ -162,7 +162,7 @@ def _fetch(
     if sha256 and re.fullmatch('[0-9a-f]{64}', remote.etag or '') and remote.etag != sha256:
         raise WeightsError(
             f'{name}: {repo_id} on the Hub has another {filename} than the recorded one: its sha256 is '
-            f'{remote.etag}, expected {sha256}; nothing was downloaded. Update noah_zoo, or tell its maintainers')
+            f'{remote.etag}, expected {sha256}; nothing was downloaded. Update noah_zoo, or tell who recorded it')
     download = partial(hf_hub_download, repo_id, filename, revision=revision, cache_dir=cache_dir)
     problem = None
     try:

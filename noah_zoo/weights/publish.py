@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import Dict, List, Optional, Union
+from typing import Dict, List, Optional, Tuple, Union
 
 import timm
 import torch
@@ -17,13 +17,15 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..catalog import NAMESPACE, PUBLISHED, RECORD, TAG, Published
+from ..catalog import CATALOG, NAMESPACE, PUBLISHED, RECORD, TAG, Published
 from ..models.build import WeightsError
 from .cards import model_card
 from .drive import fetch_released
+from .find import place_on_hub
+from .head_only import write_head
 from .hub import damage, fetch, sha256_of
 from .official import convert_file, released_model, write_folder
-from .run_card import run_card
+from .run_card import run_card, start_of
 
 _logger = logging.getLogger(__name__)
 
@@ -83,14 +85,20 @@ def publish_model(
 
 
 def publish_run(
-        run_dir: Union[str, Path], repo_id: str, private: bool = False, dry_run: bool = False) -> Optional[Published]:
+        run_dir: Union[str, Path],
+        repo_id: str,
+        private: bool = False,
+        dry_run: bool = False,
+        head_only: bool = False,
+) -> Optional[Published]:
     """Publish the best weights of a training run, for `timm.create_model('hf-hub:REPO_ID', pretrained=True)`.
 
     Args:
         run_dir: The folder of a finished run of `noah_zoo.training.train`.
         repo_id: USER/MODEL on the Hub.
         private: Make the repository private.
-        dry_run: Do all but ask or change the Hub.
+        dry_run: Do all but ask or change the Hub; for the head alone, the backbone is fetched all the same.
+        head_only: Send the head alone. It was trained on a frozen backbone, which is on the Hub already.
 
     Returns:
         The revision and the weights' sha256; None after a dry run.
@@ -100,16 +108,54 @@ def publish_run(
     """
     if not re.fullmatch(r'[\w.-]+/[\w.-]+', repo_id):
         raise ValueError(f'--repo-id {repo_id!r} is not of the form USER/MODEL')
+    run_dir = Path(run_dir)
     for filename in ('summary.json', f'best/{WEIGHTS}', f'best/{CONFIG}'):
-        if not (Path(run_dir) / filename).is_file():
+        if not (run_dir / filename).is_file():
             raise FileNotFoundError(f'{run_dir} has no {filename}: not the folder of a finished run')
+    card = run_card(run_dir, repo_id)
+    place = _backbone_place(run_dir) if head_only else None
     if not dry_run:
         _check_login(repo_id)
-    return publish_folder(Path(run_dir) / 'best', repo_id, run_card(Path(run_dir), repo_id), private, dry_run)
+    best = run_dir / 'best'
+    if place is None:
+        return publish_folder(best, repo_id, card, private, dry_run)
+    with tempfile.TemporaryDirectory() as scratch:
+        head = Path(scratch) / 'head'
+        backbone = write_head(best, head, *place)
+        card = run_card(run_dir, repo_id, backbone, (head / WEIGHTS).stat().st_size)
+        return publish_folder(head, repo_id, card, private, dry_run, whole=best / WEIGHTS)
+
+
+def _backbone_place(run_dir: Path) -> Tuple[str, str, Optional[str]]:
+    """Repository, file and revision of the backbone that a run trained a head on.
+
+    Raises:
+        ValueError: If the run trained something else, or the backbone is not on the Hub.
+    """
+    architecture = json.loads((run_dir / 'best' / CONFIG).read_text(encoding='utf-8'))['architecture']
+    settings = json.loads((run_dir / 'summary.json').read_text(encoding='utf-8'))['config']
+    source = start_of(settings)
+    place = source and place_on_hub(source)
+    reason = None
+    if architecture not in (*CATALOG, 'noah'):
+        reason = f'{architecture} is not a NOAH model'
+    elif not settings.get('freeze'):
+        reason = 'it trained the backbone, too'
+    elif not source:
+        reason = 'it was trained from scratch'
+    elif not place or not place[1].endswith('.safetensors'):
+        reason = f'it started from {source}, which is not a safetensors file in a repository on the Hub'
+    if reason:
+        raise ValueError(
+            f'{run_dir}: no head alone can be published: {reason}. Accepted is a run with --freeze or --cache-features '
+            f'of a NOAH model (or --model noah with pretrained_backbone=) that started from weights on the Hub; any '
+            f'run can be published whole')
+    return place
 
 
 def publish_folder(
         folder: Path, repo_id: str, card: ModelCard, private: bool = False, dry_run: bool = False,
+        whole: Optional[Path] = None,
 ) -> Optional[Published]:
     """Publish a folder with `model.safetensors` and timm's `config.json`.
 
@@ -124,6 +170,7 @@ def publish_folder(
         card: The model card.
         private: Make the repository private.
         dry_run: Do all but ask or change the Hub.
+        whole: All weights of the model, if the folder's are a head alone.
 
     Returns:
         The revision and the weights' sha256; None after a dry run.
@@ -137,7 +184,7 @@ def publish_folder(
         for filename in (WEIGHTS, CONFIG):
             shutil.copyfile(folder / filename, staging / filename)
         card.save(staging / CARD)
-        outputs = reference(_load(staging))
+        outputs = reference(_load(staging, whole))
         save_file(outputs, staging / REFERENCE)
         published = Published('', sha256_of(staging / WEIGHTS))
         if dry_run:
@@ -177,7 +224,8 @@ def reference(model: nn.Module) -> Dict[str, Tensor]:
     outputs = {
         'input': x, 'features': features, 'pre_logits': model.forward_head(features, pre_logits=True),
         'logits': model.forward_head(features)}
-    return {key: value.contiguous() for key, value in outputs.items()}
+    # pooled features may be a view: a class token is one of the features
+    return {key: value.clone(memory_format=torch.contiguous_format) for key, value in outputs.items()}
 
 
 def _close(ours: Dict[str, Tensor], theirs: Dict[str, Tensor]) -> bool:
@@ -217,10 +265,10 @@ def _check_parameters(name: str, folder: Path) -> None:
         raise ValueError(f'{name}: {folder} has {count:,} parameters, expected {expected}')
 
 
-def _load(folder: Path) -> nn.Module:
-    """The model of a folder, its parameters exactly those of the file."""
+def _load(folder: Path, whole: Optional[Path] = None) -> nn.Module:
+    """The model of a folder, its parameters exactly those of the file, or of the one with all weights."""
     model = timm.create_model(f'local-dir:{folder}', pretrained=True)
-    weights, loaded = load_file(folder / WEIGHTS), model.state_dict()
+    weights, loaded = load_file(whole or folder / WEIGHTS), model.state_dict()
     if weights.keys() != loaded.keys() or not all(torch.equal(weights[key], loaded[key]) for key in weights):
         raise WeightsError(f'{folder}: the model does not hold the weights of the file as they are')
     return model

@@ -11,12 +11,15 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..catalog import CATALOG
 from .cards import BIBTEX, INSTALL, is_ours, make_card, make_table, preprocessing, snippet
+from .find import place_on_hub
+from .head_only import Backbone
 
 _DATASETS = {  # train.py's own names: id on the Hub, name, splits
     'fashion_mnist': ('zalando-datasets/fashion_mnist', 'Fashion-MNIST', {'validation': 'test'})}
 
 
-def run_card(run_dir: Union[str, Path], repo_id: str) -> ModelCard:
+def run_card(
+        run_dir: Union[str, Path], repo_id: str, backbone: Optional[Backbone] = None, head_bytes: int = 0) -> ModelCard:
     """The card of a model that scripts/train.py has trained.
 
     Nothing is said that the run does not record: no license, no dataset id for a folder, no base model for training
@@ -25,6 +28,8 @@ def run_card(run_dir: Union[str, Path], repo_id: str) -> ModelCard:
     Args:
         run_dir: Folder of a finished run, with `best/config.json` and `summary.json`.
         repo_id: The repository on the Hub.
+        backbone: Where the rest is, if the repository has the head alone.
+        head_bytes: Size of the weights then.
 
     Raises:
         FileNotFoundError: If one of the two files is missing.
@@ -56,7 +61,8 @@ def run_card(run_dir: Union[str, Path], repo_id: str) -> ModelCard:
         model_name=model_name if results else None,
         library_name='timm',
         pipeline_tag='image-classification',
-        base_model=_base_model(settings),
+        base_model=backbone.repo_id if backbone else _base_model(settings),
+        **(dict(base_model_relation='adapter') if backbone else {}),
         datasets=[dataset_id] if dataset_id else None,
         metrics=['mAP' if several else 'accuracy'] if results else None,
         tags=['image-classification', 'timm'] + ['noah'] * is_noah,
@@ -69,6 +75,7 @@ def run_card(run_dir: Union[str, Path], repo_id: str) -> ModelCard:
     sections = (
         f'# {model_name}', f'{_title(config)} trained on {dataset} with `scripts/train.py` of noah_zoo.',
         '## Use', _run_usage(architecture, repo_id, bool(labels), several),
+        *(('## Only the head', _only_the_head(backbone, head_bytes)) if backbone else ()),
         '## Model', _run_details(config, summary),
         '## Results', f'On the split `{split}` of {dataset}: {"; ".join(measured)}. One run of {epochs} epochs, '
         f'seed {seed}; the weights are those of epoch {best["epoch"]}, the best on this split.',
@@ -90,6 +97,16 @@ def _run_usage(architecture: str, repo_id: str, has_labels: bool, several: bool)
         f'hf-hub:{repo_id}', [f'names = {labels}'], 'create_transform, resolve_model_data_config', package=ours)
     text = text.replace('.softmax(dim=0)', '.sigmoid()') if several else text
     return (f'{INSTALL}\n\n' if ours else '') + text
+
+
+def _only_the_head(backbone: Backbone, head_bytes: int) -> str:
+    rows = [
+        ('repository', f'[{backbone.repo_id}](https://huggingface.co/{backbone.repo_id}/tree/{backbone.revision})'),
+        ('revision', f'`{backbone.revision}`'), ('file', f'`{backbone.filename}`'), ('sha256', f'`{backbone.sha256}`')]
+    return (
+        f'The backbone was frozen in training, so `model.safetensors` has the head alone, {head_bytes / 1e3:,.1f} kB. '
+        f'noah_zoo takes the backbone from its own repository, as it was, and refuses another:\n\n'
+        f'{make_table(("backbone", ""), rows)}')
 
 
 def _run_details(config: Dict[str, Any], summary: Dict[str, Any]) -> str:
@@ -143,21 +160,18 @@ def _dataset(settings: Dict[str, Any]) -> Tuple[Optional[str], str, str]:
     return None, 'a folder of images' if name == 'folder' else name, split
 
 
-def _base_model(settings: Dict[str, Any]) -> Optional[str]:
-    """Id on the Hub of the weights that a run started from; None for none, or for a local file."""
+def start_of(settings: Dict[str, Any]) -> Optional[str]:
+    """The weights that a run started from, in timm's words or as a path; None for none."""
     pretrained = settings.get('pretrained')
     source = settings['model'] if pretrained is True else pretrained
-    source = source or (settings.get('model_kwargs') or {}).get('pretrained_backbone')
-    if not source:
-        return None
-    scheme, _, rest = source.partition(':')
-    if scheme in ('hf-hub', 'hf_hub'):
-        return rest.split('@')[0]
-    try:
-        cfg = timm.get_pretrained_cfg(source)
-    except RuntimeError:  # a tag that timm does not know
-        return None
-    return cfg.hf_hub_id.split('@')[0] if cfg is not None and cfg.hf_hub_id else None
+    return source or (settings.get('model_kwargs') or {}).get('pretrained_backbone')
+
+
+def _base_model(settings: Dict[str, Any]) -> Optional[str]:
+    """Id on the Hub of the weights that a run started from; None for none, or for a local file."""
+    source = start_of(settings)
+    place = source and place_on_hub(source)
+    return place[0] if place else None
 
 
 def _run_command(settings: Dict[str, Any]) -> str:
