@@ -12,7 +12,7 @@ from typing import Callable, Dict, Optional
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .head import NoahHead
+from .head import VALUE_SCALE, NoahHead
 
 
 class PocaVariant(NoahHead):
@@ -73,8 +73,9 @@ class ProjectedSum(PocaVariant):
             self.fc = nn.Linear(in_features, num_classes, device=like.device, dtype=like.dtype)
             self.reset_parameters()
 
-    def begin_as_pooling(self) -> None:
-        nn.init.normal_(self.fc.weight, std=0.01)  # the number of maps has nothing to do with that of classes
+    def reset_for_few_classes(self) -> None:
+        if hasattr(self, 'fc'):  # the other layers have as many outputs whatever the number of classes
+            nn.init.normal_(self.fc.weight, std=VALUE_SCALE * self.fc.in_features ** -0.5)
 
     def merge(self, poca_BNKL: Tensor) -> Tensor:
         return self.fc(poca_BNKL.sum(dim=(1, 3)))
@@ -93,8 +94,7 @@ class ProjectedConcat(PocaVariant):
             self.fc = nn.Linear(self.num_groups * num_maps, num_classes, device=like.device, dtype=like.dtype)
             self.reset_parameters()
 
-    def begin_as_pooling(self) -> None:
-        nn.init.normal_(self.fc.weight, std=0.01)
+    reset_for_few_classes = ProjectedSum.reset_for_few_classes
 
     def merge(self, poca_BNKL: Tensor) -> Tensor:
         return self.fc(poca_BNKL.sum(dim=3).flatten(1))
@@ -142,11 +142,6 @@ class DeeperEmbeddings(PocaVariant):
             self.key = nn.Sequential(self.embedding(self.key_features, widths[0], like), self.key)
             self.value = nn.Sequential(self.embedding(self.value_features, widths[1], like), self.value)
             self.reset_parameters()
-
-    def begin_as_pooling(self) -> None:
-        if isinstance(self.key, nn.Sequential):  # NoahHead comes first, with layers of its own
-            nn.init.zeros_(self.key[-1].weight)
-            nn.init.normal_(self.value[-1].weight, std=0.01)
 
 
 class SelfAttentionHead(NoahHead):

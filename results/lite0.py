@@ -34,7 +34,7 @@ def state_dict(model: torch.nn.Module) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('folder', help='where the model is left, in the layout of the Hub; left as it is if it is there')
+    parser.add_argument('folder', help='where the model is left, in the layout of the Hub')
     folder = Path(parser.parse_args().folder)
     if (folder / 'model.safetensors').exists():
         return

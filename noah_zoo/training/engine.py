@@ -564,6 +564,11 @@ def _create_model(config: TrainConfig, class_names: Tuple[str, ...]) -> nn.Modul
         raise ValueError(f'{config.model} does not take these arguments: {error}') from None
     if config.img_size:
         set_image_size(model, config.img_size)  # a saved model is built at the size that was saved with it
+    classifier = model.get_classifier()
+    if config.pretrained and model.num_classes != model.pretrained_cfg['num_classes'] and type(classifier) is nn.Linear:
+        # Some families of timm start it 18 times as large for 10 classes, which few images cannot unlearn.
+        nn.init.normal_(classifier.weight, std=0.01)
+        nn.init.zeros_(classifier.bias)
     return model
 
 

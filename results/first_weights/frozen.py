@@ -4,7 +4,7 @@
     python results/first_weights/frozen.py --backbone runs/lite0 --classes 2 10 37 100 1000 --groups 1 4 8 \
         --output runs/first_weights
 
-Heads of 2 and 10 classes see single images of Fashion-MNIST (shirts against T-shirts; all), 300 for each class, at 4 x 4
+Heads of 2 and 10 classes see single images of Fashion-MNIST (T-shirts against shirts; all), 300 of each class, at 4 x 4
 positions; heads of 37 and 100 classes two of them side by side, the class being which on the left and which on the
 right, 3,000 in all at 3 x 6 positions; heads of 1,000 classes three, 3,000 in all at 2 x 6 positions. A seed chooses
 the training images from twice as many, their order and the first weights; 2,000 (two classes) to 5,000 images made of
@@ -66,18 +66,17 @@ def features_of(model: nn.Module, images: np.ndarray) -> torch.Tensor:
 
 
 def start(head: noah_zoo.NoahHead, name: str) -> None:
-    """The candidates; biases are zero in all of them."""
+    """The candidates; biases are zero in all of them. 'scores_S' gives features of standard deviation 1 scores of S."""
     n, k = head.num_groups, head.num_classes
-    per_logit = n * head.value.weight.shape[1]
+    per_score, per_logit = head.key.weight.shape[1], n * head.value.weight.shape[1]  # weights of a score, of a logit
     key, value = {
         'fan_out': (math.sqrt(2 / (n * k)),) * 2,  # the authors' release
         'as_1000': (math.sqrt(2 / (n * 1000)),) * 2,  # the same, as for 1,000 classes
-        'std_0.01': (0.01, 0.01),
-        'zero_keys_as_1000': (0., math.sqrt(2 / (n * 1000))),
-        'zero_keys_0.01': (0., 0.01),
-        'zero_keys_fan_in': (0., math.sqrt(1 / (3 * per_logit))),  # the scale of nn.Linear over as many channels
-        'zero_keys_0.001': (0., 0.001),
+        'std_0.01': (0.01, 0.01),  # as timm's heads
         'zero': (0., 0.),
+        'scores_0': (0., 0.3 / math.sqrt(per_logit)),  # it begins as pooling
+        'scores_0.5': (0.5 / math.sqrt(per_score), 0.3 / math.sqrt(per_logit)),
+        'scores_1': (1 / math.sqrt(per_score), 0.3 / math.sqrt(per_logit)),
     }[name]
     for layer, std in ((head.key, key), (head.value, value)):
         nn.init.normal_(layer.weight, std=std)
@@ -124,9 +123,9 @@ def main() -> None:
     add('--output', required=True)
     add('--classes', type=int, nargs='+', default=[2, 10, 37, 100, 1000])
     add('--groups', type=int, nargs='+', default=[1, 4, 8])
-    add('--candidates', nargs='+', 
-        default=['fan_out', 'as_1000', 'std_0.01', 'zero_keys_0.01', 'zero_keys_fan_in', 'zero_keys_0.001', 'zero'])
-    add('--lr', type=float, nargs='+', default=[3e-4, 1e-3, 3e-3])
+    add('--candidates', nargs='+',
+        default=['fan_out', 'as_1000', 'std_0.01', 'zero', 'scores_0', 'scores_0.5', 'scores_1'])
+    add('--lr', type=float, nargs='+', default=[3e-4, 1e-3])
     add('--epochs', type=int, default=20)
     add('--seeds', type=int, default=5)
     args = parser.parse_args()
@@ -150,10 +149,10 @@ def main() -> None:
             if (k, n, name) in done:
                 continue
 
-            def make():
+            def make(k=k, n=n, name=name, width=x.shape[-1]):
                 if not n:
-                    return Pooled(x.shape[-1], k)
-                head = noah_zoo.NoahHead(x.shape[-1], k, n, KEY_RATIO[n], input_fmt='NLC')
+                    return Pooled(width, k)
+                head = noah_zoo.NoahHead(width, k, n, KEY_RATIO[n], input_fmt='NLC')
                 start(head, name)
                 return head
 

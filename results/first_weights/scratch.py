@@ -1,6 +1,6 @@
 """First weights of the head, compared in training from scratch: scripts/train.py with those of a candidate.
 
-    python results/first_weights/scratch.py zero_keys_0.01 --model resnet18_noah --output runs/x ...
+    python results/first_weights/scratch.py scores_0 --model resnet18_noah --output runs/x ...
 
 Candidates are those of frozen.py, what follows are the flags of scripts/train.py.
 """

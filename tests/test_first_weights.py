@@ -1,0 +1,172 @@
+"""First weights of a head: the authors' for 1,000 classes and more, of one scale below; or the classifier that was."""
+import math
+
+import pytest
+import timm
+import torch
+from timm.models import save_for_hf
+from torch import nn
+
+import noah_zoo
+from noah_zoo import NoahHead
+from noah_zoo.ablations import VARIANTS, head_class
+from noah_zoo.head import KEY_SCALE, VALUE_SCALE
+
+
+def std(tensor):
+    return tensor.square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize('num_classes', [1000, 5089])
+def test_for_many_classes_they_are_those_of_the_release(num_classes):
+    torch.manual_seed(0)
+    head = NoahHead(512, num_classes)
+    torch.manual_seed(0)
+    expected = nn.Conv2d(256, 4 * num_classes, 1, groups=4), nn.Conv2d(256, 4 * num_classes, 1, groups=4)
+    for conv in expected:
+        nn.init.kaiming_normal_(conv.weight, mode='fan_out')
+    for conv, other in zip((head.key, head.value), expected):
+        assert torch.equal(conv.weight, other.weight) and not conv.bias.any()
+        assert std(conv.weight) == pytest.approx(math.sqrt(2 / (4 * num_classes)), rel=0.01)
+
+
+@pytest.mark.parametrize('num_classes', [2, 10, 100, 999])
+@pytest.mark.parametrize('in_features, num_groups, key_ratio', [(192, 4, 1 / 2), (1280, 8, 1 / 4), (2048, 1, 1 / 8)])
+@pytest.mark.parametrize('splits', [{}, dict(split_kv=False), dict(split_kv=False, split_groups=False)])
+def test_for_few_classes_scores_and_logits_have_one_scale(num_classes, in_features, num_groups, key_ratio, splits):
+    torch.manual_seed(0)
+    x = torch.randn(400, in_features, 1, 1)  # of one position, whose attention is 1
+    heads = [NoahHead(in_features, num_classes, num_groups, key_ratio, **splits) for _ in range(8)]
+    with torch.no_grad():
+        scores = std(torch.stack([head.key(x[:, :head.key_features]) for head in heads]))
+        logits = std(torch.stack([head(x) for head in heads]))
+    assert scores == pytest.approx(KEY_SCALE, rel=0.1)
+    assert logits == pytest.approx(VALUE_SCALE, rel=0.15)
+    assert all(not layer.bias.any() for head in heads for layer in (head.key, head.value))
+
+
+def scales(head):
+    return {name: std(p) for name, p in head.named_parameters() if name.endswith('weight')}
+
+
+def test_whatever_makes_a_head_makes_it_so():
+    torch.manual_seed(0)
+    expected = scales(NoahHead(512, 10))
+    reset = timm.create_model('resnet18_noah')
+    assert scales(reset.get_classifier()) == pytest.approx(scales(NoahHead(512, 1000)), rel=0.05)
+    reset.reset_classifier(10)
+    for model in (
+            reset, timm.create_model('resnet18_noah', num_classes=10), noah_zoo.add_noah_head(
+                timm.create_model('resnet18', num_classes=10)),
+            timm.create_model('noah', backbone='resnet18', num_classes=10)):
+        assert scales(model.get_classifier()) == pytest.approx(expected, rel=0.15)
+        model.get_classifier().reset_parameters()
+        assert scales(model.get_classifier()) == pytest.approx(expected, rel=0.15)
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_no_variant_starts_with_large_logits(variant):
+    torch.manual_seed(0)
+    x = torch.randn(64, 512, 4, 4)
+    with torch.no_grad():
+        few, many = (
+            std(head_class(variant)(512, k, num_groups=4, key_ratio=0.5).eval()(x)) for k in (10, 1000))
+    assert 0 < few < 2 * max(many, 0.15)  # a softmax across 1,000 classes makes small logits
+
+
+# The classifier that is there
+
+
+IMAGE = (2, 3, 64, 64)
+
+
+@pytest.mark.parametrize('name', ['resnet18', 'mobilenetv2_050', 'test_byobnet', 'pvt_tiny_050'])
+@pytest.mark.parametrize('splits', [{}, dict(split_groups=False)])
+def test_the_logits_begin_as_those_of_the_classifier(name, splits):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=7).eval()
+    x = torch.randn(IMAGE)
+    with torch.no_grad():
+        own = model(x)
+        assert noah_zoo.add_noah_head(model, split_kv=False, init='classifier', **splits) is model
+        torch.testing.assert_close(model.eval()(x), own, rtol=0, atol=1e-5 * own.abs().max().item())
+    weights = model.get_classifier().value.weight.unflatten(0, (-1, 7)).flatten(2)
+    assert not torch.allclose(weights[0], weights[1])  # blocks that begin alike would stay alike
+
+
+def test_with_a_key_they_are_those_of_the_value_channels():
+    torch.manual_seed(0)
+    model = timm.create_model('resnet18', num_classes=7).eval()
+    x, weight, bias = torch.randn(IMAGE), model.fc.weight, model.fc.bias
+    with torch.no_grad():
+        pooled = model.forward_head(model.forward_features(x), pre_logits=True)
+        noah_zoo.add_noah_head(model, num_groups=4, key_ratio=1 / 4, init='classifier')
+        torch.testing.assert_close(
+            model.eval()(x), pooled[:, 128:] @ weight[:, 128:].T + bias, rtol=1e-5, atol=1e-6)
+        assert not model.fc.key.weight.any()
+    model.train()(x).square().sum().backward()
+    assert model.fc.key.weight.grad.abs().max() > 0  # it learns from there
+
+
+def test_a_convolution_is_a_classifier_too_and_a_bias_may_lack():
+    torch.manual_seed(0)
+    head = NoahHead(32, 5, split_kv=False)
+    conv = nn.Conv2d(32, 5, 1, bias=False)
+    head.begin_as_linear(conv.weight, conv.bias)
+    x = torch.randn(3, 32, 4, 4)
+    torch.testing.assert_close(head(x), conv(x).mean((2, 3)), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=r'weights \[5, 31\] does not fit; expected \[5, 32\]'):
+        head.begin_as_linear(torch.zeros(5, 31))
+
+
+@pytest.mark.parametrize('name, create, kwargs, message', [
+    ('resnet18', {}, dict(num_classes=3), 'its classifier has 7 classes, the head is to have 3'),
+    ('resnet18', {}, dict(noah_variant='c'), 'SigmoidAttention is not the head of the paper'),
+    ('resnet18', dict(global_pool='max'), {}, 'does not read the average over positions'),
+    ('resnet18', dict(global_pool='catavgmax'), {}, 'does not read the average over positions'),
+    ('test_vit', {}, {}, 'does not read the average over positions'),  # a class token
+    ('resnet18', {}, dict(init='linear'), "init='linear' is not one of None, 'classifier'"),
+])
+def test_refused_and_unchanged(name, create, kwargs, message):
+    model = timm.create_model(name, num_classes=7, **create)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        noah_zoo.add_noah_head(model, **{**dict(init='classifier'), **kwargs})
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    assert type(model).__module__.startswith('timm')
+
+
+def test_no_linear_classifier():
+    model = timm.create_model('resnet18', num_classes=7)
+    model.fc = nn.Sequential(nn.Linear(512, 7))
+    with pytest.raises(ValueError, match="resnet18: init='classifier': it has no linear classifier"):
+        noah_zoo.add_noah_head(model, init='classifier')
+
+
+@pytest.mark.parametrize('name, kwargs', [('noah', dict(backbone='resnet18')), ('resnet18_noah', {})])
+def test_by_name(name, kwargs, tmp_path):
+    torch.manual_seed(0)
+    twin = timm.create_model('resnet18', num_classes=7).eval()
+    save_for_hf(twin, str(tmp_path / 'twin'), safe_serialization=True)
+    source = f'local-dir:{tmp_path / "twin"}'
+    kwargs = dict(kwargs, pretrained_backbone=source, init='classifier')
+    model = timm.create_model(name, num_classes=7, split_kv=False, **kwargs).eval()
+    x = torch.randn(IMAGE)
+    with torch.no_grad():
+        own = twin(x)
+        torch.testing.assert_close(model(x), own, rtol=0, atol=1e-5 * own.abs().max().item())
+        nn.init.normal_(model.fc.key.weight)
+        save_for_hf(model, str(tmp_path / 'noah'), safe_serialization=True)
+        again = timm.create_model(f'local-dir:{tmp_path / "noah"}', pretrained=True).eval()
+        assert torch.equal(again(x), model(x))  # and not the classifier once more
+    for change, message in (
+            (dict(num_classes=5), 'its classifier has 7 classes, the head is to have 5'),
+            (dict(init='x'), "init='x' is not one of"),
+            (dict(pretrained_backbone=None), 'needs pretrained_backbone='),
+            (dict(noah_variant='c'), 'SigmoidAttention is not the head of the paper')):
+        with pytest.raises(ValueError, match=message):
+            timm.create_model(name, **{**dict(num_classes=7), **kwargs, **change})
+    with pytest.raises(ValueError, match="pretrained=True and init='classifier' exclude each other"):
+        timm.create_model(
+            'mobilenetv2_035_noah.fashion_mnist', pretrained=True, init='classifier')
