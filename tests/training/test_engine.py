@@ -9,10 +9,13 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from timm.models import save_for_hf
 
 import noah_zoo  # noqa: F401
-from noah_zoo.training import TrainConfig
-from noah_zoo.training.engine import _Run
+from noah_zoo.recipes import RECIPES
+from noah_zoo.training import TrainConfig, configure
+from noah_zoo.training.engine import _create_model, _Run, is_convolutional, precision
+from noah_zoo.training.loader import EpochBatches
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -107,3 +110,84 @@ def test_the_recipe_of_every_family_runs(idx_dir, tmp_path, name):
     log = train(idx_dir, tmp_path / 'run', '--model', name, '--img-size', 64, '--batch-size', 8, '--smoke', 2)
     assert f'recipe of {name}' in log and 'learning rate: ' in log
     assert len((tmp_path / 'run' / 'log.jsonl').read_text().splitlines()) == 2
+
+
+# Epochs of few images, memory layout, precision
+
+
+def order_of(sampler):
+    return [[index for _, _, index in batch] for batch in sampler]
+
+
+def test_an_epoch_of_few_images_passes_over_them_several_times():
+    plain, several = EpochBatches(10, 4, 1, 0, seed=3), EpochBatches(10, 4, 1, 0, seed=3, least=5)
+    assert (plain.passes, len(plain), several.passes, len(several)) == (1, 2, 2, 5)
+    flat = [index for batch in order_of(several) for index in batch]
+    assert flat[:8] == [index for batch in order_of(plain) for index in batch]
+    first, second = flat[:10], flat[10:]
+    assert sorted(first) == sorted(second) == list(range(10)) and first != second
+    assert [position for batch in several for _, position, _ in batch] == list(range(20))  # augmented anew
+    several.start = 3  # it goes on where it was
+    assert order_of(several) == order_of(EpochBatches(10, 4, 1, 0, seed=3, least=5))[3:]
+    parts = [EpochBatches(10, 2, 2, rank, seed=3, least=5) for rank in (0, 1)]
+    assert [a + b for a, b in zip(*map(order_of, parts))] == order_of(EpochBatches(10, 4, 1, 0, seed=3, least=5))
+    assert len(EpochBatches(3, 64, 1, 0, seed=0, least=20)) == 20  # fewer images than a batch has
+    assert EpochBatches(10_000, 64, 1, 0, seed=0, least=20).passes == 1
+
+
+def test_epoch_updates_of_a_recipe_and_of_a_run(idx_dir, tmp_path):
+    assert configure('resnet18', 'x', 'finetune').epoch_updates == 20
+    assert configure('resnet18', 'x', 'finetune', epochs=3).epoch_updates == 0  # 3 passes, as asked for
+    assert configure('resnet18', 'x', 'finetune', epochs=3, epoch_updates=5).epoch_updates == 5
+    assert all(not recipe.epoch_updates for name, recipe in RECIPES.items() if name != 'finetune')
+    said = train(
+        idx_dir, tmp_path, '--model', 'mobilenetv2_035_noah', '--recipe', 'none', '--img-size', 32, '-b', 32,
+        '--epochs', 2, '--epoch-updates', 5, '--device-batch-size', 16)
+    assert 'an epoch passes 4 times over the 48 training images: 6 updates' in said
+    assert len((tmp_path / 'log.jsonl').read_text().splitlines()) == 2
+    checkpoints = sorted(path.name for path in (tmp_path / 'checkpoints').iterdir())
+    assert checkpoints == ['update-000000006', 'update-000000012']
+
+
+@pytest.mark.parametrize('name, convolutional', [
+    ('resnet18_noah', True), ('mobilenetv2_035', True), ('mobilenetv2_035_noah', True), ('shufflenetv2_100_noah', True),
+    ('tf_efficientnet_lite0', True), ('deit_tiny_050_patch16_224_noah', False), ('pvt_tiny_050_noah', False),
+    ('mixer_s16_050_224', False), ('gmlp_ti16_050_224_noah', False), ('deit_tiny_distilled_patch16_224', False)])
+def test_channels_last_is_for_convolutions(name, convolutional):
+    with torch.device('meta'):
+        model = timm.create_model(name, num_classes=1000)
+    assert is_convolutional(model) is convolutional
+
+
+@pytest.mark.parametrize('given, kept', [(None, True), (False, False), (True, True)])
+def test_memory_layout_of_a_run(given, kept, idx_dir):
+    run = _Run(configure(
+        'mobilenetv2_035_noah', 'x', 'none', channels_last=given, data_dir=str(idx_dir), img_size=32, batch_size=16,
+        workers=0, cpu=True))
+    assert (run.memory_format is torch.channels_last) is kept
+    assert run.model.conv_stem.weight.is_contiguous(memory_format=torch.channels_last) is kept
+
+
+@pytest.mark.parametrize('environment, gpu, bf16, given, expected', [
+    (None, True, True, 'auto', 'bf16'), (None, True, False, 'auto', None), (None, False, True, 'auto', None),
+    ('no', True, True, 'auto', 'bf16'), ('fp16', True, True, 'auto', None), (None, True, True, 'no', 'no'),
+    (None, True, True, None, None)])
+def test_bf16_where_the_gpu_has_it(environment, gpu, bf16, given, expected, monkeypatch, caplog):
+    monkeypatch.delenv('ACCELERATE_MIXED_PRECISION', raising=False)
+    if environment:
+        monkeypatch.setenv('ACCELERATE_MIXED_PRECISION', environment)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: gpu)
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation: bf16)
+    with caplog.at_level('INFO'):
+        assert precision(TrainConfig(model='', output='', mixed_precision=given)) == expected
+    assert ('bf16, which this GPU has; --mixed-precision no' in caplog.text) is (expected == 'bf16')
+    assert precision(TrainConfig(model='', output='', mixed_precision='auto', cpu=True)) is None
+
+
+def test_a_new_linear_classifier_starts_small(tmp_path):
+    torch.manual_seed(0)
+    save_for_hf(timm.create_model('efficientnet_lite0', num_classes=3), str(tmp_path), safe_serialization=True)
+    for classes, std in ((5, 0.01), (3, 0.27)):  # timm's own for 3 classes is uniform up to 3 ** -0.5
+        config = TrainConfig(model=f'local-dir:{tmp_path}', output='', pretrained=True)
+        model = _create_model(config, tuple(map(str, range(classes))))
+        assert model.classifier.weight.std().item() == pytest.approx(std, rel=0.3), classes

@@ -88,11 +88,11 @@ def test_same_seed_same_run_other_seed_other_run(run_dir, idx_dir, tmp_path):
 
 
 def test_training_learns(idx_dir, tmp_path):
-    result = train('--data-dir', idx_dir, '--output', tmp_path / 'run', '--epochs', 20, '--lr', 0.005, '--scale', 1, 1)
+    result = train('--data-dir', idx_dir, '--output', tmp_path / 'run', '--epochs', 20, '--lr', 0.02, '--scale', 1, 1)
     assert result.returncode == 0, result.stderr
     lines = [json.loads(line) for line in (tmp_path / 'run' / 'log.jsonl').read_text().splitlines()]
-    assert lines[0]['train_loss'] > 3 and lines[-1]['train_loss'] < 2
-    assert lines[0]['top1'] < 30 and lines[-1]['top1'] > 50
+    assert 2 < lines[0]['train_loss'] < 3 and lines[-1]['train_loss'] < 1  # at first that of chance, 2.3
+    assert lines[0]['top1'] < 40 and lines[-1]['top1'] > 50
 
 
 def test_vanilla_twin_trains_by_the_same_command(idx_dir, tmp_path):
