@@ -371,7 +371,8 @@ def test_geometric_mean_is_of_the_rows(quick_run):
 def test_ctrl_c_leaves_nothing(tmp_path):
     process = subprocess.Popen(
         [*SCRIPT, 'pairs', '--repeats', '1000000', '--output', str(tmp_path)], stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL, start_new_session=True)
+        stdout=subprocess.DEVNULL, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # in the background it is ignored
     seen = b''
     while b'repeat' not in seen:
         seen += process.stderr.read1(100)

@@ -291,7 +291,8 @@ def test_ctrl_c_leaves_nothing(data_dir, tmp_path):
         [sys.executable, str(SCRIPTS / 'benchmark.py'), 'probe', '--model', 'test_resnet', '--no-pretrained',
          '--img-size', '64', '--updates', '1000000', '--data-dir', data_dir, '--workers', '0', '--output', str(output),
          '--cache-features', str(tmp_path / 'cache')],
-        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # in the background it is ignored
     seen = b''
     while b'update/s' not in seen:
         seen += process.stderr.read1(100)
