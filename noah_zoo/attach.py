@@ -297,25 +297,29 @@ def check_classifier(name: str, head: nn.Module, model: NoahModel, weight: Optio
 
 @torch.no_grad()
 def _reads_the_average(model: NoahModel) -> bool:
-    """Whether timm's pooling looks at the average over positions, and at nothing else."""
+    """Whether timm's pooling looks at the average over positions, and at nothing else: no token, no maximum."""
     fmt, num_prefix_tokens, num_channels = model.noah_features
     shape, dims = dict(
         NCHW=((1, num_channels, 2, 2), (2, 3)), NHWC=((1, 2, 2, num_channels), (1, 2)),
         NLC=((1, num_prefix_tokens + 4, num_channels), (1,)))[fmt]
-    weight = next(model.parameters())
+    weight, training = next(model.parameters()), {module: module.training for module in model.modules()}
+    model.eval()
     x, noise = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
-    positions = noise[:, num_prefix_tokens:] if fmt == 'NLC' else noise
-    average = positions.mean(dims, keepdim=True).expand_as(positions).clone()
-    pooled = []
-    for change in (0, positions - average, average):
-        changed = x.clone()
-        (changed[:, num_prefix_tokens:] if fmt == 'NLC' else changed).add_(change)
-        try:
-            pooled.append(model.forward_head(changed.to(weight), pre_logits=True).float())
-        except ERRORS:  # a pooling for features of one size
-            return False
-    other, moved = ((p - pooled[0]).abs().max() for p in pooled[1:])
-    return bool(other < 0.01 * moved)
+    average = noise.clone()
+    positions = average[:, num_prefix_tokens:] if fmt == 'NLC' else average
+    positions.copy_(positions.mean(dims, keepdim=True).expand_as(positions))
+    if fmt == 'NLC':
+        average[:, :num_prefix_tokens] = 0
+    try:
+        pooled, other, moved = (
+            model.forward_head(changed.to(weight), pre_logits=True).float()
+            for changed in (x, x + noise - average, x + average))  # `other` has other positions of the same average
+    except (ValueError, *ERRORS):  # a pooling for features of one size
+        return False
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    return bool((other - pooled).abs().max() < 0.01 * (moved - pooled).abs().max())
 
 
 @torch.no_grad()

@@ -309,6 +309,9 @@ def benchmark(what: Sequence[str], **settings) -> Iterator[str]:
     of_probe = {field.name: settings.pop(field.name) for field in fields(ProbeConfig) if field.name in settings}
     if of_probe and 'probe' not in what:
         raise ValueError(f'{", ".join(of_probe)}: of probe only; got {" ".join(what)}')
+    unused = [name for name in ('models', 'batch_sizes', 'num_classes', 'repeats') if name in settings]
+    if unused and set(what) == {'probe'}:
+        raise ValueError(f'{", ".join(unused)}: not of probe, which has its own settings')
     run = Run(what, probe=ProbeConfig(**of_probe), **settings)
     output = Path(run.output)
     output.mkdir(parents=True, exist_ok=True)

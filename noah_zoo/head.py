@@ -9,7 +9,7 @@ from .poca import poca
 
 INPUT_FMTS = ('NCHW', 'NHWC', 'NLC')
 MANY_CLASSES = 1000  # from here on, a new head is drawn as in the authors' release
-KEY_SCALE, VALUE_SCALE = 0.5, 0.3  # below: standard deviations of scores and logits, of features with 1
+KEY_SCALE, VALUE_SCALE = 1., 0.3  # below: standard deviations of scores and logits, of features with 1
 
 torch.fx.wrap('poca')  # one opaque call for torch.fx
 
@@ -102,7 +102,7 @@ class NoahHead(nn.Module):
 
         From 1,000 classes on they are those of the authors' release, Kaiming normal by fan-out, which is N * K. For few
         classes that would be large, a standard deviation of 0.22 for K = 10 and N = 4. So below, the scale is one for
-        every K, N and width: features of standard deviation 1 get scores of 0.5 and logits of 0.3. Values are small,
+        every K, N and width: features of standard deviation 1 get scores of 1 and logits of 0.3. Values are small,
         as few images do not unlearn random logits; keys are not, as the backbone learns from the first step on what
         the blocks make of different positions. `docs/numbers.md` has what this was chosen by.
         """
@@ -110,11 +110,11 @@ class NoahHead(nn.Module):
             if hasattr(layer, 'weight'):
                 nn.init.kaiming_normal_(layer.weight, mode='fan_out')
                 nn.init.zeros_(layer.bias)
-        if self.num_classes < MANY_CLASSES:
+        if 0 < self.num_classes < MANY_CLASSES:
             self.reset_for_few_classes()
 
     def reset_for_few_classes(self) -> None:
-        """The first weights of what has an output for every class."""
+        """The first weights of the layers that give scores and logits."""
         *_, key = self.key.modules()  # the last layer, where there are several
         *_, value = self.value.modules()
         nn.init.normal_(key.weight, std=KEY_SCALE * key.weight[0].numel() ** -0.5)

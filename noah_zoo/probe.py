@@ -324,7 +324,7 @@ def probe(config: ProbeConfig, device: str = 'cpu', quick: bool = False) -> List
                 seconds.append(took)
             rows.append({
                 'head': name, 'case': case, 'params': sum(p.numel() for p in head.parameters()), 'lr': lr,
-                'lr_at_edge': lr in (min(found), max(found)),
+                'lr_at_edge': len(found) > 1 and lr in (min(found), max(found)),
                 'held_out_top1': {f'{rate:g}': result[METRIC] for rate, result in found.items()},
                 'top1': {
                     'mean': statistics.mean(figures), 'std': statistics.stdev(figures) if seeds > 1 else None,

@@ -12,7 +12,7 @@ class Recipe:
     Attributes:
         epochs: Epochs.
         epoch_updates: Updates that an epoch has at least: where there are few images, it passes over them several
-            times. Where `epochs` is given and this is not, an epoch is one pass.
+            times. Where `epochs` is given and this is not, an epoch is one pass; so it is of streams.
         batch_size: Images per update, over all processes and accumulation steps.
         opt: Optimizer of timm.optim; 'momentum' is SGD without Nesterov momentum.
         amsgrad: Adam with AMSGrad.
@@ -36,6 +36,8 @@ class Recipe:
         head_lr_factor: Factor of the head's learning rate.
         freeze_epochs: Epochs at the beginning in which only the head trains.
         clip_grad: Largest norm of the gradient.
+        mixed_precision: 'no', 'fp16' or 'bf16'; that of `accelerate config` if None. 'auto' is bf16 on a GPU that has
+            it where `accelerate config` says 'no', as it does unless told otherwise.
         loss: Of multi-label training: 'bce', binary cross-entropy, or 'asl', asymmetric loss.
         img_size: Image size; the model's if None.
         train_crop: How images are cropped in training: 'rrc', at random size and aspect ratio; 'random', anywhere in
@@ -83,6 +85,7 @@ class Recipe:
     head_lr_factor: float = 1.
     freeze_epochs: int = 0
     clip_grad: Optional[float] = None
+    mixed_precision: Optional[str] = None
     loss: str = 'bce'
     img_size: Optional[int] = None
     train_crop: str = 'rrc'
@@ -169,7 +172,7 @@ RECIPES: Dict[str, Recipe] = {
     'finetune': Recipe(  # not the paper's
         epochs=15, epoch_updates=20, batch_size=64, opt='adamw', lr=1e-4, head_lr_factor=10., weight_decay=0.05,
         clip_grad=1., sched='cosine', sched_on_updates=True, warmup_epochs=1, warmup_lr=1e-6, min_lr=1e-6,
-        scale=(0.35, 1.), smoothing=0.1)}
+        scale=(0.35, 1.), smoothing=0.1, mixed_precision='auto')}
 _VIT_REMARK = (
     'The paper prints the learning rate before it is scaled by batch size / 512, and lets it end at zero. The released '
     'command ends at 1e-05, asks for ten cool-down epochs that it never reaches, and applies every learning rate one '

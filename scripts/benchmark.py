@@ -39,7 +39,7 @@ def parse_args():
     add('--models', nargs='+', metavar='NAME', help='of pairs (all 25)')
     add('--dtype', metavar='NAME', help='float32 (default), or autocast to bfloat16 or float16')
     add('--quick', action='store_true', help='a smoke run: few cases, two repeats or seeds; its figures mean nothing')
-    add = parser.add_argument_group('probe', 'refused with other measures alone').add_argument
+    add = parser.add_argument_group('probe', 'refused unless probe is among WHAT').add_argument
     add('--model', metavar='NAME', help="timm name, 'hf-hub:...' or 'local-dir:...' (resnet18)")
     add('--pretrained', action=argparse.BooleanOptionalAction, help='with its weights (yes, but in a smoke run)')
     add('--dataset', metavar='NAME', help='as of train.py, of one class per image (fashion_mnist)')

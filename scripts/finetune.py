@@ -6,10 +6,10 @@
 
 As train.py, but with pretrained weights (--no-pretrained leaves them out) and, for every model, the recipe 'finetune'.
 --freeze trains the head alone, --layer-decay lowers the learning rate from layer to layer. Another head starts on the
-backbone of a timm model with --no-pretrained --model-kwargs pretrained_backbone=NAME. On a GPU that has it, training is
-in bf16.
+backbone of a timm model with --model noah --no-pretrained --model-kwargs backbone=NAME pretrained_backbone=NAME. The
+recipe has 15 epochs of 20 updates or more, and bf16 on a GPU that has it.
 """
 from train import main
 
 if __name__ == '__main__':
-    main('finetune.py', __doc__, recipe='finetune', pretrained=True, mixed_precision='auto')
+    main('finetune.py', __doc__, recipe='finetune', pretrained=True)

@@ -23,7 +23,8 @@ def parse_args():
     add('--repo-id', metavar='USER/MODEL', help='publish the training run in DIR under this name')
     add('--head-only', action='store_true', help='of a run with a frozen backbone from the Hub: send the head alone')
     add('--private', action='store_true', help='make the repository private')
-    add('--dry-run', action='store_true', help='do everything but ask or change the Hub')
+    add('--dry-run', action='store_true',
+        help='do everything but ask or change the Hub; --head-only asks it for the backbone')
     args = parser.parse_args()
     if bool(args.names) + args.all + bool(args.repo_id) != 1:
         parser.error('name models, or give --all, or give --repo-id for a training run')

@@ -43,6 +43,7 @@ def test_for_few_classes_scores_and_logits_have_one_scale(num_classes, in_featur
     assert scores == pytest.approx(KEY_SCALE, rel=0.1)
     assert logits == pytest.approx(VALUE_SCALE, rel=0.15)
     assert all(not layer.bias.any() for head in heads for layer in (head.key, head.value))
+    NoahHead(8, 0).reset_parameters()  # there is nothing to reset
 
 
 def scales(head):
@@ -125,6 +126,7 @@ def test_a_convolution_is_a_classifier_too_and_a_bias_may_lack():
     ('resnet18', dict(global_pool='max'), {}, 'does not read the average over positions'),
     ('resnet18', dict(global_pool='catavgmax'), {}, 'does not read the average over positions'),
     ('test_vit', {}, {}, 'does not read the average over positions'),  # a class token
+    ('test_vit', dict(global_pool='avg', pool_include_prefix=True), {}, 'does not read the average over positions'),
     ('resnet18', {}, dict(init='linear'), "init='linear' is not one of None, 'classifier'"),
 ])
 def test_refused_and_unchanged(name, create, kwargs, message):
@@ -142,6 +144,25 @@ def test_no_linear_classifier():
     model.fc = nn.Sequential(nn.Linear(512, 7))
     with pytest.raises(ValueError, match="resnet18: init='classifier': it has no linear classifier"):
         noah_zoo.add_noah_head(model, init='classifier')
+
+
+@pytest.mark.parametrize('name, twin', [
+    ('deit_tiny_050_patch16_224_noah', 'deit_tiny_050_patch16_224'), ('pvt_tiny_050_noah', 'pvt_tiny_050')])
+def test_a_classifier_of_a_class_token_is_refused_by_name(name, twin, tmp_path):
+    save_for_hf(timm.create_model(twin, num_classes=7), str(tmp_path), safe_serialization=True)
+    with pytest.raises(ValueError, match='its classifier reads a class token, not the average over positions'):
+        timm.create_model(name, num_classes=7, pretrained_backbone=f'local-dir:{tmp_path}', init='classifier')
+
+
+def test_the_pooling_is_tried_in_evaluation(tmp_path):
+    twin = timm.create_model('mobilenetv4_conv_small_035', num_classes=7)  # a batch norm comes after pooling
+    save_for_hf(twin, str(tmp_path), safe_serialization=True)
+    model = timm.create_model(
+        'noah', backbone='mobilenetv4_conv_small_035', num_classes=7, pretrained_backbone=f'local-dir:{tmp_path}',
+        init='classifier')
+    assert model.training and all(torch.equal(a, b) for a, b in zip(model.buffers(), twin.buffers()))
+    assert torch.equal(model.get_classifier().value.weight.unflatten(0, (-1, 7)).transpose(0, 1).flatten(1),
+                       twin.classifier.weight[:, -model.get_classifier().value_features:])
 
 
 @pytest.mark.parametrize('name, kwargs', [('noah', dict(backbone='resnet18')), ('resnet18_noah', {})])

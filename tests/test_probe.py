@@ -336,8 +336,10 @@ def test_flags_of_probe_are_refused_with_other_measures(tmp_path):
     assert done.returncode == 2 and done.stderr == 'benchmark.py: error: model, seeds: of probe only; got head\n'
     with pytest.raises(ValueError, match='of probe only'):
         next(benchmark(['head', 'pairs'], updates=3))
+    with pytest.raises(ValueError, match='models, repeats: not of probe, which has its own settings'):
+        next(benchmark(['probe'], models=['resnet18_noah'], repeats=3))
     assert Run(['head', 'probe'], probe=ProbeConfig(updates=3)).probe.updates == 3
-    assert 'probe:\n  refused with other measures' in call('benchmark.py', '--help').stdout
+    assert 'probe:\n  refused unless probe is among' in call('benchmark.py', '--help').stdout
 
 
 def test_flags_are_the_settings():

@@ -162,7 +162,8 @@ def _backbone_source(
     saved = kwargs.get('pretrained_model_args') or {}
     for name, given in (('pretrained_backbone', pretrained_backbone), ('init', init)):
         if pretrained and given is not None and saved.get(name) != given:
-            raise ValueError(f'{variant}: pretrained=True and {name}={given!r} exclude each other')
+            raise ValueError(
+                f'{variant}: pretrained=True and {name}={given!r} exclude each other (--no-pretrained of finetune.py)')
     if pretrained:
         return None, None
     if init and pretrained_backbone is None:
@@ -268,6 +269,9 @@ def load_backbone(
         state_dict = load_state_dict(source, weights_only=True)
     else:
         state_dict = create_model(source, pretrained=True).state_dict()
+    if init and any(key.endswith('cls_token') and key not in own for key in state_dict):
+        raise ValueError(f"{variant}, {source}: init='classifier': its classifier reads a class token, not the average "
+                         f'over positions; init=None starts anew')
     if filter_fn is not None:
         state_dict = filter_fn(_without_class_token(state_dict, own), model)
     cfg = get_pretrained_cfg(twin)

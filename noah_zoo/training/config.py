@@ -33,9 +33,7 @@ class TrainConfig(Recipe):
             them; they are kept in this folder.
         class_weights: Weigh the loss of a class by the inverse of its share of the training images.
         device_batch_size: Largest batch of a device; accumulation makes up `batch_size`. All of its share if None.
-        mixed_precision: 'no', 'fp16' or 'bf16'; that of `accelerate config` if None; 'auto' is that, or bf16 if it
-            names none and the GPU has it.
-        channels_last: NHWC memory layout; if None, for models whose weights are mostly those of convolutions.
+        channels_last: NHWC memory layout; unless given, for models whose weights are mostly those of convolutions.
         torchcompile: Compile the model.
         sync_bn: Batch statistics over all processes.
         cpu: Do not use an accelerator.
@@ -68,7 +66,6 @@ class TrainConfig(Recipe):
     cache_features: Optional[str] = None
     class_weights: bool = False
     device_batch_size: Optional[int] = None
-    mixed_precision: Optional[str] = None
     channels_last: Optional[bool] = None
     torchcompile: bool = False
     sync_bn: bool = False

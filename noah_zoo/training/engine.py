@@ -11,7 +11,7 @@ import threading
 import time
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
@@ -19,7 +19,7 @@ import accelerate
 import timm
 import torch
 import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, tqdm
 from timm.data import Mixup, resolve_data_config
 from timm.layers import convert_sync_batchnorm
@@ -79,12 +79,14 @@ class _Run:
     def __init__(self, config: TrainConfig) -> None:
         if config.task not in TASKS:
             raise ValueError(f'task={config.task!r} is not one of {", ".join(TASKS)}')
+        if config.mixed_precision == 'auto':
+            config = replace(config, mixed_precision=precision(PartialState(cpu=config.cpu).device))
         self.config, self.output, self.task = config, Path(config.output), TASKS[config.task]
         self.finished = _check_output(config, self.output)
         if self.finished:
             return
         self.accelerator = Accelerator(
-            cpu=config.cpu, mixed_precision=precision(config), log_with=config.log_with, project_dir=config.output)
+            cpu=config.cpu, mixed_precision=config.mixed_precision, log_with=config.log_with, project_dir=config.output)
         self.plan = plan_batch(config, self.accelerator.num_processes)
         seed_everything(config.seed)
         known = self.output / 'damaged.json'  # of a run that goes on: it has looked at every image
@@ -116,10 +118,6 @@ class _Run:
             self.sampler = EpochBatches(
                 len(train_set), plan.per_device, plan.processes, rank, config.seed, config.aug_repeats,
                 config.epoch_updates * plan.accumulation)
-            if self.sampler.passes > 1:
-                _logger.info(
-                    'an epoch passes %d times over the %s training images: %d updates', self.sampler.passes,
-                    f'{len(train_set):,}', len(self.sampler) // plan.accumulation)
         if not isinstance(val_set, IterableDataset):
             val_sampler = EvalBatches(len(val_set), plan.per_device, plan.processes, rank)
         self.train_loader = create_loader(
@@ -133,6 +131,10 @@ class _Run:
                 f'the training set has {len(train_set)} images, fewer than a batch of {plan.per_device} for each of '
                 f'{plan.processes} processes')
         self.updates = -(-self.batches // plan.accumulation)  # in an epoch
+        if self.sampler and self.sampler.passes > 1:
+            _logger.info(
+                'an epoch passes %d times over the %s training images: %d updates', self.sampler.passes,
+                f'{len(train_set):,}', self.updates)
 
     def _make_model(self, model: nn.Module) -> None:
         config, accelerator = self.config, self.accelerator
@@ -516,20 +518,17 @@ def _check_output(config: TrainConfig, output: Path) -> Optional[Dict[str, Any]]
     return json.loads(summary.read_text(encoding='utf-8')) if summary.exists() else None
 
 
-def precision(config: TrainConfig) -> Optional[str]:
-    """What Accelerate is told of mixed precision: None is that of `accelerate config`."""
-    if config.mixed_precision != 'auto':
-        return config.mixed_precision
+def precision(device: torch.device) -> Optional[str]:
+    """'bf16' on a GPU that has it, else None, which is that of `accelerate config`."""
     configured = os.environ.get('ACCELERATE_MIXED_PRECISION', 'no')  # 'no' where nothing was configured, too
-    gpu = not config.cpu and torch.cuda.is_available()
-    if configured != 'no' or not gpu or not torch.cuda.is_bf16_supported(including_emulation=False):
+    if configured != 'no' or device.type != 'cuda' or not torch.cuda.is_bf16_supported(including_emulation=False):
         return None
     _logger.info('mixed precision: bf16, which this GPU has; --mixed-precision no trains in float32')
     return 'bf16'
 
 
 def is_convolutional(model: nn.Module) -> bool:
-    """Whether most weights of a timm model, its head aside, are those of convolutions: it is faster channels-last."""
+    """Whether most weights of a timm model, its head aside, are those of convolutions."""
     classifiers = model.get_classifier()
     classifiers = classifiers if isinstance(classifiers, tuple) else (classifiers,)
     head = {id(p) for classifier in classifiers for p in classifier.parameters()}
@@ -565,10 +564,12 @@ def _create_model(config: TrainConfig, class_names: Tuple[str, ...]) -> nn.Modul
     if config.img_size:
         set_image_size(model, config.img_size)  # a saved model is built at the size that was saved with it
     classifier = model.get_classifier()
-    if config.pretrained and model.num_classes != model.pretrained_cfg['num_classes'] and type(classifier) is nn.Linear:
-        # Some families of timm start it 18 times as large for 10 classes, which few images cannot unlearn.
-        nn.init.normal_(classifier.weight, std=0.01)
-        nn.init.zeros_(classifier.bias)
+    if config.pretrained and model.num_classes != model.pretrained_cfg['num_classes'] and type(classifier) in (
+            nn.Linear, nn.Conv2d):
+        # Some families of timm start it by its fan-out, EfficientNet 11 times as large for 10 classes as PyTorch would;
+        # few images do not unlearn that.
+        if classifier.weight.std() > 2 * (3 * classifier.weight[0].numel()) ** -0.5:
+            classifier.reset_parameters()
     return model
 
 

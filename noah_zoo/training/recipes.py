@@ -36,8 +36,8 @@ def configure(model: str, output: str, recipe: str = 'auto', **overrides: Any) -
         _logger.info('recipe of %s: %s', model, name)
     if 'lr' not in overrides and {'lr_base', 'lr_base_size'} & set(overrides):
         settings.pop('lr', None)
-    if 'epochs' in overrides:
-        settings.pop('epoch_updates', None)
+    if 'epochs' in overrides and 'epoch_updates' not in overrides and settings.pop('epoch_updates', 0):
+        _logger.info('epochs=%s: each is one pass over the images; --epoch-updates gives it more', overrides['epochs'])
     if overrides.get('model_kwargs'):
         overrides = overrides | dict(model_kwargs={**settings.get('model_kwargs', {}), **overrides['model_kwargs']})
     elif 'model_kwargs' in overrides:

@@ -101,7 +101,8 @@ def write_head(
     file = fetch(repo_id, repo_id, filename, revision)
     backbone = read_backbone(file)
     if backbone is None:
-        backbone = Backbone(repo_id, file.parent.name, filename, sha256_of(file))  # snapshots/COMMIT/FILENAME
+        commit = file.parents[len(Path(filename).parts) - 1].name  # snapshots/COMMIT/FILENAME
+        backbone = Backbone(repo_id, commit, filename, sha256_of(file))
     else:  # a head alone, whose backbone is this one's, too
         file = _fetch(repo_id, backbone)
     place = f'{backbone.repo_id}@{backbone.revision}'

@@ -180,6 +180,8 @@ def _run_command(settings: Dict[str, Any]) -> str:
     words = []
     for key, value in {**settings, 'output': ''}.items():
         flag = '--' + key.replace('_', '-')
+        if key == 'channels_last' and value is False:  # decided by the model unless given
+            words.append('--no-channels-last')
         if value is None or value is False or value == {}:
             continue
         if value is True:

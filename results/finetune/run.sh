@@ -1,7 +1,7 @@
 #!/bin/bash
 # The recipe 'finetune' on few images, five seeds: a frozen tf_efficientnet_lite0 with NOAH and with pooling + linear,
 # beside a logistic regression on its pooled features.
-#     bash results/finetune/run.sh runs/finetune | tee results/finetune/frozen.txt
+#     bash results/finetune/run.sh runs/finetune > results/finetune/frozen.txt
 #     python results/finetune/table.py results/finetune/frozen.txt
 # The data: 10, 20, 100 and 1,000 images of each class of Fashion-MNIST, drawn by the seed, at 128 x 128 pixels; and the
 # stamps of Tux Paint at 224 x 224, a quarter held out by the seed. A finished run is left as it is, so an interrupted
@@ -28,7 +28,11 @@ for seed in 0 1 2 3 4; do
     try stamps $seed --data-dir "$runs/stamps" --val-fraction 0.25
     for count in 10 20 100 1000; do
         folder="$runs/fashion_mnist-$count-$seed"
-        [ -d "$folder" ] || python results/finetune/subset.py --per-class $count --seed $seed "$folder"
+        if [ ! -d "$folder" ]; then
+            rm -rf "$folder.partial"
+            python results/finetune/subset.py --per-class $count --seed $seed "$folder.partial"
+            mv "$folder.partial" "$folder"
+        fi
         try fashion_mnist-$count $seed --data-dir "$folder" --img-size 128
     done
 done

@@ -168,26 +168,37 @@ def test_memory_layout_of_a_run(given, kept, idx_dir):
     assert run.model.conv_stem.weight.is_contiguous(memory_format=torch.channels_last) is kept
 
 
-@pytest.mark.parametrize('environment, gpu, bf16, given, expected', [
-    (None, True, True, 'auto', 'bf16'), (None, True, False, 'auto', None), (None, False, True, 'auto', None),
-    ('no', True, True, 'auto', 'bf16'), ('fp16', True, True, 'auto', None), (None, True, True, 'no', 'no'),
-    (None, True, True, None, None)])
-def test_bf16_where_the_gpu_has_it(environment, gpu, bf16, given, expected, monkeypatch, caplog):
+@pytest.mark.parametrize('environment, device, bf16, expected', [
+    (None, 'cuda', True, 'bf16'), (None, 'cuda', False, None), (None, 'cpu', True, None), ('no', 'cuda', True, 'bf16'),
+    ('fp16', 'cuda', True, None)])
+def test_bf16_where_the_gpu_has_it(environment, device, bf16, expected, monkeypatch, caplog):
     monkeypatch.delenv('ACCELERATE_MIXED_PRECISION', raising=False)
     if environment:
         monkeypatch.setenv('ACCELERATE_MIXED_PRECISION', environment)
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: gpu)
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation: bf16)
     with caplog.at_level('INFO'):
-        assert precision(TrainConfig(model='', output='', mixed_precision=given)) == expected
+        assert precision(torch.device(device)) == expected
     assert ('bf16, which this GPU has; --mixed-precision no' in caplog.text) is (expected == 'bf16')
-    assert precision(TrainConfig(model='', output='', mixed_precision='auto', cpu=True)) is None
 
 
-def test_a_new_linear_classifier_starts_small(tmp_path):
+def test_precision_is_of_the_recipe_and_recorded(idx_dir, monkeypatch):
+    assert configure('resnet18', 'x', 'finetune').mixed_precision == 'auto'
+    assert configure('resnet18', 'x', 'finetune', mixed_precision=None).mixed_precision is None
+    assert {recipe.mixed_precision for name, recipe in RECIPES.items() if name != 'finetune'} == {None}
+    settings = dict(data_dir=str(idx_dir), img_size=32, batch_size=16, workers=0, cpu=True)
+    run = _Run(configure('mobilenetv2_035_noah', 'x', 'finetune', **settings))
+    assert run.config.mixed_precision is None  # as it is written down, and compared when it goes on
+
+
+def test_new_classifiers_do_not_start_by_their_fan_out(tmp_path):
     torch.manual_seed(0)
-    save_for_hf(timm.create_model('efficientnet_lite0', num_classes=3), str(tmp_path), safe_serialization=True)
-    for classes, std in ((5, 0.01), (3, 0.27)):  # timm's own for 3 classes is uniform up to 3 ** -0.5
-        config = TrainConfig(model=f'local-dir:{tmp_path}', output='', pretrained=True)
-        model = _create_model(config, tuple(map(str, range(classes))))
-        assert model.classifier.weight.std().item() == pytest.approx(std, rel=0.3), classes
+    for name, place, kwargs, std in (  # the last as timm has it
+            ('efficientnet_lite0', 'classifier', {}, (3 * 1280) ** -0.5), ('resnet18', 'fc', {}, (3 * 512) ** -0.5),
+            ('dla34', 'fc', {}, (3 * 512) ** -0.5), ('test_convnext', 'head.fc', dict(head_init_scale=0.001), 2e-5)):
+        folder = str(tmp_path / name)
+        save_for_hf(timm.create_model(name, num_classes=3), folder, safe_serialization=True)
+        config = TrainConfig(model=f'local-dir:{folder}', output='', pretrained=True, model_kwargs=kwargs)
+        model = _create_model(config, tuple('abcde'))
+        assert model.get_submodule(place).weight.std().item() == pytest.approx(std, rel=0.2), name
+        kept = _create_model(config, tuple('abc')).get_submodule(place).weight  # the same classes: that of the file
+        assert torch.equal(kept, load_file(f'{folder}/model.safetensors')[f'{place}.weight'])

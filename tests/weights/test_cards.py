@@ -287,6 +287,13 @@ def test_run_card(tmp_path, monkeypatch):
     assert args.data_dir == 'DIR'
 
 
+def test_run_card_says_what_was_switched_off(tmp_path, monkeypatch):
+    for given, kept in ((None, None), (False, False), (True, True)):
+        made = run_card(make_run(tmp_path / str(given), dict(channels_last=given)), 'me/fashion')
+        (command,) = re.findall(r'^accelerate launch.*?(?=\n```)', made.text, re.M | re.S)
+        assert getattr(parse_training_command(command, monkeypatch), 'channels_last', None) is kept
+
+
 def test_run_card_of_a_head_on_another_backbone(tmp_path):
     make_run(tmp_path, dict(model='noah', noah_variant='b'))
     model = timm.create_model('noah', backbone='test_vit', num_classes=3, key_ratio=0.25, noah_variant='b')
