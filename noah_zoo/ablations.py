@@ -73,9 +73,10 @@ class ProjectedSum(PocaVariant):
             self.fc = nn.Linear(in_features, num_classes, device=like.device, dtype=like.dtype)
             self.reset_parameters()
 
-    def reset_for_few_classes(self) -> None:
-        if hasattr(self, 'fc'):  # the other layers have as many outputs whatever the number of classes
-            nn.init.normal_(self.fc.weight, std=VALUE_SCALE * self.fc.in_features ** -0.5)
+    def deviations_for_few_classes(self) -> Dict[nn.Module, float]:
+        if not hasattr(self, 'fc'):  # NoahHead comes first, with layers of its own
+            return {}
+        return {self.fc: VALUE_SCALE * self.fc.in_features ** -0.5}  # the others have no output for a class
 
     def merge(self, poca_BNKL: Tensor) -> Tensor:
         return self.fc(poca_BNKL.sum(dim=(1, 3)))
@@ -94,7 +95,7 @@ class ProjectedConcat(PocaVariant):
             self.fc = nn.Linear(self.num_groups * num_maps, num_classes, device=like.device, dtype=like.dtype)
             self.reset_parameters()
 
-    reset_for_few_classes = ProjectedSum.reset_for_few_classes
+    deviations_for_few_classes = ProjectedSum.deviations_for_few_classes
 
     def merge(self, poca_BNKL: Tensor) -> Tensor:
         return self.fc(poca_BNKL.sum(dim=3).flatten(1))

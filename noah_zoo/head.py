@@ -1,6 +1,6 @@
 """Floor 1: NoahHead, the Non-glObal Attentive Head as a module (paper, Section III-B)."""
 import math
-from typing import List, Optional
+from typing import Dict, List, Optional
 
 import torch
 from torch import Tensor, nn
@@ -106,19 +106,22 @@ class NoahHead(nn.Module):
         as few images do not unlearn random logits; keys are not, as the backbone learns from the first step on what
         the blocks make of different positions. `docs/numbers.md` has what this was chosen by.
         """
+        few = self.deviations_for_few_classes() if 0 < self.num_classes < MANY_CLASSES else {}
         for layer in self.modules():
             if hasattr(layer, 'weight'):
-                nn.init.kaiming_normal_(layer.weight, mode='fan_out')
+                if layer in few:
+                    nn.init.normal_(layer.weight, std=few[layer])
+                else:
+                    nn.init.kaiming_normal_(layer.weight, mode='fan_out')
                 nn.init.zeros_(layer.bias)
-        if 0 < self.num_classes < MANY_CLASSES:
-            self.reset_for_few_classes()
 
-    def reset_for_few_classes(self) -> None:
-        """The first weights of the layers that give scores and logits."""
+    def deviations_for_few_classes(self) -> Dict[nn.Module, float]:
+        """Standard deviations of the first weights of the layers that give scores and logits."""
         *_, key = self.key.modules()  # the last layer, where there are several
         *_, value = self.value.modules()
-        nn.init.normal_(key.weight, std=KEY_SCALE * key.weight[0].numel() ** -0.5)
-        nn.init.normal_(value.weight, std=VALUE_SCALE * (self.num_groups * value.weight[0].numel()) ** -0.5)
+        return {
+            key: KEY_SCALE * key.weight[0].numel() ** -0.5,
+            value: VALUE_SCALE * (self.num_groups * value.weight[0].numel()) ** -0.5}
 
     @torch.no_grad()
     def begin_as_linear(self, weight: Tensor, bias: Optional[Tensor] = None) -> None:

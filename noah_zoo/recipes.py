@@ -172,7 +172,7 @@ RECIPES: Dict[str, Recipe] = {
     'finetune': Recipe(  # not the paper's
         epochs=15, epoch_updates=20, batch_size=64, opt='adamw', lr=1e-4, head_lr_factor=10., weight_decay=0.05,
         clip_grad=1., sched='cosine', sched_on_updates=True, warmup_epochs=1, warmup_lr=1e-6, min_lr=1e-6,
-        scale=(0.35, 1.), smoothing=0.1, mixed_precision='auto')}
+        scale=(0.35, 1.), mixed_precision='auto')}
 _VIT_REMARK = (
     'The paper prints the learning rate before it is scaled by batch size / 512, and lets it end at zero. The released '
     'command ends at 1e-05, asks for ten cool-down epochs that it never reaches, and applies every learning rate one '
