@@ -80,11 +80,13 @@ python() {
             command python "$@" --quick --output runs/benchmark --model test_resnet --data-dir fashion_mnist ;;
         scripts/benchmark.py*) command python "$@" --quick --output runs/benchmark ;;
         results/lite0.py*) ;;  # its weights may not be there
+        results/first_weights/frozen.py*|results/first_weights/scratch.py*) command python "$@" --help ;;  # need those
         scripts/demo.py*) command python "$@" --help ;;  # it would serve for ever; tests/test_demo.py asks it
         "scripts/publish.py --all"*) command python "$@" --help ;;  # tests/weights/test_publish.py has all of it
         *) command python "$@" ;;
     esac
 }
+bash() { case "$1" in results/finetune/*) say "bash $*" ;; *) command bash "$@" ;; esac; }  # needs those, too
 accelerate() { say "accelerate $*"; command accelerate launch --cpu --num_processes 1 "${@:2}" $(small "$@"); }
 torchrun() { say "torchrun $*"; command torchrun "$@" $(small "$@"); }
 small() {
