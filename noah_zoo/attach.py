@@ -1,7 +1,8 @@
 """Floor 2: the head on any timm model."""
 import copy
 import functools
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Type
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple, Type
 
 import torch
 from timm.data import resolve_data_config
@@ -167,18 +168,26 @@ class _Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """A context in which all modules are in the mode of evaluation."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
 @torch.no_grad()
 def _before_classifier(model: NoahModel) -> Tuple[int, bool]:
     """Channels that the classifier reads, and whether nothing but pooling comes before it."""
     fmt, num_prefix_tokens, num_channels = model.noah_features
     shapes = dict(NCHW=(num_channels, 1, 1), NHWC=(1, 1, num_channels), NLC=(1 + num_prefix_tokens, num_channels))
-    training = {module: module.training for module in model.modules()}
-    model.eval()
     x = next(model.parameters()).new_zeros(1, *shapes[fmt])
-    with _Operators() as operators:
+    with _evaluating(model), _Operators() as operators:
         features = model.forward_head(x, pre_logits=True)
-    for module, mode in training.items():
-        module.training = mode
     width = features.shape[-1] if features.ndim == 3 else features.flatten(1).shape[1]
     return width, operators.names <= {'alias', 'mean', 'select', 'view'}  # of one position, all are that position
 
@@ -273,7 +282,8 @@ def check_init(name: str, init: Optional[str]) -> None:
         raise ValueError(f"{name}: init={init!r} is not one of None, 'classifier'")
 
 
-def check_classifier(name: str, head: nn.Module, model: NoahModel, weight: Optional[Tensor]) -> None:
+def check_classifier(
+        name: str, head: nn.Module, model: NoahModel, weight: Optional[Tensor], of_token: bool = False) -> None:
     """Raise ValueError, with the reason, unless a head can start from a classifier.
 
     Args:
@@ -281,9 +291,12 @@ def check_classifier(name: str, head: nn.Module, model: NoahModel, weight: Optio
         head: The new head.
         model: The model, for its pooling.
         weight: The classifier's weights, if it has some.
+        of_token: Whether it reads a class token, which the model has not.
     """
     reason = None
-    if type(head) is not NoahHead:
+    if of_token:
+        reason = 'its classifier reads a class token, not the average over positions'
+    elif type(head) is not NoahHead:
         reason = f'{type(head).__name__} is not the head of the paper, which is pooling when its keys are zero'
     elif weight is None or weight.ndim not in (2, 4) or weight[0].numel() != weight.shape[1]:
         reason = 'it has no linear classifier'
@@ -302,8 +315,7 @@ def _reads_the_average(model: NoahModel) -> bool:
     shape, dims = dict(
         NCHW=((1, num_channels, 2, 2), (2, 3)), NHWC=((1, 2, 2, num_channels), (1, 2)),
         NLC=((1, num_prefix_tokens + 4, num_channels), (1,)))[fmt]
-    weight, training = next(model.parameters()), {module: module.training for module in model.modules()}
-    model.eval()
+    weight = next(model.parameters())
     x, noise = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
     average = noise.clone()
     positions = average[:, num_prefix_tokens:] if fmt == 'NLC' else average
@@ -311,14 +323,12 @@ def _reads_the_average(model: NoahModel) -> bool:
     if fmt == 'NLC':
         average[:, :num_prefix_tokens] = 0
     try:
-        pooled, other, moved = (
-            model.forward_head(changed.to(weight), pre_logits=True).float()
-            for changed in (x, x + noise - average, x + average))  # `other` has other positions of the same average
+        with _evaluating(model):
+            pooled, other, moved = (
+                model.forward_head(changed.to(weight), pre_logits=True).float()
+                for changed in (x, x + noise - average, x + average))  # `other` has other positions of one average
     except (ValueError, *ERRORS):  # a pooling for features of one size
         return False
-    finally:
-        for module, mode in training.items():
-            module.training = mode
     return bool((other - pooled).abs().max() < 0.01 * (moved - pooled).abs().max())
 
 

@@ -142,11 +142,12 @@ class NoahHead(nn.Module):
                 f'a classifier with weights {list(weight.shape)} does not fit; expected '
                 f'{[self.num_classes, self.in_features]}')
         weight_KC = weight.flatten(1)[:, self.in_features - self.value_features:]
-        weight_KNC = weight_KC.unflatten(1, (self.num_groups, -1)) if self.split_groups else weight_KC.unsqueeze(1)
-        if not self.split_groups:  # a block begins with a share of the channels, else they would stay alike
+        if self.split_groups:
+            weight_KNC = weight_KC.unflatten(1, (self.num_groups, -1))
+        else:  # a block begins with a share of the channels, else they would stay alike
             block_C = torch.arange(self.value_features, device=weight.device) * self.num_groups // self.value_features
             block_N1 = torch.arange(self.num_groups, device=weight.device).unsqueeze(1)
-            weight_KNC = weight_KNC * (block_C == block_N1)
+            weight_KNC = weight_KC.unsqueeze(1) * (block_C == block_N1)
         for parameter in self.key.parameters():
             nn.init.zeros_(parameter)
         self.value.weight.copy_(weight_KNC.transpose(0, 1).reshape_as(self.value.weight))

@@ -10,6 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def to_tokens(x: Tensor, input_fmt: str) -> Tensor:
+    """(B, L, C) of a map (B, C, H, W) or of tokens, 'NCHW' or 'NLC'."""
+    return x.flatten(2).transpose(1, 2) if input_fmt == 'NCHW' else x
+
+
 class MLDecoder(nn.Module):
     """ML-Decoder (Ridnik et al., "ML-Decoder: Scalable and Versatile Classification Head", 2021; Section 2.3).
 
@@ -59,7 +64,7 @@ class MLDecoder(nn.Module):
         self.bias_K = nn.Parameter(torch.zeros(num_classes))
 
     def forward(self, x: Tensor) -> Tensor:
-        x_BLC = x.flatten(2).transpose(1, 2) if self.input_fmt == 'NCHW' else x
+        x_BLC = to_tokens(x, self.input_fmt)
         memory_BLD = F.relu(self.embed(x_BLC))
         h_BGD = self.queries.expand(x.shape[0], -1, -1)
         h_BGD = self.attention_norm(h_BGD + self.attention(h_BGD, memory_BLD, memory_BLD, need_weights=False)[0])
@@ -146,7 +151,7 @@ class SimPool(nn.Module):
         self.classifier = nn.Linear(in_features, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x_BLC = x.flatten(2).transpose(1, 2) if self.input_fmt == 'NCHW' else x
+        x_BLC = to_tokens(x, self.input_fmt)
         normed_BLC = self.norm(x_BLC)
         q_BC = self.query(x_BLC.mean(dim=1))
         scores_BL = torch.einsum('bc,blc->bl', q_BC, self.key(normed_BLC)) / x_BLC.shape[-1] ** 0.5
@@ -194,7 +199,7 @@ class EfficientProbing(nn.Module):
         self.classifier = nn.Linear(width, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x_BLC = x.flatten(2).transpose(1, 2) if self.input_fmt == 'NCHW' else x
+        x_BLC = to_tokens(x, self.input_fmt)
         scores_BGL = self.queries_GC @ x_BLC.transpose(1, 2) / x_BLC.shape[-1] ** 0.5
         v_BLGD = self.value(x_BLC).unflatten(-1, (self.num_queries, -1))
         pooled_BGD = torch.einsum('bgl,blgd->bgd', scores_BGL.softmax(dim=-1), v_BLGD)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
 from huggingface_hub.utils import tqdm
@@ -17,12 +16,13 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
-from .attach import NoahModel, add_noah_head, set_image_size
+from .attach import NoahModel, add_noah_head
 from .head import NoahHead, fitting_key_ratio, fitting_num_groups
 from .measure import synchronize
 from .other_heads import CSRA, EfficientProbing, MLDecoder, SimPool
 from .training.config import TrainConfig
 from .training.data import Images, create_datasets, split_images
+from .training.engine import build_model
 from .training.features import CachedFeatures, cache_features
 from .training.loader import EpochBatches, EvalBatches, seed_everything
 from .training.multiclass import METRIC, Metrics
@@ -162,24 +162,19 @@ def without_classifier(model: nn.Module, num_classes: int) -> NoahModel:
     return model.requires_grad_(False).eval()
 
 
-def create_backbone(config: ProbeConfig, num_classes: int, quick: bool) -> NoahModel:
+def create_backbone(config: ProbeConfig, class_names: Tuple[str, ...], quick: bool) -> NoahModel:
     """The frozen model, `without_classifier`.
 
     Raises:
         RuntimeError: If there are no weights for it.
         ValueError: If timm does not know the model, or it takes no NOAH head or images of that size.
     """
-    if not timm.is_model(config.model.split('.')[0]) and ':' not in config.model:
-        raise ValueError(f'timm knows no model {config.model!r}')
     img_size = config.img_size or (QUICK['img_size'] if quick else None)
-    overlay = dict(input_size=(3, img_size, img_size), pool_size=None) if img_size else {}
     pretrained = not quick if config.pretrained is None else config.pretrained
     torch.manual_seed(0)
-    model = timm.create_model(
-        config.model, pretrained=pretrained, num_classes=num_classes, pretrained_cfg_overlay=overlay)
-    if img_size:
-        set_image_size(model, img_size)
-    return without_classifier(model, num_classes)
+    settings = TrainConfig(model=config.model, output='', img_size=img_size, pretrained=pretrained)
+    model = build_model(settings, class_names)
+    return without_classifier(model, len(class_names))
 
 
 def create_images(config: ProbeConfig, quick: bool) -> Tuple[Images, Images]:
@@ -284,7 +279,7 @@ def probe(config: ProbeConfig, device: str = 'cpu', quick: bool = False) -> List
     """
     train_images, test_images = create_images(config, quick)
     num_classes = len(train_images.class_names)
-    model = create_backbone(config, num_classes, quick).to(device)
+    model = create_backbone(config, train_images.class_names, quick).to(device)
     transform = create_transform(**resolve_data_config({}, model=model))
     train_rows, test_rows = (
         Rows(model, cache_features(

@@ -4,6 +4,7 @@ import io
 import logging
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -34,3 +35,18 @@ def call(script, *args, cwd='.'):
         root.handlers[:] = handlers
         root.setLevel(level)
     return subprocess.CompletedProcess(argv, code, out.getvalue(), err.getvalue())
+
+
+def interrupt(script, *args, after):
+    """The exit status of `python scripts/SCRIPT ARGS`, and what it says; Ctrl-C is pressed once it has said `after`."""
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPTS / script), *map(str, args)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # in the background it is ignored
+    seen = b''
+    while after not in seen:
+        seen += process.stderr.read1(100)
+        assert process.poll() is None, seen
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    return process.returncode, stderr

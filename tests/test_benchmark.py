@@ -3,7 +3,6 @@ import functools
 import json
 import math
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,8 @@ from noah_zoo.benchmark_report import mean_losses, mean_ratios, table_pairs
 from noah_zoo.catalog import CATALOG
 from noah_zoo.measure import peak_memory, ratio, saved_bytes, summary, time_in_turn
 from noah_zoo.other_heads import CSRA, EfficientProbing, MLDecoder, SimPool
+
+from .scripts import interrupt
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = [sys.executable, str(ROOT / 'scripts' / 'benchmark.py')]
@@ -103,7 +104,7 @@ def test_ml_decoder_parameters_order_of_positions_and_gradients(num_classes):
 
 def rows_of(x, input_fmt):
     """For each image a list of positions, each a list of channels."""
-    return (x.flatten(2).transpose(1, 2) if input_fmt == 'NCHW' else x).tolist()
+    return tokens(x, input_fmt).tolist()
 
 
 def softmax(scores):
@@ -369,17 +370,8 @@ def test_geometric_mean_is_of_the_rows(quick_run):
 
 
 def test_ctrl_c_leaves_nothing(tmp_path):
-    process = subprocess.Popen(
-        [*SCRIPT, 'pairs', '--repeats', '1000000', '--output', str(tmp_path)], stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL, start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # in the background it is ignored
-    seen = b''
-    while b'repeat' not in seen:
-        seen += process.stderr.read1(100)
-        assert process.poll() is None, seen
-    os.killpg(process.pid, signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130, stderr
+    status, stderr = interrupt('benchmark.py', 'pairs', '--repeats', 1000000, '--output', tmp_path, after=b'repeat')
+    assert status == 130, stderr
     assert stderr.decode().splitlines()[-1].startswith('benchmark.py: interrupted') and b'Traceback' not in stderr
     assert not list(tmp_path.iterdir())
 

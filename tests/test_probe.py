@@ -3,11 +3,7 @@ import dataclasses
 import functools
 import json
 import math
-import os
-import signal
 import statistics
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -36,7 +32,7 @@ from noah_zoo.probe import (
 from noah_zoo.training.data import Images
 from noah_zoo.training.features import cache_features
 
-from .scripts import SCRIPTS, call
+from .scripts import SCRIPTS, call, interrupt
 from .training.conftest import make_fashion_mnist
 
 # All heads
@@ -287,19 +283,11 @@ def test_quick_run(data_dir, tmp_path):
 
 def test_ctrl_c_leaves_nothing(data_dir, tmp_path):
     output = tmp_path / 'output'
-    process = subprocess.Popen(
-        [sys.executable, str(SCRIPTS / 'benchmark.py'), 'probe', '--model', 'test_resnet', '--no-pretrained',
-         '--img-size', '64', '--updates', '1000000', '--data-dir', data_dir, '--workers', '0', '--output', str(output),
-         '--cache-features', str(tmp_path / 'cache')],
-        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # in the background it is ignored
-    seen = b''
-    while b'update/s' not in seen:
-        seen += process.stderr.read1(100)
-        assert process.poll() is None, seen
-    os.killpg(process.pid, signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130, stderr
+    status, stderr = interrupt(
+        'benchmark.py', 'probe', '--model', 'test_resnet', '--no-pretrained', '--img-size', 64, '--updates', 1000000,
+        '--data-dir', data_dir, '--workers', 0, '--output', output, '--cache-features', tmp_path / 'cache',
+        after=b'update/s')
+    assert status == 130, stderr
     assert stderr.decode().splitlines()[-1].startswith('benchmark.py: interrupted') and b'Traceback' not in stderr
     assert not list(output.iterdir()) and not list((tmp_path / 'cache').glob('*.partial'))
 

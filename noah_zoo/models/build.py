@@ -269,9 +269,7 @@ def load_backbone(
         state_dict = load_state_dict(source, weights_only=True)
     else:
         state_dict = create_model(source, pretrained=True).state_dict()
-    if init and any(key.endswith('cls_token') and key not in own for key in state_dict):
-        raise ValueError(f"{variant}, {source}: init='classifier': its classifier reads a class token, not the average "
-                         f'over positions; init=None starts anew')
+    of_token = any(key.endswith('cls_token') and key not in own for key in state_dict)
     if filter_fn is not None:
         state_dict = filter_fn(_without_class_token(state_dict, own), model)
     cfg = get_pretrained_cfg(twin)
@@ -279,7 +277,7 @@ def load_backbone(
     if init:
         classifier, *_ = _names(cfg.classifier)
         weight, bias = (state_dict.get(f'{classifier}.{name}') for name in ('weight', 'bias'))
-        check_classifier(f'{variant}, {source}', model.get_classifier(), model, weight)
+        check_classifier(f'{variant}, {source}', model.get_classifier(), model, weight, of_token)
         model.get_classifier().begin_as_linear(weight, bias)
     state_dict = {k: v for k, v in state_dict.items() if not k.startswith(places)}
     for first_conv in (f'{name}.weight' for name in _names(cfg.first_conv)):

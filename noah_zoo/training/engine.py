@@ -93,7 +93,7 @@ class _Run:
         train_set, val_set = create_datasets(config, json.loads(known.read_text()) if known.exists() else None)
         self.class_names = train_set.class_names
         self.damaged = {**getattr(train_set, 'damaged', {}), **getattr(val_set, 'damaged', {})}
-        model = _create_model(config, self.class_names)
+        model = build_model(config, self.class_names)
         self._make_loaders(train_set, val_set, resolve_data_config({}, model=model))
         self._make_model(model)
         self.mixup = Mixup(
@@ -147,10 +147,12 @@ class _Run:
         if config.freeze:
             model.requires_grad_(False)
             model.get_classifier().requires_grad_(True)
-        channels_last = is_convolutional(model) if config.channels_last is None else config.channels_last
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         if config.cache_features:  # they are in the order that the head reads
             self.memory_format = torch.preserve_format
+        elif is_convolutional(model) if config.channels_last is None else config.channels_last:
+            self.memory_format = torch.channels_last
+        else:
+            self.memory_format = torch.contiguous_format
         self.model = model.to(accelerator.device, memory_format=self.memory_format)
         lr, reason = learning_rate(config)
         _logger.info('learning rate: %s; batch: %s', reason, self.plan)
@@ -542,8 +544,12 @@ def _model_kwargs(config: TrainConfig) -> Dict[str, Any]:
     return {**{name: value for name, value in flags.items() if value is not None}, **config.model_kwargs}
 
 
-def _create_model(config: TrainConfig, class_names: Tuple[str, ...]) -> nn.Module:
-    """The model, its pretrained cfg that of this run: timm reads preprocessing from there and saves it."""
+def build_model(config: TrainConfig, class_names: Tuple[str, ...]) -> nn.Module:
+    """The model, its pretrained cfg that of this run: timm reads preprocessing from there and saves it.
+
+    Raises:
+        ValueError: If timm does not know the model, or it does not take the arguments or the image size.
+    """
     if not timm.is_model(config.model.split('.')[0]) and ':' not in config.model:
         raise ValueError(f'timm knows no model {config.model!r}')
     overlay: Dict[str, Any] = {}
@@ -564,12 +570,12 @@ def _create_model(config: TrainConfig, class_names: Tuple[str, ...]) -> nn.Modul
     if config.img_size:
         set_image_size(model, config.img_size)  # a saved model is built at the size that was saved with it
     classifier = model.get_classifier()
-    if config.pretrained and model.num_classes != model.pretrained_cfg['num_classes'] and type(classifier) in (
-            nn.Linear, nn.Conv2d):
-        # Some families of timm start it by its fan-out, EfficientNet 11 times as large for 10 classes as PyTorch would;
-        # few images do not unlearn that.
-        if classifier.weight.std() > 2 * (3 * classifier.weight[0].numel()) ** -0.5:
-            classifier.reset_parameters()
+    is_new = config.pretrained and model.num_classes != model.pretrained_cfg['num_classes']
+    # Some families of timm start it by its fan-out, EfficientNet 11 times as large for 10 classes as PyTorch would; few
+    # images do not unlearn that.
+    if is_new and type(classifier) in (nn.Linear, nn.Conv2d) and (
+            classifier.weight.std() > 2 * (3 * classifier.weight[0].numel()) ** -0.5):
+        classifier.reset_parameters()
     return model
 
 

@@ -6,6 +6,8 @@ import argparse
 import statistics
 from pathlib import Path
 
+from noah_zoo.weights.cards import make_table
+
 HEADS = {'logistic': 'logistic regression', 'linear': 'pooling + linear', 'noah': 'NOAH'}
 
 
@@ -16,11 +18,9 @@ def main() -> None:
     for line in Path(parser.parse_args().file).read_text(encoding='utf-8').splitlines():
         data, _, head, top1 = line.split()
         found.setdefault(data, {}).setdefault(head, []).append(float(top1))
-    print(f'| data | seeds | {" | ".join(HEADS.values())} |')
-    print('| --- ' * (len(HEADS) + 2) + '|')
-    for data, heads in found.items():
-        means = (f'{statistics.mean(heads[head]):.2f}' for head in HEADS)
-        print(f'| {data} | {len(heads["noah"])} | {" | ".join(means)} |')
+    print(make_table(('data', 'seeds', *HEADS.values()), [
+        (data, str(len(heads['noah'])), *(f'{statistics.mean(heads[head]):.2f}' for head in HEADS))
+        for data, heads in found.items()]))
 
 
 if __name__ == '__main__':

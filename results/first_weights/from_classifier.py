@@ -11,10 +11,10 @@ import statistics
 from pathlib import Path
 
 import timm
-import torch
-from frozen import KEY_RATIO, Pooled, draw, features_of, run
+from frozen import KEY_RATIO, data_of, run
 
 from noah_zoo import NoahHead
+from noah_zoo.probe import PoolLinear
 
 EPOCHS = (0, 1, 5, 20)
 
@@ -27,18 +27,13 @@ def main() -> None:
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     model = timm.create_model(f'local-dir:{args.backbone}', pretrained=True).eval()
-    (train_images, y), (test_images, test_y) = draw('train', 10, 6000, 1), draw('test', 10, 5000, 2)
-    cache = output / 'features-10.pt'
-    if not cache.exists():
-        torch.save((features_of(model, train_images), features_of(model, test_images)), cache)
-    data = torch.load(cache)
-    data = data[0], y, data[1], test_y
+    data = data_of(model, 10, output)
     scores = {}
     for seed in range(3):
         kept = []
 
         def linear(kept=kept):
-            kept.append(Pooled(data[0].shape[-1], 10))
+            kept.append(PoolLinear(data[0].shape[-1], 10))
             return kept[0]
 
         scores.setdefault('linear, 20 epochs', []).append(run(linear, *data, 1e-3, 20, seed))

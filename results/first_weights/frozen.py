@@ -9,8 +9,8 @@ positions; heads of 37 and 100 classes two of them side by side, the class being
 right, 3,000 in all at 3 x 6 positions; heads of 1,000 classes three, 3,000 in all at 2 x 6 positions. A seed chooses
 the training images from twice as many, their order and the first weights; 2,000 (two classes) to 5,000 images made of
 the test split in the same way are the same for all. Everything else is equal: AdamW, weight decay 0.05, label smoothing
-0.1, gradients clipped at 1, batches of 64, an epoch of warm-up and cosine. Every line is
-trained with every learning rate of --lr; the table has the best mean, of every line alike.
+0.1, gradients clipped at 1, batches of 64, an epoch of warm-up and cosine. Every line is trained with every learning
+rate of --lr; the table has the best mean, of every line alike.
 
 A line per setting goes to OUTPUT/frozen.jsonl when it is done; a repeated call goes on after the last one. OUTPUT is
 for one backbone, whose features stay there.
@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import noah_zoo
+from noah_zoo.probe import PoolLinear
 from noah_zoo.training.data import FASHION_MNIST_DIR, FashionMnist
 
 SIDE = {1: 128, 2: 96, 3: 64}  # pixels of a garment, by how many are side by side
@@ -64,6 +65,17 @@ def features_of(model: nn.Module, images: np.ndarray) -> torch.Tensor:
         x = F.interpolate(batch.unsqueeze(1).float() / 255, size, mode='bicubic', align_corners=False).clamp(0, 1)
         rows.append(model.forward_features((x.expand(-1, 3, -1, -1) - mean) / std).flatten(2).transpose(1, 2))
     return torch.cat(rows).contiguous()
+
+
+def data_of(model: nn.Module, num_classes: int, output: Path):
+    """Features and labels to train on, twice as many as a run has, and to test on; the features stay in `output`."""
+    train_images, y = draw('train', num_classes, 1200 if num_classes == 2 else 6000, 1)
+    test_images, test_y = draw('test', num_classes, 2000 if num_classes == 2 else 5000, 2)
+    cache = output / f'features-{num_classes}.pt'
+    if not cache.exists():
+        torch.save((features_of(model, train_images), features_of(model, test_images)), cache)
+    x, test_x = torch.load(cache)
+    return x, y, test_x, test_y
 
 
 def start(head: noah_zoo.NoahHead, name: str) -> None:
@@ -112,11 +124,6 @@ def run(make, x, y, test_x, test_y, lr: float, epochs: int, seed: int) -> float:
     return 100 * hits / len(test_x)
 
 
-class Pooled(nn.Linear):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x.mean(1))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -137,13 +144,7 @@ def main() -> None:
     done = {(row['classes'], row['groups'], row['head']) for row in done}
     model = timm.create_model(f'local-dir:{args.backbone}', pretrained=True).eval()
     for k in args.classes:
-        count = 600 if k == 2 else 3000
-        train_images, y = draw('train', k, 2 * count, 1)
-        test_images, test_y = draw('test', k, 2000 if k == 2 else 5000, 2)
-        cache = output / f'features-{k}.pt'
-        if not cache.exists():
-            torch.save((features_of(model, train_images), features_of(model, test_images)), cache)
-        x, test_x = torch.load(cache)
+        x, y, test_x, test_y = data_of(model, k, output)
         epochs = 3 * args.epochs if k == 2 else args.epochs
         cases = [(0, 'linear')] + [(n, name) for name in args.candidates for n in args.groups]
         for n, name in cases:
@@ -152,7 +153,7 @@ def main() -> None:
 
             def make(k=k, n=n, name=name, width=x.shape[-1]):
                 if not n:
-                    return Pooled(width, k)
+                    return PoolLinear(width, k)
                 head = noah_zoo.NoahHead(width, k, n, KEY_RATIO[n], input_fmt='NLC')
                 start(head, name)
                 return head

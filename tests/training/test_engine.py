@@ -14,7 +14,7 @@ from timm.models import save_for_hf
 import noah_zoo  # noqa: F401
 from noah_zoo.recipes import RECIPES
 from noah_zoo.training import TrainConfig, configure
-from noah_zoo.training.engine import _create_model, _Run, is_convolutional, precision
+from noah_zoo.training.engine import _Run, build_model, is_convolutional, precision
 from noah_zoo.training.loader import EpochBatches
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -181,7 +181,7 @@ def test_bf16_where_the_gpu_has_it(environment, device, bf16, expected, monkeypa
     assert ('bf16, which this GPU has; --mixed-precision no' in caplog.text) is (expected == 'bf16')
 
 
-def test_precision_is_of_the_recipe_and_recorded(idx_dir, monkeypatch):
+def test_precision_is_of_the_recipe_and_recorded(idx_dir):
     assert configure('resnet18', 'x', 'finetune').mixed_precision == 'auto'
     assert configure('resnet18', 'x', 'finetune', mixed_precision=None).mixed_precision is None
     assert {recipe.mixed_precision for name, recipe in RECIPES.items() if name != 'finetune'} == {None}
@@ -198,7 +198,7 @@ def test_new_classifiers_do_not_start_by_their_fan_out(tmp_path):
         folder = str(tmp_path / name)
         save_for_hf(timm.create_model(name, num_classes=3), folder, safe_serialization=True)
         config = TrainConfig(model=f'local-dir:{folder}', output='', pretrained=True, model_kwargs=kwargs)
-        model = _create_model(config, tuple('abcde'))
+        model = build_model(config, tuple('abcde'))
         assert model.get_submodule(place).weight.std().item() == pytest.approx(std, rel=0.2), name
-        kept = _create_model(config, tuple('abc')).get_submodule(place).weight  # the same classes: that of the file
+        kept = build_model(config, tuple('abc')).get_submodule(place).weight  # the same classes: that of the file
         assert torch.equal(kept, load_file(f'{folder}/model.safetensors')[f'{place}.weight'])
