@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .ablations import head_class
-from .head import NoahHead, fitting_key_ratio, fitting_num_groups
+from .head import MANY_CLASSES, NoahHead, fitting_key_ratio, fitting_num_groups
 
+INITS = ('pooling', 'random', 'classifier')
 ERRORS = (AssertionError, AttributeError, LookupError, NotImplementedError, RuntimeError)  # what timm's code raises
 
 
@@ -65,7 +66,15 @@ class NoahModel:
         return self.get_submodule(self.noah_place)
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None, **kwargs) -> None:
-        """A new NOAH head with the same settings, device and dtype, or with 0 classes the twin's pooled features."""
+        """A new NOAH head with the same settings, device and dtype, or with 0 classes the twin's pooled features.
+
+        A new head of few classes begins as pooling; see `init` of `add_noah_head`.
+        """
+        self.draw_classifier(num_classes, global_pool, **kwargs)
+        begin(self.get_classifier())
+
+    def draw_classifier(self, num_classes: int, global_pool: Optional[str] = None, **kwargs) -> None:
+        """`reset_classifier`, with all first weights drawn: for training from scratch."""
         if global_pool is not None:
             kwargs['global_pool'] = global_pool
         super().reset_classifier(0, **kwargs)
@@ -207,7 +216,7 @@ def attach(model: nn.Module, num_classes: int, features: Features, place: str, *
     """
     model.noah_cfg, model.noah_place, model.noah_features = noah_cfg, place, features
     model.__class__ = _noah_class(type(model))
-    model.reset_classifier(num_classes)
+    model.draw_classifier(num_classes)
     return model
 
 
@@ -235,9 +244,11 @@ def add_noah_head(
         key_ratio: Share of the channels that go to the key. If None, by the rule that a larger N has a smaller one:
             the largest of 1/2, 1/4 and 1/8 that is at most 2 / N and gives at most 384 key channels.
         drop_rate: Dropout probability on the value map. The model's own dropout stays, and is per position.
-        init: 'classifier' starts from the classifier that is there, for the same classes: keys zero, values from its
-            columns, so that logits begin as its own on the value channels; with `split_kv=False` as its own, where
-            nothing but pooling comes before it. None starts anew.
+        init: What the head starts from. 'pooling': keys zero, so that it begins as pooling and a small random linear
+            layer. 'random': keys drawn as well, for training from scratch. 'classifier': the classifier that is
+            there, for the same classes, with keys zero and values from its columns, so that logits begin as its own
+            on the value channels; with `split_kv=False` as its own, where nothing but pooling comes before it.
+            None: 'pooling' for fewer than 1,000 classes, else 'random', which is the authors' release.
         **noah_cfg: `split_groups` and `split_kv` of `NoahHead`; `noah_variant`, see `noah_zoo.ablations`.
 
     Returns:
@@ -266,20 +277,28 @@ def add_noah_head(
             trial = _try(_copy(model, lambda tensor: tensor).eval(), num_classes, noah_cfg)
     except (ValueError, TypeError, *ERRORS) as error:
         raise ValueError(f'{name}: {error}') from error
-    if init:
+    if init == 'classifier':
         twin = attach(_copy(model, lambda tensor: tensor).eval(), 0, trial.noah_features, trial.noah_place)
         classifier = model.get_submodule(find_classifier(model))
         check_classifier(name, trial.get_classifier(), twin, getattr(classifier, 'weight', None))
     attach(model, num_classes, trial.noah_features, trial.noah_place, **trial.noah_cfg)
-    if init:
+    if init == 'classifier':
         model.get_classifier().begin_as_linear(classifier.weight, classifier.bias)
+    begin(model.get_classifier(), init)
     _remember(model, name)
     return model
 
 
 def check_init(name: str, init: Optional[str]) -> None:
-    if init not in (None, 'classifier'):
-        raise ValueError(f"{name}: init={init!r} is not one of None, 'classifier'")
+    if init not in (None, *INITS):
+        raise ValueError(f'{name}: init={init!r} is not one of {", ".join(INITS)}')
+
+
+def begin(head: nn.Module, init: Optional[str] = None) -> None:
+    """Have a head that was drawn begin as pooling, if `init` of `add_noah_head` is that; anything else stays."""
+    if isinstance(head, NoahHead) and head.num_classes and (
+            init == 'pooling' or init is None and head.num_classes < MANY_CLASSES):
+        head.begin_as_pooling()
 
 
 def check_classifier(
@@ -305,7 +324,7 @@ def check_classifier(
     elif not _reads_the_average(model):
         reason = 'its classifier does not read the average over positions'
     if reason:
-        raise ValueError(f"{name}: init='classifier': {reason}; init=None starts anew")
+        raise ValueError(f"{name}: init='classifier': {reason}; without init= it starts anew")
 
 
 @torch.no_grad()
@@ -344,7 +363,7 @@ def _try(trial: nn.Module, num_classes: int, noah_cfg: Dict[str, Any]) -> NoahMo
     if noah_cfg['key_ratio'] is None:
         noah_cfg['key_ratio'] = fitting_key_ratio(width, noah_cfg['num_groups'])
     trial.noah_cfg = noah_cfg
-    trial.reset_classifier(num_classes)
+    trial.draw_classifier(num_classes)
     trial.forward_head(x)
     return trial
 

@@ -103,8 +103,9 @@ class NoahHead(nn.Module):
         From 1,000 classes on they are those of the authors' release, Kaiming normal by fan-out, which is N * K. For few
         classes that would be large, a standard deviation of 0.22 for K = 10 and N = 4. So below, the scale is one for
         every K, N and width: features of standard deviation 1 get scores of 1 and logits of 0.3. Values are small,
-        as few images do not unlearn random logits; keys are not, as the backbone learns from the first step on what
-        the blocks make of different positions. `docs/numbers.md` has what this was chosen by.
+        as few images do not unlearn random logits; keys are not, as a backbone that is new as well learns from the
+        first step on what the blocks make of different positions. On a trained backbone they are better zero, see
+        `begin_as_pooling`. `docs/numbers.md` has what this was chosen by.
         """
         few = self.deviations_for_few_classes() if 0 < self.num_classes < MANY_CLASSES else {}
         for layer in self.modules():
@@ -122,6 +123,11 @@ class NoahHead(nn.Module):
         return {
             key: KEY_SCALE * key.weight[0].numel() ** -0.5,
             value: VALUE_SCALE * (self.num_groups * value.weight[0].numel()) ** -0.5}
+
+    def begin_as_pooling(self) -> None:
+        """Make the keys zero: every position counts alike, until they have learned otherwise."""
+        *_, key = self.key.modules()  # the last layer, where there are several
+        nn.init.zeros_(key.weight)
 
     @torch.no_grad()
     def begin_as_linear(self, weight: Tensor, bias: Optional[Tensor] = None) -> None:
@@ -148,8 +154,8 @@ class NoahHead(nn.Module):
             block_C = torch.arange(self.value_features, device=weight.device) * self.num_groups // self.value_features
             block_N1 = torch.arange(self.num_groups, device=weight.device).unsqueeze(1)
             weight_KNC = weight_KC.unsqueeze(1) * (block_C == block_N1)
-        for parameter in self.key.parameters():
-            nn.init.zeros_(parameter)
+        self.begin_as_pooling()
+        nn.init.zeros_(self.key.bias)
         self.value.weight.copy_(weight_KNC.transpose(0, 1).reshape_as(self.value.weight))
         self.value.bias.zero_()
         if bias is not None:

@@ -16,7 +16,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
-from .attach import NoahModel, add_noah_head
+from .attach import NoahModel, add_noah_head, begin
 from .head import NoahHead, fitting_key_ratio, fitting_num_groups
 from .measure import synchronize
 from .other_heads import CSRA, EfficientProbing, MLDecoder, SimPool
@@ -52,7 +52,9 @@ class Inputs(NamedTuple):
 def _noah(inputs: Inputs) -> nn.Module:
     num_groups = fitting_num_groups(inputs.in_features, inputs.backbone_params)
     key_ratio = fitting_key_ratio(inputs.in_features, num_groups)
-    return NoahHead(inputs.in_features, inputs.num_classes, num_groups, key_ratio, input_fmt='NLC')
+    head = NoahHead(inputs.in_features, inputs.num_classes, num_groups, key_ratio, input_fmt='NLC')
+    begin(head)
+    return head
 
 
 class PoolLinear(nn.Linear):

@@ -50,19 +50,53 @@ def scales(head):
     return {name: std(p) for name, p in head.named_parameters() if name.endswith('weight')}
 
 
-def test_whatever_makes_a_head_makes_it_so():
+@pytest.fixture(scope='module')
+def resnet18(tmp_path_factory):
+    """A folder with a model of three classes."""
+    folder = tmp_path_factory.mktemp('resnet18')
+    save_for_hf(timm.create_model('resnet18', num_classes=3), str(folder), safe_serialization=True)
+    return f'local-dir:{folder}'
+
+
+@pytest.mark.parametrize('num_classes', [10, 1000])
+def test_whatever_makes_a_head_makes_it_so(num_classes, resnet18, tmp_path):
     torch.manual_seed(0)
-    expected = scales(NoahHead(512, 10))
-    reset = timm.create_model('resnet18_noah')
-    assert scales(reset.get_classifier()) == pytest.approx(scales(NoahHead(512, 1000)), rel=0.05)
-    reset.reset_classifier(10)
-    for model in (
-            reset, timm.create_model('resnet18_noah', num_classes=10), noah_zoo.add_noah_head(
-                timm.create_model('resnet18', num_classes=10)),
-            timm.create_model('noah', backbone='resnet18', num_classes=10)):
-        assert scales(model.get_classifier()) == pytest.approx(expected, rel=0.15)
-        model.get_classifier().reset_parameters()
-        assert scales(model.get_classifier()) == pytest.approx(expected, rel=0.15)
+    drawn = scales(NoahHead(512, num_classes))
+    of_any = dict(backbone='resnet18', num_classes=num_classes)
+    from_scratch = [
+        timm.create_model('resnet18_noah', num_classes=num_classes), timm.create_model('noah', **of_any),
+        timm.create_model('resnet18_noah', num_classes=num_classes, pretrained_backbone=resnet18, init='random'),
+        noah_zoo.add_noah_head(timm.create_model('resnet18', num_classes=num_classes), init='random')]
+    for model in from_scratch:
+        assert scales(model.get_classifier()) == pytest.approx(drawn, rel=0.15)
+    save_for_hf(timm.create_model('resnet18_noah', num_classes=3), str(tmp_path), safe_serialization=True)
+    reset = timm.create_model('resnet18_noah', num_classes=5)
+    reset.reset_classifier(num_classes)
+    on_weights = [
+        reset, noah_zoo.add_noah_head(timm.create_model('resnet18', num_classes=num_classes)),
+        timm.create_model('resnet18_noah', num_classes=num_classes, pretrained_backbone=resnet18),
+        timm.create_model('noah', pretrained_backbone=resnet18, **of_any),
+        timm.create_model(f'local-dir:{tmp_path}', pretrained=True, num_classes=num_classes)]
+    as_pooling = [
+        timm.create_model('resnet18_noah', num_classes=num_classes, init='pooling'),
+        timm.create_model('noah', init='pooling', **of_any),
+        noah_zoo.add_noah_head(timm.create_model('resnet18', num_classes=num_classes), init='pooling')]
+    if num_classes == 10:
+        as_pooling += on_weights
+    else:
+        assert all(scales(model.get_classifier()) == pytest.approx(drawn, rel=0.05) for model in on_weights)
+    for model in as_pooling:
+        assert scales(model.get_classifier()) == pytest.approx({**drawn, 'key.weight': 0.}, rel=0.15)
+    assert timm.create_model('resnet18_noah', num_classes=0, init='pooling').num_classes == 0
+
+
+def test_to_begin_as_pooling_takes_no_other_random_numbers():
+    values = []
+    for init in 'random', 'pooling':
+        torch.manual_seed(0)
+        model = noah_zoo.add_noah_head(timm.create_model('resnet18', num_classes=7), init=init)
+        values.append((model.fc.value.weight, torch.rand(())))
+    assert torch.equal(values[0][0], values[1][0]) and values[0][1] == values[1][1]
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
@@ -72,7 +106,20 @@ def test_no_variant_starts_with_large_logits(variant):
     with torch.no_grad():
         few, many = (
             std(head_class(variant)(512, k, num_groups=4, key_ratio=0.5).eval()(x)) for k in (10, 1000))
-    assert 0 < few < 2 * max(many, 0.15)  # a softmax across 1,000 classes makes small logits
+        assert 0 < few < 2 * max(many, 0.15)  # a softmax across 1,000 classes makes small logits
+
+
+# 'max' takes a maximum, 'd' sees zeros around the map.
+@pytest.mark.parametrize('variant', [None, *(name for name in VARIANTS if name not in ('max', 'd'))])
+def test_a_head_that_begins_as_pooling_sees_the_average_only(variant):
+    torch.manual_seed(0)
+    x = torch.randn(8, 512, 4, 4)
+    average = x.mean((2, 3), keepdim=True).expand_as(x)
+    head = head_class(variant)(512, 10, num_groups=4, key_ratio=0.5).eval()
+    with torch.no_grad():
+        assert not torch.allclose(head(x), head(average), atol=1e-3)
+        head.begin_as_pooling()
+        torch.testing.assert_close(head(x), head(average))
 
 
 # The classifier that is there
@@ -127,7 +174,7 @@ def test_a_convolution_is_a_classifier_too_and_a_bias_may_lack():
     ('resnet18', dict(global_pool='catavgmax'), {}, 'does not read the average over positions'),
     ('test_vit', {}, {}, 'does not read the average over positions'),  # a class token
     ('test_vit', dict(global_pool='avg', pool_include_prefix=True), {}, 'does not read the average over positions'),
-    ('resnet18', {}, dict(init='linear'), "init='linear' is not one of None, 'classifier'"),
+    ('resnet18', {}, dict(init='linear'), "init='linear' is not one of pooling, random, classifier"),
 ])
 def test_refused_and_unchanged(name, create, kwargs, message):
     model = timm.create_model(name, num_classes=7, **create)

@@ -23,6 +23,7 @@ from ..attach import (
     NoahModel,
     add_noah_head,
     attach,
+    begin,
     check_classifier,
     check_init,
     classifier_names,
@@ -66,7 +67,8 @@ def build_noah(
         pretrained_cfg_overlay: See timm.
         pretrained_backbone: A timm name with tag, 'hf-hub:', 'local-dir:' or the path of a checkpoint: everything but
             the head is loaded from it.
-        init: 'classifier' starts the head from the classifier of `pretrained_backbone`; see `add_noah_head`.
+        init: What a new head starts from, 'pooling', 'random' or 'classifier' (that of `pretrained_backbone`); see
+            `add_noah_head`. None is as there if weights are loaded, else 'random'.
         **kwargs: `num_groups`, `key_ratio`, `drop_rate`, `split_groups`, `split_kv`, `noah_variant` (see
             `noah_zoo.ablations`), and what timm's class takes.
 
@@ -91,6 +93,7 @@ def build_noah(
             attach(model, num_classes, Features(input_fmt, 0, model.num_features), find_classifier(model), **noah_cfg)
         except ValueError as error:
             raise ValueError(f'{variant}: {error}') from None
+        begin(model.get_classifier(), init)
         if source:
             load_backbone(model, source, variant, row.vanilla, filter_fn, init)
         return model
@@ -144,7 +147,8 @@ def build_any(
         if not num_classes:
             raise ValueError(f'noah on {twin}: num_classes=0; for features, create {twin} itself')
         model = model_entrypoint(twin)(num_classes=num_classes, **model_args)
-        add_noah_head(model, **noah_cfg)
+        add_noah_head(model, init='random', **noah_cfg)
+        begin(model.get_classifier(), init)
         if source:
             load_backbone(model, source, f'noah on {twin}', twin, filter_fn, init)
         return model
@@ -159,16 +163,17 @@ def _backbone_source(
         kwargs: Dict[str, Any]) -> Tuple[Optional[str], Optional[str]]:
     """Where the backbone's weights come from, and `init`; what a saved config says of it was before its own weights."""
     check_init(variant, init)
+    of_classifier = init if init == 'classifier' else None
     saved = kwargs.get('pretrained_model_args') or {}
-    for name, given in (('pretrained_backbone', pretrained_backbone), ('init', init)):
+    for name, given in (('pretrained_backbone', pretrained_backbone), ('init', of_classifier)):
         if pretrained and given is not None and saved.get(name) != given:
             raise ValueError(
                 f'{variant}: pretrained=True and {name}={given!r} exclude each other (--no-pretrained of finetune.py)')
     if pretrained:
-        return None, None
-    if init and pretrained_backbone is None:
+        return None, None if of_classifier else init
+    if of_classifier and pretrained_backbone is None:
         raise ValueError(f'{variant}: init={init!r} needs pretrained_backbone=, whose classifier the head starts from')
-    return pretrained_backbone, init
+    return pretrained_backbone, init or (None if pretrained_backbone else 'random')
 
 
 def build_model(
@@ -274,7 +279,7 @@ def load_backbone(
         state_dict = filter_fn(_without_class_token(state_dict, own), model)
     cfg = get_pretrained_cfg(twin)
     places = tuple(f'{name}.' for name in (model.noah_place, 'head_dist', *_names(cfg.classifier)))
-    if init:
+    if init == 'classifier':
         classifier, *_ = _names(cfg.classifier)
         weight, bias = (state_dict.get(f'{classifier}.{name}') for name in ('weight', 'bias'))
         check_classifier(f'{variant}, {source}', model.get_classifier(), model, weight, of_token)

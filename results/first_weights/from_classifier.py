@@ -42,7 +42,9 @@ def main() -> None:
                                    ('anew', True)):
                 def noah(name=name, split_kv=split_kv, kept=kept):
                     head = NoahHead(data[0].shape[-1], 10, 8, KEY_RATIO[8], split_kv=split_kv, input_fmt='NLC')
-                    if name != 'anew':
+                    if name == 'anew':
+                        head.begin_as_pooling()
+                    else:
                         head.begin_as_linear(kept[0].weight, kept[0].bias)
                     return head
 
