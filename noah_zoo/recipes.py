@@ -35,6 +35,7 @@ class Recipe:
         layer_decay: Factor of the learning rate from layer to layer, from the head down.
         head_lr_factor: Factor of the head's learning rate.
         freeze_epochs: Epochs at the beginning in which only the head trains.
+        freeze_bn: Batch norms keep the statistics they have; those that have none yet learn them.
         clip_grad: Largest norm of the gradient.
         mixed_precision: 'no', 'fp16' or 'bf16'; that of `accelerate config` if None. 'auto' is bf16 on a GPU that has
             it where `accelerate config` says 'no', as it does unless told otherwise.
@@ -84,6 +85,7 @@ class Recipe:
     layer_decay: Optional[float] = None
     head_lr_factor: float = 1.
     freeze_epochs: int = 0
+    freeze_bn: bool = False
     clip_grad: Optional[float] = None
     mixed_precision: Optional[str] = None
     loss: str = 'bce'
@@ -171,8 +173,8 @@ RECIPES: Dict[str, Recipe] = {
         train_crop='squash'),
     'finetune': Recipe(  # not the paper's
         epochs=15, epoch_updates=20, batch_size=64, opt='adamw', lr=1e-4, head_lr_factor=10., weight_decay=0.05,
-        clip_grad=1., sched='cosine', sched_on_updates=True, warmup_epochs=1, warmup_lr=1e-6, min_lr=1e-6,
-        scale=(0.35, 1.), mixed_precision='auto')}
+        freeze_bn=True, clip_grad=1., sched='cosine', sched_on_updates=True, warmup_epochs=1, warmup_lr=1e-6,
+        min_lr=1e-6, scale=(0.35, 1.), mixed_precision='auto')}
 _VIT_REMARK = (
     'The paper prints the learning rate before it is scaled by batch size / 512, and lets it end at zero. The released '
     'command ends at 1e-05, asks for ten cool-down epochs that it never reaches, and applies every learning rate one '

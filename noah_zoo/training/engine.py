@@ -154,6 +154,10 @@ class _Run:
         else:
             self.memory_format = torch.contiguous_format
         self.model = model.to(accelerator.device, memory_format=self.memory_format)
+        self.frozen_norms = [
+            module for module in self.model.modules()
+            if config.freeze_bn and isinstance(module, nn.modules.batchnorm._BatchNorm)
+            and module.running_mean is not None and module.running_mean.any()]
         lr, reason = learning_rate(config)
         _logger.info('learning rate: %s; batch: %s', reason, self.plan)
         optimizer = create_optimizer_v2(
@@ -307,6 +311,8 @@ class _Run:
         if config.freeze or progress.epoch < config.freeze_epochs:
             self.model.eval()
             self.model.get_classifier().train()
+        for norm in self.frozen_norms:
+            norm.eval()
         batches = iter(self._batches())
         size = plan.per_device * plan.processes
         bar = tqdm(

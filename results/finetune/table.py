@@ -1,6 +1,6 @@
 """The table of what run.sh has printed.
 
-    python results/finetune/table.py results/finetune/frozen.txt
+    python results/finetune/table.py results/finetune/frozen.txt results/finetune/full.txt
 """
 import argparse
 import statistics
@@ -8,19 +8,22 @@ from pathlib import Path
 
 from noah_zoo.weights.cards import make_table
 
-HEADS = {'logistic': 'logistic regression', 'linear': 'pooling + linear', 'noah': 'NOAH'}
+HEADS = {
+    'logistic': 'logistic regression', 'linear-frozen': 'linear, frozen', 'noah-frozen': 'NOAH, frozen',
+    'linear-full': 'linear, all weights', 'noah-full': 'NOAH, all weights'}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('file')
+    parser.add_argument('files', nargs='+')
     found = {}
-    for line in Path(parser.parse_args().file).read_text(encoding='utf-8').splitlines():
-        data, _, head, top1 = line.split()
-        found.setdefault(data, {}).setdefault(head, []).append(float(top1))
-    print(make_table(('data', 'seeds', *HEADS.values()), [
-        (data, str(len(heads['noah'])), *(f'{statistics.mean(heads[head]):.2f}' for head in HEADS))
-        for data, heads in found.items()]))
+    for file in parser.parse_args().files:
+        for line in Path(file).read_text(encoding='utf-8').splitlines():
+            data, seed, head, top1 = line.split()
+            found.setdefault(data, {}).setdefault(head, {})[seed] = float(top1)
+    print(make_table(('data', *HEADS.values()), [
+        (data, *(f'{statistics.mean(heads[head].values()):.2f} ({len(heads[head])})' if head in heads else '-'
+                 for head in HEADS)) for data, heads in found.items()]))
 
 
 if __name__ == '__main__':

@@ -104,6 +104,21 @@ def test_a_saved_model_at_another_image_size(photos, tmp_path):
     assert model(torch.randn(1, 3, 48, 48)).shape == (1, 3)
 
 
+@pytest.mark.parametrize('freeze_bn', [True, False])
+def test_batch_norms_keep_the_statistics_they_have(freeze_bn, photos, tmp_path):
+    before = timm.create_model(SHIPPED, pretrained=True)
+    new = before.blocks[0][0].bn1
+    new.reset_running_stats()
+    save_for_hf(before, str(tmp_path / 'saved'), safe_serialization=True)
+    config = settings(photos, tmp_path / 'run', smoke=1, pretrained=True, freeze_bn=freeze_bn)
+    train(dataclasses.replace(config, model=f'local-dir:{tmp_path / "saved"}'))
+    after = timm.create_model(f'local-dir:{tmp_path / "run" / "best"}', pretrained=True)
+    assert after.bn1.running_mean.equal(before.bn1.running_mean) == freeze_bn
+    assert after.bn1.running_var.equal(before.bn1.running_var) == freeze_bn
+    assert not after.bn1.weight.equal(before.bn1.weight)
+    assert not after.blocks[0][0].bn1.running_mean.equal(new.running_mean)  # has none yet, and learns them
+
+
 def test_help_and_errors():
     done = subprocess.run(
         [sys.executable, '-X', 'importtime', str(ROOT / 'scripts' / 'finetune.py'), '--help'], capture_output=True,
