@@ -174,8 +174,8 @@ def make(**kwargs):
 
 seven, none, grey = make(num_classes=7), make(num_classes=0), make(in_chans=1, num_classes=7)
 assert same(seven) and same(none) and same(grey, ['conv_stem.weight'])
-assert seven.num_classes == 7 and not torch.equal(seven.state_dict()['classifier.key.weight'],
-                                                  make(num_classes=7).state_dict()['classifier.key.weight'])
+assert seven.num_classes == 7 and not seven.get_classifier().key.weight.any()  # it begins as pooling
+assert not torch.equal(seven.get_classifier().value.weight, make(num_classes=7).get_classifier().value.weight)
 assert grey.conv_stem.weight.shape[1] == 1
 torch.testing.assert_close(grey.conv_stem.weight, given['conv_stem.weight'].sum(1, keepdim=True))  # timm's rule
 assert same(make(num_classes=7, num_groups=4, key_ratio=0.5))
