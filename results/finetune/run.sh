@@ -2,14 +2,15 @@
 # The recipe 'finetune' with its defaults on few images: tf_efficientnet_lite0 with NOAH and with pooling + linear, the
 # head alone on cached features or all weights, beside a logistic regression on pooled features.
 #     bash results/finetune/run.sh runs/finetune frozen "0 1 2 3 4" > runs/frozen.txt
-#     bash results/finetune/run.sh runs/finetune full "0 1 2" > runs/full.txt
+#     bash results/finetune/run.sh runs/finetune full "0 1 2" "10 20 100 stamps" > runs/full.txt
 #     python results/finetune/table.py runs/frozen.txt runs/full.txt
 # The data: 10, 20, 100 and 1,000 images of each class of Fashion-MNIST, drawn by the seed, at 128 x 128 pixels; and the
 # stamps of Tux Paint at 224 x 224, a quarter held out by the seed. On a core, a run of all weights takes 10 minutes on
 # the former (1,000 images of each class: 80), 20 on the latter. A finished run is left as it is, so an interrupted call
 # is simply repeated.
 set -euo pipefail
-runs=${1:?folder for the runs} mode=${2:?frozen or full} seeds=${3:-0 1 2 3 4} counts=${4:-10 20 100 1000}
+runs=${1:?folder for the runs} mode=${2:?frozen or full} seeds=${3:-0 1 2 3 4} data_sets=${4:-10 20 100 1000 stamps}
+more=("${@:5}")  # flags of finetune.py
 python results/lite0.py "$runs/lite0" >&2
 python results/stamps.py "$runs/stamps" >&2
 
@@ -20,7 +21,7 @@ try() {  # NAME SEED DATA..., of finetune.py and logistic.py alike
     local noah=(--model noah --no-pretrained
         --model-kwargs backbone=tf_efficientnet_lite0 "pretrained_backbone=local-dir:$runs/lite0")
     local linear=(--model "local-dir:$runs/lite0")
-    local common=(--dataset folder "${data[@]}" --workers 0 --resume auto)
+    local common=(--dataset folder "${data[@]}" --workers 0 --resume auto "${more[@]}")
     if [ "$mode" = frozen ]; then
         common+=(--cache-features "$runs/features")
         found=$(python results/finetune/logistic.py --model "local-dir:$runs/lite0" "${data[@]}")
@@ -35,7 +36,11 @@ try() {  # NAME SEED DATA..., of finetune.py and logistic.py alike
 }
 
 for seed in $seeds; do
-    for count in $counts; do
+    for count in $data_sets; do
+        if [ "$count" = stamps ]; then
+            try stamps $seed --data-dir "$runs/stamps" --val-fraction 0.25
+            continue
+        fi
         folder="$runs/fashion_mnist-$count-$seed"
         if [ ! -d "$folder" ]; then
             rm -rf "$folder.partial"
@@ -44,5 +49,4 @@ for seed in $seeds; do
         fi
         try fashion_mnist-$count $seed --data-dir "$folder" --img-size 128
     done
-    try stamps $seed --data-dir "$runs/stamps" --val-fraction 0.25
 done
