@@ -25,7 +25,8 @@ Args:
     **kwargs: As of `timm.create_model`: `num_classes`, `in_chans`, `pretrained_cfg`, ... Of the head: `num_groups`,
         `key_ratio`, `drop_rate`, `split_groups`, `split_kv`. `pretrained_backbone` names weights of
         {row.vanilla} that everything but the head is loaded from: a timm name with tag, 'hf-hub:...',
-        'local-dir:...' or the path of a checkpoint.
+        'local-dir:...' or the path of a checkpoint. `init` is what a new head starts from: 'pooling', 'random' or
+        'classifier'; see `add_noah_head`.
 
 Returns:
     The model, in training mode: call `.eval()` before you classify with it.
@@ -74,7 +75,8 @@ Args:
     **kwargs: As of `timm.create_model`: `num_classes`, `in_chans`, ... Of the head: `num_groups`, `key_ratio`,
         `drop_rate`, `split_groups`, `split_kv`, `noah_variant`; by the paper's rule of thumb if not given.
         `pretrained_backbone` names weights that everything but the head is loaded from: a timm name with tag,
-        'hf-hub:...', 'local-dir:...' or the path of a checkpoint.
+        'hf-hub:...', 'local-dir:...' or the path of a checkpoint. `init` is what a new head starts from: 'pooling',
+        'random' or 'classifier'; see `add_noah_head`.
 
 Returns:
     The model, in training mode: call `.eval()` before you classify with it.

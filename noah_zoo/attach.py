@@ -68,7 +68,7 @@ class NoahModel:
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None, **kwargs) -> None:
         """A new NOAH head with the same settings, device and dtype, or with 0 classes the twin's pooled features.
 
-        A new head of few classes begins as pooling; see `init` of `add_noah_head`.
+        A new head of few classes begins as pooling, whatever the first one did; `draw_classifier` draws all of it.
         """
         self.draw_classifier(num_classes, global_pool, **kwargs)
         begin(self.get_classifier())
@@ -248,7 +248,7 @@ def add_noah_head(
             layer. 'random': keys drawn as well, for training from scratch. 'classifier': the classifier that is
             there, for the same classes, with keys zero and values from its columns, so that logits begin as its own
             on the value channels; with `split_kv=False` as its own, where nothing but pooling comes before it.
-            None: 'pooling' for fewer than 1,000 classes, else 'random', which is the authors' release.
+            None: 'pooling' for fewer than 1,000 classes; from there on 'random', which then is the authors' release.
         **noah_cfg: `split_groups` and `split_kv` of `NoahHead`; `noah_variant`, see `noah_zoo.ablations`.
 
     Returns:

@@ -125,9 +125,10 @@ class NoahHead(nn.Module):
             value: VALUE_SCALE * (self.num_groups * value.weight[0].numel()) ** -0.5}
 
     def begin_as_pooling(self) -> None:
-        """Make the keys zero: every position counts alike, until they have learned otherwise."""
+        """Make the keys zero: the softmax counts every position alike, until they have learned otherwise."""
         *_, key = self.key.modules()  # the last layer, where there are several
         nn.init.zeros_(key.weight)
+        nn.init.zeros_(key.bias)
 
     @torch.no_grad()
     def begin_as_linear(self, weight: Tensor, bias: Optional[Tensor] = None) -> None:
@@ -155,7 +156,6 @@ class NoahHead(nn.Module):
             block_N1 = torch.arange(self.num_groups, device=weight.device).unsqueeze(1)
             weight_KNC = weight_KC.unsqueeze(1) * (block_C == block_N1)
         self.begin_as_pooling()
-        nn.init.zeros_(self.key.bias)
         self.value.weight.copy_(weight_KNC.transpose(0, 1).reshape_as(self.value.weight))
         self.value.bias.zero_()
         if bias is not None:

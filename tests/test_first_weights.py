@@ -90,6 +90,19 @@ def test_whatever_makes_a_head_makes_it_so(num_classes, resnet18, tmp_path):
     assert timm.create_model('resnet18_noah', num_classes=0, init='pooling').num_classes == 0
 
 
+def test_a_saved_init_was_for_the_first_head(tmp_path):
+    args = dict(init='random')
+    model = timm.create_model('resnet18_noah', num_classes=3, **args)
+    save_for_hf(model, str(tmp_path), safe_serialization=True, model_args=args)
+    create = dict(model_name=f'local-dir:{tmp_path}', pretrained=True)
+    assert timm.create_model(**create).fc.key.weight.equal(model.fc.key.weight)
+    assert not timm.create_model(num_classes=5, **create).fc.key.weight.any()
+    model.reset_classifier(5)
+    assert not model.fc.key.weight.any()
+    model.draw_classifier(5)
+    assert model.fc.key.weight.any()
+
+
 def test_to_begin_as_pooling_takes_no_other_random_numbers():
     values = []
     for init in 'random', 'pooling':
@@ -106,7 +119,7 @@ def test_no_variant_starts_with_large_logits(variant):
     with torch.no_grad():
         few, many = (
             std(head_class(variant)(512, k, num_groups=4, key_ratio=0.5).eval()(x)) for k in (10, 1000))
-        assert 0 < few < 2 * max(many, 0.15)  # a softmax across 1,000 classes makes small logits
+    assert 0 < few < 2 * max(many, 0.15)  # a softmax across 1,000 classes makes small logits
 
 
 # 'max' takes a maximum, 'd' sees zeros around the map.

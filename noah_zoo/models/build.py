@@ -170,7 +170,7 @@ def _backbone_source(
             raise ValueError(
                 f'{variant}: pretrained=True and {name}={given!r} exclude each other (--no-pretrained of finetune.py)')
     if pretrained:
-        return None, None if of_classifier else init
+        return None, None if saved.get('init') == init else init
     if of_classifier and pretrained_backbone is None:
         raise ValueError(f'{variant}: init={init!r} needs pretrained_backbone=, whose classifier the head starts from')
     return pretrained_backbone, init or (None if pretrained_backbone else 'random')

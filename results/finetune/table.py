@@ -21,9 +21,13 @@ def main() -> None:
         for line in Path(file).read_text(encoding='utf-8').splitlines():
             data, seed, head, top1 = line.split()
             found.setdefault(data, {}).setdefault(head, {})[seed] = float(top1)
-    print(make_table(('data', *HEADS.values()), [
-        (data, *(f'{statistics.mean(heads[head].values()):.2f} ({len(heads[head])})' if head in heads else '-'
-                 for head in HEADS)) for data, heads in found.items()]))
+    heads = [head for head in HEADS if any(head in rows for rows in found.values())]
+    lines = []
+    for data, rows in found.items():
+        seeds = set.intersection(*map(set, rows.values()))  # of all heads, as a seed draws the images
+        means = (f'{statistics.mean(rows[head][s] for s in seeds):.2f}' if head in rows else '-' for head in heads)
+        lines.append((data, str(len(seeds)), *means))
+    print(make_table(('data', 'seeds', *(HEADS[head] for head in heads)), lines))
 
 
 if __name__ == '__main__':
