@@ -154,6 +154,7 @@ class _Run:
         else:
             self.memory_format = torch.contiguous_format
         self.model = model.to(accelerator.device, memory_format=self.memory_format)
+        # Found before a checkpoint is loaded: a norm that learns its statistics goes on doing so.
         self.frozen_norms = [
             module for module in self.model.modules()
             if config.freeze_bn and isinstance(module, nn.modules.batchnorm._BatchNorm)
@@ -516,11 +517,10 @@ def _check_output(config: TrainConfig, output: Path) -> Optional[Dict[str, Any]]
     if not config.resume:
         state = 'a finished' if summary.exists() else 'an unfinished'
         raise FileExistsError(f'{output} has {state} run; go on with it by --resume auto, or name another --output')
-    before = yaml.safe_load(args.read_text(encoding='utf-8'))
+    defaults = _plain(asdict(TrainConfig(model=config.model, output=config.output)))  # of settings that came later
+    before = {**defaults, **yaml.safe_load(args.read_text(encoding='utf-8'))}
     now = _plain(asdict(config))
-    different = [
-        f'{k} was {before[k]!r}, now {v!r}'
-        for k, v in now.items() if k in before and before[k] != v and k not in PLACE]
+    different = [f'{k} was {before[k]!r}, now {v!r}' for k, v in now.items() if before[k] != v and k not in PLACE]
     if different:
         raise ValueError(f'{output} cannot go on with other settings: {"; ".join(different)}')
     return json.loads(summary.read_text(encoding='utf-8')) if summary.exists() else None

@@ -119,6 +119,16 @@ def test_batch_norms_keep_the_statistics_they_have(freeze_bn, photos, tmp_path):
     assert not after.blocks[0][0].bn1.running_mean.equal(new.running_mean)  # has none yet, and learns them
 
 
+def test_a_run_from_before_a_setting_goes_on_as_it_began(photos, tmp_path):
+    config = settings(photos, tmp_path / 'run', smoke=1, epochs=2)
+    train(config)
+    args = tmp_path / 'run' / 'args.yaml'
+    args.write_text(''.join(line for line in args.read_text().splitlines(True) if not line.startswith('freeze_bn')))
+    assert train(dataclasses.replace(config, resume='auto'))['epoch'] == 2
+    with pytest.raises(ValueError, match='cannot go on with other settings: freeze_bn was False, now True'):
+        train(dataclasses.replace(config, resume='auto', freeze_bn=True))
+
+
 def test_help_and_errors():
     done = subprocess.run(
         [sys.executable, '-X', 'importtime', str(ROOT / 'scripts' / 'finetune.py'), '--help'], capture_output=True,
