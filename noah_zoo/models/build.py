@@ -163,17 +163,19 @@ def _backbone_source(
         kwargs: Dict[str, Any]) -> Tuple[Optional[str], Optional[str]]:
     """Where the backbone's weights come from, and `init`; what a saved config says of it was before its own weights."""
     check_init(variant, init)
-    of_classifier = init if init == 'classifier' else None
-    saved = kwargs.get('pretrained_model_args') or {}
-    for name, given in (('pretrained_backbone', pretrained_backbone), ('init', of_classifier)):
-        if pretrained and given is not None and saved.get(name) != given:
+    if not pretrained:
+        if init == 'classifier' and pretrained_backbone is None:
             raise ValueError(
-                f'{variant}: pretrained=True and {name}={given!r} exclude each other (--no-pretrained of finetune.py)')
-    if pretrained:
-        return None, None if saved.get('init') == init else init
-    if of_classifier and pretrained_backbone is None:
-        raise ValueError(f'{variant}: init={init!r} needs pretrained_backbone=, whose classifier the head starts from')
-    return pretrained_backbone, init or (None if pretrained_backbone else 'random')
+                f'{variant}: init={init!r} needs pretrained_backbone=, whose classifier the head starts from')
+        return pretrained_backbone, init or (None if pretrained_backbone else 'random')
+    saved = kwargs.get('pretrained_model_args') or {}
+    given = dict(pretrained_backbone=pretrained_backbone, init=init)
+    given = {name: value for name, value in given.items() if value not in (None, saved.get(name))}
+    for name, value in given.items():
+        if name == 'pretrained_backbone' or value == 'classifier':
+            raise ValueError(
+                f'{variant}: pretrained=True and {name}={value!r} exclude each other (--no-pretrained of finetune.py)')
+    return None, given.get('init')
 
 
 def build_model(

@@ -36,17 +36,17 @@ try() {  # NAME SEED DATA..., of finetune.py and logistic.py alike
 }
 
 for seed in $seeds; do
-    for count in $data_sets; do
-        if [ "$count" = stamps ]; then
+    for data_set in $data_sets; do
+        if [ "$data_set" = stamps ]; then
             try stamps $seed --data-dir "$runs/stamps" --val-fraction 0.25
             continue
         fi
-        folder="$runs/fashion_mnist-$count-$seed"
+        folder="$runs/fashion_mnist-$data_set-$seed"
         if [ ! -d "$folder" ]; then
             rm -rf "$folder.partial"
-            python results/finetune/subset.py --per-class $count --seed $seed "$folder.partial"
+            python results/finetune/subset.py --per-class $data_set --seed $seed "$folder.partial"
             mv "$folder.partial" "$folder"
         fi
-        try fashion_mnist-$count $seed --data-dir "$folder" --img-size 128
+        try fashion_mnist-$data_set $seed --data-dir "$folder" --img-size 128
     done
 done

@@ -1,4 +1,4 @@
-"""The recipe 'finetune' on few images and real ImageNet-1k weights reaches a logistic regression on pooled features."""
+"""The recipe 'finetune' on few images, with real ImageNet-1k weights: a point or less behind a logistic regression."""
 import json
 import statistics
 import subprocess
