@@ -1,6 +1,7 @@
 """Fine-tuning: three commands from a folder of images to a model on the Hub; heads alone, weights, crops, checks."""
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -104,19 +105,35 @@ def test_a_saved_model_at_another_image_size(photos, tmp_path):
     assert model(torch.randn(1, 3, 48, 48)).shape == (1, 3)
 
 
-@pytest.mark.parametrize('freeze_bn', [True, False])
-def test_batch_norms_keep_the_statistics_they_have(freeze_bn, photos, tmp_path):
+@pytest.mark.parametrize('more', [
+    dict(), dict(model_ema_decay=0.5), dict(freeze_epochs=1), dict(checkpoint_steps=1), dict(freeze_bn=False)])
+def test_batch_norms_keep_the_statistics_they_have(more, photos, tmp_path):
     before = timm.create_model(SHIPPED, pretrained=True)
     new = before.blocks[0][0].bn1
     new.reset_running_stats()
     save_for_hf(before, str(tmp_path / 'saved'), safe_serialization=True)
-    config = settings(photos, tmp_path / 'run', smoke=1, pretrained=True, freeze_bn=freeze_bn)
-    train(dataclasses.replace(config, model=f'local-dir:{tmp_path / "saved"}'))
-    after = timm.create_model(f'local-dir:{tmp_path / "run" / "best"}', pretrained=True)
-    assert after.bn1.running_mean.equal(before.bn1.running_mean) == freeze_bn
-    assert after.bn1.running_var.equal(before.bn1.running_var) == freeze_bn
-    assert not after.bn1.weight.equal(before.bn1.weight)
-    assert not after.blocks[0][0].bn1.running_mean.equal(new.running_mean)  # has none yet, and learns them
+    config = settings(
+        photos, tmp_path / 'run', smoke=2, pretrained=True, checkpoint_hist=9, **{'freeze_bn': True, **more})
+    config = dataclasses.replace(config, model=f'local-dir:{tmp_path / "saved"}')
+    train(config)
+
+    def last():
+        return load_file(max((tmp_path / 'run' / 'checkpoints').glob('update-*')) / 'model.safetensors')
+
+    after = last()
+    if config.checkpoint_steps:  # on from the first update, when the new norm has statistics as well
+        (tmp_path / 'run' / 'summary.json').unlink()
+        for path in sorted((tmp_path / 'run' / 'checkpoints').glob('update-*'))[1:]:
+            shutil.rmtree(path)
+        train(dataclasses.replace(config, resume='auto'))
+        again = last()
+        assert all(again[name].equal(value) for name, value in after.items())
+    if config.model_ema_decay:
+        after = load_file(tmp_path / 'run' / 'best' / 'model.safetensors')
+    assert after['bn1.running_mean'].equal(before.bn1.running_mean) == config.freeze_bn
+    assert after['bn1.running_var'].equal(before.bn1.running_var) == config.freeze_bn
+    assert not after['bn1.weight'].equal(before.bn1.weight)
+    assert not after['blocks.0.0.bn1.running_mean'].equal(new.running_mean)  # has none yet, and learns them
 
 
 def test_a_run_from_before_a_setting_goes_on_as_it_began(photos, tmp_path):
