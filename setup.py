@@ -4,7 +4,7 @@ import platform
 from setuptools import Extension, setup
 
 KERNEL = Extension(
-    'noah_zoo._poca_cpu', ['noah_zoo/poca_cpu.cpp'], language='c++', optional=True,
+    'noah_zoo.layers._poca_cpu', ['noah_zoo/layers/poca_cpu.cpp'], language='c++', optional=True,
     extra_compile_args=['-std=c++17', '-O3', '-mavx2', '-mfma', '-fopenmp'], extra_link_args=['-fopenmp'])
 
 setup(ext_modules=[KERNEL] if platform.machine() in ('x86_64', 'AMD64') else [])

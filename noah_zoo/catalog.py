@@ -1,4 +1,4 @@
-"""Floor 1: the one table. Everything that is said of a model anywhere in the project is said here first."""
+"""The one table. Everything that is said of a model anywhere in the project is said here first."""
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,7 +203,7 @@ class Published:
     sha256: str
 
 
-PUBLISHED: Dict[str, Published] = {  # by repository; written by noah_zoo.weights.publish
+PUBLISHED: Dict[str, Published] = {  # by repository; written by noah_zoo.publish
     repo_id: Published(**entry) for repo_id, entry in json.loads(RECORD.read_text(encoding='utf-8')).items()}
 
 

@@ -1,114 +1,77 @@
-"""Floor 1: the paper's training settings, as arguments of noah_zoo.training, named as those of timm's train.py."""
+"""The paper's training settings, as arguments of noah_zoo.training, named as those of timm's train.py."""
 from dataclasses import dataclass, field
 from typing import Any, Dict, Optional, Tuple
 
 from .catalog import find_row
 
 
+def setting(default: Any, help: str) -> Any:
+    """A field of a dataclass, with what it means. `dataclasses.MISSING` makes it required; a type makes the default."""
+    given = dict(default_factory=default) if isinstance(default, type) else dict(default=default)
+    return field(**given, metadata=dict(help=help))
+
+
 @dataclass
 class Recipe:
-    """Hyper-parameters of a run.
-
-    Attributes:
-        epochs: Epochs.
-        epoch_updates: Updates that an epoch has at least: where there are few images, it passes over them several
-            times. Where `epochs` is given and this is not, an epoch is one pass; so it is of streams.
-        batch_size: Images per update, over all processes and accumulation steps.
-        opt: Optimizer of timm.optim; 'momentum' is SGD without Nesterov momentum.
-        amsgrad: Adam with AMSGrad.
-        opt_eps: Epsilon of the optimizer; its own if None.
-        momentum: Momentum of SGD; timm leaves Adam's betas, 0.9 and 0.999, as they are.
-        weight_decay: Weight decay.
-        decay_norms: Weight decay on norms and biases, too.
-        lr: Highest learning rate; if None, `lr_base` x `batch_size` / `lr_base_size`.
-        lr_base: See `lr`.
-        lr_base_size: See `lr`.
-        sched: Scheduler of timm.scheduler, 'poly' with `decay_rate` 1 being a straight line; or 'onecycle', PyTorch's
-            with every update.
-        sched_on_updates: Step the scheduler with every update, not every epoch.
-        decay_epochs: Epochs between steps of 'step'.
-        decay_rate: Factor of 'step' and 'multistep', exponent of 'poly'.
-        decay_milestones: Epochs at which 'multistep' steps.
-        warmup_epochs: Epochs of linear warm-up.
-        warmup_lr: Learning rate at its start.
-        min_lr: Learning rate at the end.
-        layer_decay: Factor of the learning rate from layer to layer, from the head down.
-        head_lr_factor: Factor of the head's learning rate.
-        freeze_epochs: Epochs at the beginning in which only the head trains.
-        freeze_bn: Batch norms keep the statistics they have; those that have none yet learn them.
-        clip_grad: Largest norm of the gradient.
-        mixed_precision: 'no', 'fp16' or 'bf16'; that of `accelerate config` if None. 'auto' is bf16 on a GPU that has
-            it where `accelerate config` says 'no', as it does unless told otherwise.
-        loss: Of multi-label training: 'bce', binary cross-entropy, or 'asl', asymmetric loss.
-        img_size: Image size; the model's if None.
-        train_crop: How images are cropped in training: 'rrc', at random size and aspect ratio; 'random', anywhere in
-            the image as evaluation resizes it; 'squash', not at all, whatever their aspect ratio.
-        scale: Area range of 'rrc'.
-        ratio: Aspect ratio range of 'rrc'.
-        hflip: Probability of a horizontal flip.
-        color_jitter: Strength of colour jitter; `aa` takes its place.
-        aa: AutoAugment or RandAugment, in timm's notation.
-        reprob: Probability of random erasing, by random pixels.
-        mixup: Alpha of mixup.
-        cutmix: Alpha of CutMix.
-        mixup_switch_prob: Probability of CutMix where both are on.
-        aug_repeats: Times that an image is in an epoch's batches, augmented anew; 0 is once.
-        smoothing: Label smoothing.
-        drop_path: Stochastic depth rate of the last block.
-        model_ema_decay: Decay of averaged weights, which are then evaluated and kept; None for none.
-        interpolation: How images are resized, 'bilinear' or 'bicubic'; the model's if None.
-        train_interpolation: The same in training, 'random' too; `interpolation` if None.
-        crop_pct: Share of the image that evaluation crops; the model's if None.
-        crop_mode: How evaluation crops, 'center', 'squash' or 'border'; the model's if None.
-        model_kwargs: More arguments of the model.
-    """
-    epochs: int = 100
-    epoch_updates: int = 0
-    batch_size: int = 128
-    opt: str = 'sgd'
-    amsgrad: bool = False
-    opt_eps: Optional[float] = None
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    decay_norms: bool = False
-    lr: Optional[float] = None
-    lr_base: float = 0.1
-    lr_base_size: int = 256
-    sched: str = 'cosine'
-    sched_on_updates: bool = False
-    decay_epochs: float = 30
-    decay_rate: float = 0.1
-    decay_milestones: Tuple[int, int, int] = (90, 180, 270)
-    warmup_epochs: int = 0
-    warmup_lr: float = 1e-5
-    min_lr: float = 0.
-    layer_decay: Optional[float] = None
-    head_lr_factor: float = 1.
-    freeze_epochs: int = 0
-    freeze_bn: bool = False
-    clip_grad: Optional[float] = None
-    mixed_precision: Optional[str] = None
-    loss: str = 'bce'
-    img_size: Optional[int] = None
-    train_crop: str = 'rrc'
-    scale: Tuple[float, float] = (0.08, 1.)
-    ratio: Tuple[float, float] = (3 / 4, 4 / 3)
-    hflip: float = 0.5
-    color_jitter: Optional[float] = None
-    aa: Optional[str] = None
-    reprob: float = 0.
-    mixup: float = 0.
-    cutmix: float = 0.
-    mixup_switch_prob: float = 0.5
-    aug_repeats: int = 0
-    smoothing: float = 0.
-    drop_path: Optional[float] = None
-    model_ema_decay: Optional[float] = None
-    interpolation: Optional[str] = None
-    train_interpolation: Optional[str] = None
-    crop_pct: Optional[float] = None
-    crop_mode: Optional[str] = None
-    model_kwargs: Dict[str, Any] = field(default_factory=dict)
+    """Hyper-parameters of a run. `fields(Recipe)` say in their metadata what each means."""
+    epochs: int = setting(100, 'Epochs.')
+    epoch_updates: int = setting(0,
+        'Updates that an epoch has at least: where there are few images, it passes over them several times. Where '
+        '`epochs` is given and this is not, an epoch is one pass; so it is of streams.')
+    batch_size: int = setting(128, 'Images per update, over all processes and accumulation steps.')
+    opt: str = setting('sgd', "Optimizer of timm.optim; 'momentum' is SGD without Nesterov momentum.")
+    amsgrad: bool = setting(False, 'Adam with AMSGrad.')
+    opt_eps: Optional[float] = setting(None, 'Epsilon of the optimizer; its own if None.')
+    momentum: float = setting(0.9, "Momentum of SGD; timm leaves Adam's betas, 0.9 and 0.999, as they are.")
+    weight_decay: float = setting(1e-4, 'Weight decay.')
+    decay_norms: bool = setting(False, 'Weight decay on norms and biases, too.')
+    lr: Optional[float] = setting(None, 'Highest learning rate; if None, `lr_base` x `batch_size` / `lr_base_size`.')
+    lr_base: float = setting(0.1, 'See `lr`.')
+    lr_base_size: int = setting(256, 'See `lr`.')
+    sched: str = setting('cosine',
+        "Scheduler of timm.scheduler, 'poly' with `decay_rate` 1 being a straight line; or 'onecycle', PyTorch's with "
+        "every update.")
+    sched_on_updates: bool = setting(False, 'Step the scheduler with every update, not every epoch.')
+    decay_epochs: float = setting(30, "Epochs between steps of 'step'.")
+    decay_rate: float = setting(0.1, "Factor of 'step' and 'multistep', exponent of 'poly'.")
+    decay_milestones: Tuple[int, int, int] = setting((90, 180, 270), "Epochs at which 'multistep' steps.")
+    warmup_epochs: int = setting(0, 'Epochs of linear warm-up.')
+    warmup_lr: float = setting(1e-5, 'Learning rate at its start.')
+    min_lr: float = setting(0., 'Learning rate at the end.')
+    layer_decay: Optional[float] = setting(None, 'Factor of the learning rate from layer to layer, from the head down.')
+    head_lr_factor: float = setting(1., "Factor of the head's learning rate.")
+    freeze_epochs: int = setting(0, 'Epochs at the beginning in which only the head trains.')
+    freeze_bn: bool = setting(False, 'Batch norms keep the statistics they have; those that have none yet learn them.')
+    clip_grad: Optional[float] = setting(None, 'Largest norm of the gradient.')
+    mixed_precision: Optional[str] = setting(None,
+        "'no', 'fp16' or 'bf16'; that of `accelerate config` if None. 'auto' is bf16 on a GPU that has it where "
+        "`accelerate config` says 'no', as it does unless told otherwise.")
+    loss: str = setting('bce', "Of multi-label training: 'bce', binary cross-entropy, or 'asl', asymmetric loss.")
+    img_size: Optional[int] = setting(None, "Image size; the model's if None.")
+    train_crop: str = setting('rrc',
+        "How images are cropped in training: 'rrc', at random size and aspect ratio; 'random', anywhere in the image "
+        "as evaluation resizes it; 'squash', not at all, whatever their aspect ratio.")
+    scale: Tuple[float, float] = setting((0.08, 1.), "Area range of 'rrc'.")
+    ratio: Tuple[float, float] = setting((3 / 4, 4 / 3), "Aspect ratio range of 'rrc'.")
+    hflip: float = setting(0.5, 'Probability of a horizontal flip.')
+    color_jitter: Optional[float] = setting(None, 'Strength of colour jitter; `aa` takes its place.')
+    aa: Optional[str] = setting(None, "AutoAugment or RandAugment, in timm's notation.")
+    reprob: float = setting(0., 'Probability of random erasing, by random pixels.')
+    mixup: float = setting(0., 'Alpha of mixup.')
+    cutmix: float = setting(0., 'Alpha of CutMix.')
+    mixup_switch_prob: float = setting(0.5, 'Probability of CutMix where both are on.')
+    aug_repeats: int = setting(0, "Times that an image is in an epoch's batches, augmented anew; 0 is once.")
+    smoothing: float = setting(0., 'Label smoothing.')
+    drop_path: Optional[float] = setting(None, 'Stochastic depth rate of the last block.')
+    model_ema_decay: Optional[float] = setting(None,
+        'Decay of averaged weights, which are then evaluated and kept; None for none.')
+    interpolation: Optional[str] = setting(None,
+        "How images are resized, 'bilinear' or 'bicubic'; the model's if None.")
+    train_interpolation: Optional[str] = setting(None, "The same in training, 'random' too; `interpolation` if None.")
+    crop_pct: Optional[float] = setting(None, "Share of the image that evaluation crops; the model's if None.")
+    crop_mode: Optional[str] = setting(None,
+        "How evaluation crops, 'center', 'squash' or 'border'; the model's if None.")
+    model_kwargs: Dict[str, Any] = setting(dict, 'More arguments of the model.')
 
 
 _CNN = dict(opt='momentum', momentum=0.9, interpolation='bilinear', crop_pct=0.875)  # supplement; the last two: command

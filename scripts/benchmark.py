@@ -1,4 +1,4 @@
-"""Floor 5: time and memory of the head and of whole models, beside other heads, vanilla twins and the paper's speeds;
+"""Time and memory of the head and of whole models, beside other heads, vanilla twins and the paper's speeds;
 and the accuracy of heads on the features of a frozen model.
 
     python scripts/benchmark.py head pairs training growth --device cpu --threads 1 --output results/benchmark
@@ -25,7 +25,7 @@ import sys
 
 def parse_args():
     parser = argparse.ArgumentParser(
-        prog='benchmark.py', description=__doc__.removeprefix('Floor 5: '),
+        prog='benchmark.py', description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
     add = parser.add_argument
     add('what', nargs='+', metavar='WHAT', help='head, pairs, training, growth, probe')
@@ -68,7 +68,7 @@ def main() -> None:
     parser, args = parse_args()
     command = shlex.join(['python', 'scripts/benchmark.py', *sys.argv[1:]])
     try:
-        from noah_zoo.benchmark import benchmark
+        from noah_zoo.benchmark.run import benchmark
 
         logging.basicConfig(level=logging.WARNING, format='%(message)s')
         for text in benchmark(**vars(args), command=command):

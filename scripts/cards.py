@@ -1,4 +1,4 @@
-"""Floor 5: write the model cards, and the table of models in docs/models.md, from the catalog.
+"""Write the model cards, and the table of models in docs/models.md, from the catalog.
 
     python scripts/cards.py
 
@@ -12,13 +12,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog='cards.py', description=__doc__.removeprefix('Floor 5: '),
+        prog='cards.py', description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--check', action='store_true', help='write nothing, list what is out of date')
     parser.add_argument('--root', metavar='DIR', default=str(ROOT), help='the repository (this one)')
     args = parser.parse_args()
 
-    from noah_zoo.weights.cards import FIX, write_cards
+    from noah_zoo.publish.cards import FIX, write_cards
 
     try:
         stale = write_cards(args.root, check=args.check)

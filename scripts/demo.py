@@ -1,4 +1,4 @@
-"""Floor 5: a page in the browser: pick an image, see what a NOAH model says and where it looked.
+"""A page in the browser: pick an image, see what a NOAH model says and where it looked.
 
     python scripts/demo.py
     python scripts/demo.py --model hf-hub:you/photos --port 8000
@@ -13,7 +13,7 @@ import time
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog='demo.py', description=__doc__.removeprefix('Floor 5: '),
+        prog='demo.py', description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         '--model', nargs='+', default=[], metavar='NAME',
@@ -26,7 +26,7 @@ def main() -> int:
     os.environ.setdefault('GRADIO_ANALYTICS_ENABLED', 'False')
     try:
         import noah_zoo  # noqa: F401  registers the models
-        from noah_zoo.demo import LAUNCH, create_page
+        from noah_zoo.inference.demo import LAUNCH, create_page
     except ImportError as error:
         parser.exit(2, f"demo.py: error: {error}; pip install 'noah-zoo[demo]'\n")
     try:

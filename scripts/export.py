@@ -1,4 +1,4 @@
-"""Floor 5: write a model as a file that runs without this package, and its preprocessing and label names beside it.
+"""Write a model as a file that runs without this package, and its preprocessing and label names beside it.
 
     python scripts/export.py --model resnet18_noah --check
     python scripts/export.py --model hf-hub:you/photos --format torch-export --output photos.pt2
@@ -13,7 +13,7 @@ from pathlib import Path
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog='export.py', description=__doc__.removeprefix('Floor 5: '),
+        prog='export.py', description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         '--model', metavar='NAME',
@@ -32,8 +32,8 @@ def main() -> int:
         parser.error(f'--int8 is for --format onnx, not {args.format}')
 
     import noah_zoo  # noqa: F401  registers the models
-    from noah_zoo.export import SUFFIXES, export, quantize
-    from noah_zoo.inference import DEFAULT_MODEL, find_images, load_model
+    from noah_zoo.inference.export import SUFFIXES, export, quantize
+    from noah_zoo.inference.predict import DEFAULT_MODEL, find_images, load_model
 
     name = args.model or DEFAULT_MODEL
     output = args.output or Path(name.rpartition(':')[2].rstrip('/').rpartition('/')[2] + SUFFIXES[args.format])

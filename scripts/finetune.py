@@ -1,4 +1,4 @@
-"""Floor 5: fine-tune a pretrained model on images of your own.
+"""Fine-tune a pretrained model on images of your own.
 
     accelerate launch scripts/finetune.py --model resnet50_noah --dataset folder --data-dir photos --output runs/photos
     python scripts/finetune.py --model mobilenetv2_100_noah --dataset hfds/NAME --freeze --cache-features \\

@@ -1,4 +1,4 @@
-"""Floor 5: classify images.
+"""Classify images.
 
     python scripts/predict.py
     python scripts/predict.py photo.jpg folder/ --model resnet50.a1_in1k --top-k 5
@@ -18,7 +18,7 @@ def positive(text: str) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog='predict.py', description=__doc__.removeprefix('Floor 5: '),
+        prog='predict.py', description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('paths', nargs='*', metavar='PATH', help='images and folders of images (the sample images)')
     parser.add_argument(
@@ -30,7 +30,7 @@ def main() -> int:
     args = parser.parse_args()
 
     import noah_zoo  # noqa: F401  registers the models
-    from noah_zoo.inference import DEFAULT_MODEL, SAMPLES, find_images, load_model, predict
+    from noah_zoo.inference.predict import DEFAULT_MODEL, SAMPLES, find_images, load_model, predict
 
     try:
         images = find_images(args.paths or [str(SAMPLES)])

@@ -1,4 +1,4 @@
-"""Floor 5: publish models on the Hugging Face Hub: checked, sent, downloaded again, compared, and only then tagged.
+"""Publish models on the Hugging Face Hub: checked, sent, downloaded again, compared, and only then tagged.
 
     python scripts/publish.py resnet50_noah --from official                     # the authors' file, from Google Drive
     python scripts/publish.py resnet50_noah resnet50 --from weights --dry-run   # converted folders or released files
@@ -14,7 +14,7 @@ import logging
 
 def parse_args():
     parser = argparse.ArgumentParser(
-        description=__doc__.removeprefix('Floor 5: '), formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('names', nargs='*', metavar='NAME', help='timm names of NOAH models or of their vanilla twins')
     add('--from', dest='source', required=True, metavar='DIR|official', help="folder of the weights, or 'official'")
@@ -41,10 +41,10 @@ def main() -> None:
 
     import noah_zoo  # noqa: F401
     from noah_zoo.catalog import NAMESPACE, released
-    from noah_zoo.weights.publish import publish_model, publish_run
+    from noah_zoo.publish.publish import publish_model, publish_run
 
     logging.basicConfig(level=logging.WARNING, format='%(message)s')
-    logging.getLogger('noah_zoo.weights.publish').setLevel(logging.INFO)
+    logging.getLogger('noah_zoo.publish').setLevel(logging.INFO)
     failed = 0
     try:
         if args.repo_id:

@@ -1,4 +1,4 @@
-"""Floor 5: person re-identification on the layout of Market-1501: train, evaluate.
+"""Person re-identification on the layout of Market-1501: train, evaluate.
 
     python scripts/reid.py train --data-dir market1501 --model reid_resnet50 --output runs/reid
     python scripts/reid.py train --data-dir market1501 --model noah --model-kwargs backbone=reid_resnet50 \\
@@ -31,7 +31,7 @@ def parse_evaluate():
 def evaluate() -> None:
     parser, args = parse_evaluate()
     import noah_zoo  # noqa: F401
-    from noah_zoo.training.reid import evaluate_reid
+    from noah_zoo.tasks.reid import evaluate_reid
 
     logging.basicConfig(level=logging.WARNING, format='%(message)s')
     try:
@@ -52,7 +52,7 @@ def main() -> None:
         del sys.argv[1]
         train('reid.py train', __doc__, task='reid', dataset='market1501', recipe='reid')
     elif what in ('-h', '--help'):
-        print(__doc__.removeprefix('Floor 5: '))
+        print(__doc__)
     else:
         sys.exit(f'reid.py: error: {what!r} is not one of train, evaluate; see --help')
 

@@ -1,4 +1,4 @@
-"""Floor 5: compare finished runs over their seeds.
+"""Compare finished runs over their seeds.
 
     python scripts/report.py results/fashion_mnist
 """
@@ -7,7 +7,7 @@ import argparse
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog='report.py', description=__doc__.removeprefix('Floor 5: '),
+        prog='report.py', description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folders', nargs='+', metavar='DIR', help='folders of runs of train.py')
     args = parser.parse_args()

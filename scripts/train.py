@@ -1,4 +1,4 @@
-"""Floor 5: train a model on one or many devices.
+"""Train a model on one or many devices.
 
     accelerate launch scripts/train.py --model resnet18_noah --dataset folder --data-dir /data/imagenet \\
         --output runs/resnet18_noah
@@ -11,14 +11,8 @@ comes before the recipe; 'none' and --no-... switch off. `python scripts/train.p
 import argparse
 import ast
 import dataclasses
-import importlib
-import importlib.util
-import inspect
 import logging
-import re
 import sys
-import types
-from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple, get_args
 
 SHORT = {'batch_size': ['-b'], 'workers': ['-j']}
@@ -27,28 +21,6 @@ MORE = {
     'cache_features': dict(nargs='?', const='~/.cache/noah_zoo/features', metavar='DIR')}
 METRICS = {'top1': 'top-1', 'mAP': 'mAP'}
 METAVARS = {int: 'N', float: 'F', str: 'NAME'}
-
-
-def read_settings() -> Tuple[type, type, List[str]]:
-    """Recipe, TrainConfig and the recipes' names, read without the package around them.
-
-    Its __init__ imports timm, which takes seconds; --help and a mistyped flag need not wait for that.
-    """
-    spec = importlib.util.find_spec('noah_zoo')
-    if spec is None:
-        raise ModuleNotFoundError("No module named 'noah_zoo': pip install .")
-    for name, folder in (('_noah_zoo', '.'), ('_noah_zoo.training', 'training')):
-        sys.modules[name] = package = types.ModuleType(name)
-        package.__path__ = [str(Path(path) / folder) for path in spec.submodule_search_locations]
-    recipes = importlib.import_module('_noah_zoo.recipes')
-    return recipes.Recipe, importlib.import_module('_noah_zoo.training.config').TrainConfig, list(recipes.RECIPES)
-
-
-def read_help(cls: type) -> Dict[str, str]:
-    """What the docstring of a dataclass says of its fields."""
-    attributes = inspect.getdoc(cls).partition('Attributes:\n')[2]
-    entries = re.findall(r'^    (\w+): (.*(?:\n {5,}.*)*)', attributes, re.M)
-    return {name: ' '.join(text.split()) for name, text in entries}
 
 
 class KeyValue(argparse.Action):
@@ -91,20 +63,22 @@ def parse_args(
         argv: Optional[List[str]] = None, prog: str = 'train.py', description: str = __doc__,
 ) -> Tuple[argparse.ArgumentParser, argparse.Namespace]:
     """The namespace has what was given, and nothing else: the recipe decides the rest."""
+    from noah_zoo.config import TrainConfig
+    from noah_zoo.recipes import RECIPES, Recipe
+
     argv = sys.argv[1:] if argv is None else argv
-    recipe_class, config_class, names = read_settings()
     parser = argparse.ArgumentParser(
         prog=prog, usage=f'{prog} --model NAME --output DIR [--recipe NAME] [flags]; see --help',
-        description=description.removeprefix('Floor 5: '), formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS, allow_abbrev=False)
     run = parser.add_argument_group('run')
     hyper = parser.add_argument_group('hyper-parameters', "the recipe's, unless given")
     hyper.add_argument(
-        '--recipe', metavar='NAME', choices=['auto', 'none', *names],
-        help=f"'auto' is that of the model, 'none' the plain defaults, else {', '.join(names)}")
-    of_recipe, of_run = read_help(recipe_class), read_help(config_class)
-    for field in dataclasses.fields(config_class):
-        group, text = (hyper, of_recipe[field.name]) if field.name in of_recipe else (run, of_run[field.name])
+        '--recipe', metavar='NAME', choices=['auto', 'none', *RECIPES],
+        help=f"'auto' is that of the model, 'none' the plain defaults, else {', '.join(RECIPES)}")
+    of_recipe = {field.name for field in dataclasses.fields(Recipe)}
+    for field in dataclasses.fields(TrainConfig):
+        group, text = hyper if field.name in of_recipe else run, field.metadata['help']
         missing = field.default is field.default_factory
         required = missing and '--check-data' not in argv
         if group is run and not (missing or field.default in (None, False)):
@@ -124,9 +98,9 @@ def main(prog: str = 'train.py', description: str = __doc__, **defaults: Any) ->
     args = argparse.Namespace(**{**defaults, **vars(args)})
     from accelerate.utils import get_int_from_env
 
-    from noah_zoo.training.data import check_data
-    from noah_zoo.training.engine import train
-    from noah_zoo.training.recipes import configure
+    from noah_zoo.data.factory import check_data
+    from noah_zoo.training.settings import configure
+    from noah_zoo.training.trainer import train
 
     is_main = get_int_from_env(['RANK', 'PMI_RANK', 'OMPI_COMM_WORLD_RANK', 'MV2_COMM_WORLD_RANK'], 0) == 0
     logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format='%(message)s')

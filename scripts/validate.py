@@ -1,4 +1,4 @@
-"""Floor 5: evaluate a pretrained model on a dataset: top-1 and top-5, beside the paper's for the authors' weights.
+"""Evaluate a pretrained model on a dataset: top-1 and top-5, beside the paper's for the authors' weights.
 
     python scripts/validate.py --model resnet50_noah --dataset folder --data-dir /data/imagenet
     python scripts/validate.py --model mobilenetv2_035_noah.fashion_mnist --dataset fashion_mnist
@@ -12,7 +12,7 @@ import os
 
 def parse_args():
     parser = argparse.ArgumentParser(
-        description=__doc__.removeprefix('Floor 5: '),
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
     add = parser.add_argument
     add('--model', required=True, metavar='NAME', help="timm name, 'hf-hub:...', 'local-dir:...', or an exported file")

@@ -1,4 +1,4 @@
-"""Floor 5: draw where a NOAH model looked (Figure 2 of the paper).
+"""Draw where a NOAH model looked (Figure 2 of the paper).
 
     python scripts/visualize.py photo.jpg --model resnet18_noah --classes tabby "Egyptian cat" lynx
     python scripts/visualize.py noah_zoo/samples/0018_bag.png
@@ -13,7 +13,7 @@ from pathlib import Path
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog='visualize.py', description=__doc__.removeprefix('Floor 5: '),
+        prog='visualize.py', description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('image', metavar='IMAGE', type=Path)
     parser.add_argument(
@@ -30,9 +30,9 @@ def main() -> int:
     args = parser.parse_args()
 
     import noah_zoo  # noqa: F401  registers the models
-    from noah_zoo.figures import draw, find_classes, load_pair
-    from noah_zoo.images import read_image
-    from noah_zoo.inference import DEFAULT_MODEL
+    from noah_zoo.data.images import read_image
+    from noah_zoo.inference.predict import DEFAULT_MODEL
+    from noah_zoo.inference.visualize import draw, find_classes, load_pair
 
     output = args.output or Path(f'{args.image.stem}_attention.png')
     try:

@@ -1,7 +1,7 @@
 """The head on one model of every module of timm, the smallest; and on every name of timm, on the meta device.
 
     python -m tests.sweep          # writes docs/backbones.md, in about an hour
-    pytest -m slow tests/test_attach.py
+    pytest -m slow tests/models/test_attach.py
 
 Both run `check` and `try_on_meta`; the test compares what they give with the table.
 """
@@ -45,7 +45,7 @@ the head. The others:
 
 {refused}
 
-`python -m tests.sweep` writes this page, `pytest -m slow tests/test_attach.py` checks it.
+`python -m tests.sweep` writes this page, `pytest -m slow tests/models/test_attach.py` checks it.
 """
 
 

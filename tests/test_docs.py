@@ -16,14 +16,14 @@ from PIL import Image
 from safetensors.torch import save
 
 import noah_zoo  # noqa: F401
-from noah_zoo.inference import SAMPLES
+from noah_zoo.inference.predict import SAMPLES
 
+from .data.test_annotated import make_coco, make_inaturalist
 from .hub_server import HubServer
 from .released import released_state_dict
+from .tasks.test_reid import make_market
 from .training.conftest import make_fashion_mnist
-from .training.test_annotated import make_coco, make_inaturalist
 from .training.test_finetune import make_photos
-from .training.test_reid import make_market
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -81,8 +81,8 @@ python() {
         scripts/benchmark.py*) command python "$@" --quick --output runs/benchmark ;;
         results/lite0.py*) ;;  # its weights may not be there
         results/first_weights/frozen.py*|results/first_weights/scratch.py*) command python "$@" --help ;;  # need those
-        scripts/demo.py*) command python "$@" --help ;;  # it would serve for ever; tests/test_demo.py asks it
-        "scripts/publish.py --all"*) command python "$@" --help ;;  # tests/weights/test_publish.py has all of it
+        scripts/demo.py*) command python "$@" --help ;;  # it would serve for ever; tests/inference/test_demo.py asks it
+        "scripts/publish.py --all"*) command python "$@" --help ;;  # tests/publish/test_publish.py has all of it
         *) command python "$@" ;;
     esac
 }
@@ -141,8 +141,8 @@ def blocks(page):
 def program(page):
     """One Python program of all that a page has, in its order; commands are given to a shell."""
     lines = [
-        'import subprocess', 'from pathlib import Path', 'import noah_zoo.training.data',
-        "noah_zoo.training.data.FASHION_MNIST_DIR = Path('fashion_mnist')  # Debian's package may not be there"]
+        'import subprocess', 'from pathlib import Path', 'import noah_zoo.data.factory',
+        "noah_zoo.data.factory.FASHION_MNIST_DIR = Path('fashion_mnist')  # Debian's package may not be there"]
     for language, code in [('bash', BEFORE.get(Path(page).name, '')), *blocks(page)]:
         if language not in ('bash', 'python'):
             continue

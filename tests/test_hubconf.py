@@ -135,7 +135,7 @@ assert official.__file__.startswith(os.path.dirname(noah_zoo.__file__))
 
 # Another copy comes second: what is imported stays.
 other = load('resnet18_noah', repo=os.path.abspath('../other'), num_classes=2)
-assert sys.modules['noah_zoo'] is noah_zoo and type(other).__mro__[1].__module__ == 'noah_zoo.attach'
+assert sys.modules['noah_zoo'] is noah_zoo and type(other).__mro__[1].__module__ == 'noah_zoo.models.attach'
 
 # What the package imports from elsewhere is asked for by torch.hub first.
 import ast

@@ -9,10 +9,9 @@ import pytest
 from .scripts import call
 
 ROOT = Path(__file__).resolve().parents[1]
-FLOORS = {  # lower floors know nothing of higher ones
-    'poca': 1, 'poca_cpu': 1, 'poca_triton': 1, 'head': 1, 'ablations': 1, 'catalog': 1, 'recipes': 1, 'images': 1,
-    'attach': 2, 'models': 2, 'weights': 3, 'attention': 4, 'demo': 4, 'export': 4, 'figures': 4, 'inference': 4,
-    'training': 4, 'benchmark': 4, 'benchmark_report': 4, 'measure': 4, 'other_heads': 4, 'probe': 4}
+STOREYS = (  # from the ground up; a room knows those below it
+    {'catalog', 'recipes', 'config', 'layers'}, {'data', 'models'}, {'tasks', 'weights'}, {'inference', 'publish'},
+    {'training'}, {'benchmark'})
 SOURCES = sorted((ROOT / 'noah_zoo').rglob('*.py')) + sorted((ROOT / 'scripts').glob('*.py'))
 
 
@@ -37,22 +36,53 @@ def test_no_private_name_of_timm(path):
             assert not ast.unparse(node.value).startswith('timm'), ast.unparse(node)
 
 
+def modules(path):
+    """The modules of the package that a file imports, its own name first."""
+    def module(name):
+        """Of a dotted name, which may end in a class or a function."""
+        parts = name.split('.')
+        for end in range(len(parts), 0, -1):
+            file = ROOT.joinpath(*parts[:end])
+            if file.with_suffix('.py').is_file() or (file / '__init__.py').is_file():
+                return '.'.join(parts[:end])
+
+    own = '.'.join(path.relative_to(ROOT).with_suffix('').parts).removesuffix('.__init__')
+    return own, {module(name) for name in imported_names(path) if name.startswith('noah_zoo')} - {own}
+
+
+def test_every_room_has_a_storey():
+    package = ROOT / 'noah_zoo'
+    rooms = {path.stem for path in package.glob('*.py')} | {path.parent.name for path in package.glob('*/__init__.py')}
+    assert sorted(room for storey in STOREYS for room in storey) == sorted(rooms - {'__init__'})
+
+
 @pytest.mark.parametrize('path', SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_go_down_only(path):
-    parts = path.relative_to(ROOT).parts
-    if parts[1] == '__init__.py':
-        return
-    floor = 5 if parts[0] == 'scripts' else FLOORS[parts[1].removesuffix('.py')]
-    assert ast.get_docstring(ast.parse(path.read_text(encoding='utf-8'))).startswith(f'Floor {floor}: ')
-    for name in imported_names(path):
-        room = name.split('.')[1] if name.startswith('noah_zoo.') else None
-        assert room is None or FLOORS[room] <= floor, name
+    own, imported = modules(path)
+    storeys = {room: number for number, rooms in enumerate(STOREYS) for room in rooms}
+    if own.split('.')[0] == 'noah_zoo' and own != 'noah_zoo':
+        room = own.split('.')[1]
+        rooms = {name.split('.')[1] for name in imported if name != 'noah_zoo'}
+        above = {
+            other for other in rooms - {room}
+            if storeys[other] > storeys[room] or storeys[other] == storeys[room] and storeys[room] > 0}
+        assert not above
+
+
+def test_no_circle():
+    """Not in a folder either."""
+    graph = dict(modules(path) for path in SOURCES if path.is_relative_to(ROOT / 'noah_zoo'))
+    del graph['noah_zoo']  # it registers the models, and nothing needs it
+    while graph:
+        leaves = {name for name, imported in graph.items() if not imported & graph.keys()}
+        assert leaves, sorted(graph)
+        graph = {name: imported for name, imported in graph.items() if name not in leaves}
 
 
 @pytest.mark.parametrize('script', sorted(path.name for path in (ROOT / 'scripts').glob('*.py')))
 def test_help(script):
     done = call(script, '--help')
-    assert done.returncode == 0 and f'scripts/{script}' in done.stdout and 'Floor' not in done.stdout
+    assert done.returncode == 0 and f'scripts/{script}' in done.stdout
 
 
 def run(code):

@@ -1,8 +1,8 @@
-"""Floor 2: the head on any timm model, as one name of timm: this is how a saved model with an added head comes back."""
+"""The head on any timm model, as one name of timm: this is how a saved model with an added head comes back."""
 from timm.models import register_model
 from torch import nn
 
-from .build import build_any
+from .builder import build_any
 
 
 @register_model

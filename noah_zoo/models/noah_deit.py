@@ -1,4 +1,4 @@
-"""Floor 2: DeiT with NOAH, and the thin vanilla twins. The backbone is timm's VisionTransformer."""
+"""DeiT with NOAH, and the thin vanilla twins. The backbone is timm's VisionTransformer."""
 from collections import OrderedDict
 from functools import partial
 from typing import Optional
@@ -9,7 +9,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from ..catalog import TWINS, family, weights_at
-from .build import build_model, build_noah
+from .builder import build_model, build_noah
 
 
 class ThinDeit(VisionTransformer):

@@ -1,4 +1,4 @@
-"""Floor 2: MLP-Mixer and gMLP with NOAH, and the thin vanilla twins. The backbone is timm's MlpMixer."""
+"""MLP-Mixer and gMLP with NOAH, and the thin vanilla twins. The backbone is timm's MlpMixer."""
 from functools import partial
 
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
@@ -7,7 +7,7 @@ from timm.models import MlpMixer, generate_default_cfgs, register_model
 from timm.models.mlp_mixer import SpatialGatingBlock, checkpoint_filter_fn
 
 from ..catalog import TWINS, family, weights_at
-from .build import build_model, build_noah
+from .builder import build_model, build_noah
 
 
 def _cfg(**kwargs):

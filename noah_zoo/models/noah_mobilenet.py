@@ -1,9 +1,9 @@
-"""Floor 2: MobileNetV2 with NOAH. The backbone is timm's."""
+"""MobileNetV2 with NOAH. The backbone is timm's."""
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import EfficientNet, generate_default_cfgs, register_model
 
 from ..catalog import SHIPPED, family, weights_at
-from .build import build_noah
+from .builder import build_noah
 
 
 def _cfg(**kwargs):

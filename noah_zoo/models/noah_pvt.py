@@ -1,4 +1,4 @@
-"""Floor 2: Pyramid Vision Transformer v1, with NOAH and vanilla. timm has only its second version."""
+"""Pyramid Vision Transformer v1, with NOAH and vanilla. timm has only its second version."""
 from functools import partial
 from typing import Any, Dict, List, Optional, Set, Tuple, Union
 
@@ -10,7 +10,7 @@ from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..catalog import family, weights_at
-from .build import build_model, build_noah
+from .builder import build_model, build_noah
 from .pyramid import take_indices
 
 

@@ -1,9 +1,9 @@
-"""Floor 2: ResNet with NOAH. The backbone is timm's."""
+"""ResNet with NOAH. The backbone is timm's."""
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import ResNet, generate_default_cfgs, register_model
 
 from ..catalog import family, weights_at
-from .build import build_noah
+from .builder import build_noah
 
 
 def _cfg(**kwargs):

@@ -1,4 +1,4 @@
-"""Floor 2: ShuffleNetV2, with NOAH and vanilla. The layers are torchvision's, timm's interface is added here."""
+"""ShuffleNetV2, with NOAH and vanilla. The layers are torchvision's, timm's interface is added here."""
 from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
@@ -9,7 +9,7 @@ from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..catalog import weights_at
-from .build import build_model, build_noah
+from .builder import build_model, build_noah
 from .pyramid import take_indices
 
 

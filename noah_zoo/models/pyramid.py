@@ -1,4 +1,4 @@
-"""Floor 2: what the families written here share of timm's interface."""
+"""What the families written here share of timm's interface."""
 from typing import List, Sequence, Union
 
 

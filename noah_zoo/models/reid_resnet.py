@@ -1,4 +1,4 @@
-"""Floor 2: ResNet with an embedding between pooling and classifier, for person re-identification (paper, Table XV).
+"""ResNet with an embedding between pooling and classifier, for person re-identification (paper, Table XV).
 
 Under a NOAH head, timm.create_model('noah', backbone='reid_resnet50'), the embedding is per position, as is everything
 that a model does there.

@@ -1,7 +1,6 @@
-"""Floor 4: training and evaluation on Accelerate and timm."""
-from .config import TrainConfig
-from .data import create_dataset
-from .engine import evaluate, train
-from .recipes import configure
+"""Training and evaluation on Accelerate and timm."""
+from ..config import TrainConfig
+from .settings import configure
+from .trainer import evaluate, train
 
-__all__ = ['TrainConfig', 'configure', 'create_dataset', 'evaluate', 'train']
+__all__ = ['TrainConfig', 'configure', 'evaluate', 'train']

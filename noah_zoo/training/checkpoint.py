@@ -1,4 +1,4 @@
-"""Floor 4: checkpoints that are whole or absent, and the newest of them."""
+"""Checkpoints that are whole or absent, and the newest of them."""
 import os
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Floor 4: the learning curve of a run as a picture."""
+"""The learning curve of a run as a picture."""
 import json
 from pathlib import Path
 

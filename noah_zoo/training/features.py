@@ -1,4 +1,4 @@
-"""Floor 4: the features of a frozen backbone, computed once and kept on disk, so that a head trains on them alone."""
+"""The features of a frozen backbone, computed once and kept on disk, so that a head trains on them alone."""
 import errno
 import hashlib
 import json
@@ -16,9 +16,9 @@ from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
+from ..data.base import Images
+from ..data.loader import EvalBatches, create_loader
 from ..weights.hub import sha256_of
-from .data import Images
-from .loader import EvalBatches, create_loader
 
 _logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class CachedFeatures:
 
 
 class FeatureBatches:
-    """The batches of a sampler of `noah_zoo.training.loader`, of features instead of images."""
+    """The batches of a sampler of `noah_zoo.data.loader`, of features instead of images."""
 
     def __init__(self, cached: CachedFeatures, sampler: Sampler) -> None:
         self.cached, self.sampler = cached, sampler

@@ -1,11 +1,11 @@
-"""Floor 4: figures over the seeds of a comparison."""
+"""Figures over the seeds of a comparison."""
 import json
 import statistics
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, Dict, Sequence, Tuple
 
-from ..models.build import HEAD_ARGS
+from ..models.builder import HEAD_ARGS
 from .curve import LABELS
 
 

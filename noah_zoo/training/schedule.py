@@ -1,4 +1,4 @@
-"""Floor 4: the one-cycle learning rate, which timm.scheduler lacks."""
+"""The one-cycle learning rate, which timm.scheduler lacks."""
 from typing import Any, Dict
 
 from torch.optim import Optimizer

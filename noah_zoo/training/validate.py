@@ -1,4 +1,4 @@
-"""Floor 4: the accuracy of a pretrained model on a dataset."""
+"""The accuracy of a pretrained model on a dataset."""
 from pathlib import Path
 from typing import Any, Dict, Optional
 
@@ -8,12 +8,12 @@ from accelerate import Accelerator
 from timm.data import create_transform, resolve_data_config
 from torch.utils.data import IterableDataset
 
-from ..attach import set_image_size
 from ..catalog import TAG, released_figures
-from ..export import SUFFIXES, ExportedModel
-from .data import create_dataset
-from .engine import TASKS, evaluate
-from .loader import EvalBatches, create_loader
+from ..data.factory import create_dataset
+from ..data.loader import EvalBatches, create_loader
+from ..inference.export import SUFFIXES, ExportedModel
+from ..models.attach import set_image_size
+from .trainer import TASKS, evaluate
 
 
 def validate(
@@ -30,7 +30,7 @@ def validate(
     """Evaluate a pretrained model, with its own preprocessing, every image once on any number of processes.
 
     Args:
-        model: A timm name, with or without tag, 'hf-hub:...' or 'local-dir:...'; or a file of `noah_zoo.export`.
+        model: A timm name, with or without tag, 'hf-hub:...' or 'local-dir:...'; or an exported file.
         dataset: As of `create_dataset`.
         task: 'multiclass' or 'multilabel'.
         data_dir: Folder of the data.

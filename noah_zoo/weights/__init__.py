@@ -1,9 +1,8 @@
-"""Floor 3: weights: where they come from, the authors' release in timm's format, publishing on the Hub."""
-from ..models import build
-from ..models.build import WeightsError
+"""Weights: where they come from, and the authors' release in timm's format."""
+from ..models.builder import WeightsError, use_weights_finder
 from .find import find_weights
 from .official import convert_file, convert_official, read_official
 
 __all__ = ['WeightsError', 'convert_file', 'convert_official', 'find_weights', 'read_official']
 
-build.find_weights = find_weights
+use_weights_finder(find_weights)

@@ -1,4 +1,4 @@
-"""Floor 3: the authors' own files, from Google Drive, converted once and kept beside the Hub's cache."""
+"""The authors' own files, from Google Drive, converted once and kept beside the Hub's cache."""
 import logging
 import os
 import shutil
@@ -13,7 +13,7 @@ from huggingface_hub.utils import are_progress_bars_disabled
 from safetensors.torch import save
 
 from ..catalog import TAG, drive_id, drive_page
-from ..models.build import WeightsError
+from ..models.builder import WeightsError
 from .hub import damage, disk_trouble, patience, sha256_of, within
 from .official import convert_official, read_official
 

@@ -1,4 +1,4 @@
-"""Floor 3: where the weights of a model come from."""
+"""Where the weights of a model come from."""
 import logging
 import os
 from dataclasses import replace
@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from timm.models import PretrainedCfg, get_pretrained_cfg
 
 from ..catalog import NAMESPACE, PUBLISHED, SHIPPED, TAG, registered
-from ..models.build import WEIGHT_PLACES, WeightsError
+from ..models.builder import WEIGHT_PLACES, WeightsError
 from .drive import fetch_released
 from .head_only import whole_weights
 from .hub import MissingFileError, fetch

@@ -1,4 +1,4 @@
-"""Floor 3: weights of a head alone: their file says which file on the Hub has the others."""
+"""Weights of a head alone: their file says which file on the Hub has the others."""
 import json
 import logging
 import shutil
@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..models.build import WeightsError
+from ..models.builder import WeightsError
 from .hub import fetch, sha256_of
 
 _logger = logging.getLogger(__name__)

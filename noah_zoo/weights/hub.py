@@ -1,4 +1,4 @@
-"""Floor 3: a file from the Hugging Face Hub that is what it should be, or an error that says what to do."""
+"""A file from the Hugging Face Hub that is what it should be, or an error that says what to do."""
 import errno
 import hashlib
 import logging
@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import tqdm
 
-from ..models.build import WeightsError
+from ..models.builder import WeightsError
 
 _logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Floor 3: the names of parameters in the authors' release, from timm's."""
+"""The names of parameters in the authors' release, from timm's."""
 import re
 from typing import Dict, Iterable, List
 

@@ -1,4 +1,4 @@
-"""Floor 3: the authors' release, 25 NOAH models and their vanilla twins: read, checked, converted to timm's format."""
+"""The authors' release, 25 NOAH models and their vanilla twins: read, checked, converted to timm's format."""
 import argparse
 import dataclasses
 import difflib

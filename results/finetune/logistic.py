@@ -15,8 +15,8 @@ import torch
 from sklearn.linear_model import LogisticRegressionCV
 from timm.data import create_transform, resolve_data_config
 
-from noah_zoo.training.config import TrainConfig
-from noah_zoo.training.data import create_datasets
+from noah_zoo.config import TrainConfig
+from noah_zoo.data.factory import create_datasets
 
 
 @torch.inference_mode()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from noah_zoo.training.data import FASHION_MNIST_DIR, FashionMnist
+from noah_zoo.data.fashion_mnist import FASHION_MNIST_DIR, FashionMnist
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ import argparse
 import statistics
 from pathlib import Path
 
-from noah_zoo.weights.cards import make_table
+from noah_zoo.publish.cards import make_table
 
 HEADS = {
     'logistic': 'logistic regression', 'linear-frozen': 'linear, frozen', 'noah-frozen': 'NOAH, frozen',

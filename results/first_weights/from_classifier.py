@@ -14,7 +14,7 @@ import timm
 from frozen import KEY_RATIO, data_of, run
 
 from noah_zoo import NoahHead
-from noah_zoo.probe import PoolLinear
+from noah_zoo.benchmark.probe import PoolLinear
 
 EPOCHS = (0, 1, 5, 20)
 

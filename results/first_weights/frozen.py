@@ -29,8 +29,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import noah_zoo
-from noah_zoo.probe import PoolLinear
-from noah_zoo.training.data import FASHION_MNIST_DIR, FashionMnist
+from noah_zoo.benchmark.probe import PoolLinear
+from noah_zoo.data.fashion_mnist import FASHION_MNIST_DIR, FashionMnist
 
 SIDE = {1: 128, 2: 96, 3: 64}  # pixels of a garment, by how many are side by side
 KEY_RATIO = {1: 1 / 2, 4: 1 / 4, 8: 1 / 4}

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from noah_zoo.weights.cards import make_table
+from noah_zoo.publish.cards import make_table
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from noah_zoo.catalog import FASHION_MNIST_CLASSES
-from noah_zoo.inference import SAMPLES
+from noah_zoo.inference.predict import SAMPLES
 
 
 def samples():

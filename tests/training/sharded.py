@@ -25,7 +25,7 @@ if strategy == 'fsdp':
 else:
     sys.argv.remove('--cpu')
     PartialState._prepare_backend = lambda self, *args: ('gloo', DistributedType.MULTI_CPU)
-from noah_zoo.training import engine  # noqa: E402
+from noah_zoo.training import trainer as engine  # noqa: E402
 
 prepare, check_output = Accelerator.prepare, engine._check_output
 

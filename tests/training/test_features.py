@@ -17,9 +17,10 @@ import torch
 from timm.data import create_transform, resolve_data_config
 
 from noah_zoo import add_noah_head
-from noah_zoo.training import configure, create_dataset, features, train
+from noah_zoo.data import create_dataset
+from noah_zoo.data.loader import EpochBatches, create_loader
+from noah_zoo.training import configure, features, train
 from noah_zoo.training.features import CachedFeatures, FeatureBatches, HeadOnly, cache_features, feature_key
-from noah_zoo.training.loader import EpochBatches, create_loader
 
 from .test_finetune import SHIPPED, photos  # noqa: F401  a fixture
 
@@ -128,7 +129,7 @@ def test_what_the_key_depends_on(parts, photos, tmp_path):  # noqa: F811
     others.append(key())
     assert len({first, *others}) == 7
     code = (
-        'import sys, timm, noah_zoo; from noah_zoo.training import create_dataset; '
+        'import sys, timm, noah_zoo; from noah_zoo.data import create_dataset; '
         'from noah_zoo.training.features import feature_key; '
         'from timm.data import create_transform, resolve_data_config; '
         f'm = timm.create_model({SHIPPED!r}, pretrained=True, num_classes=9).eval(); '
@@ -180,7 +181,7 @@ def test_an_image_that_is_gone_is_named(parts, photos, tmp_path):  # noqa: F811
 
 def test_killed_while_it_computes(parts, photos, tmp_path):  # noqa: F811
     code = (
-        'import time, timm, noah_zoo; from pathlib import Path; from noah_zoo.training import create_dataset; '
+        'import time, timm, noah_zoo; from pathlib import Path; from noah_zoo.data import create_dataset; '
         'from noah_zoo.training.features import cache_features; '
         'from timm.data import create_transform, resolve_data_config; '
         f'm = timm.create_model({SHIPPED!r}, pretrained=True, num_classes=3).eval(); '

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from noah_zoo.training.data import FASHION_MNIST_DIR
+from noah_zoo.data.fashion_mnist import FASHION_MNIST_DIR
 
 ROOT = Path(__file__).resolve().parents[2]
 

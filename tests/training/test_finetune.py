@@ -16,10 +16,11 @@ from timm.data import resolve_data_config
 from timm.models import save_for_hf
 from torch import nn
 
-from noah_zoo.training import TrainConfig, configure, create_dataset, train
-from noah_zoo.training.multiclass import class_weights, create_criterion
+from noah_zoo.data import create_dataset
+from noah_zoo.data.transforms import create_transforms
+from noah_zoo.tasks.multiclass import class_weights, create_criterion
+from noah_zoo.training import TrainConfig, configure, train
 from noah_zoo.training.schedule import OneCycle
-from noah_zoo.training.transforms import create_transforms
 
 from ..hub_server import HubServer
 

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import noah_zoo  # noqa: F401
+from noah_zoo.data.fashion_mnist import FASHION_MNIST_DIR
 from noah_zoo.training import TrainConfig
-from noah_zoo.training.data import FASHION_MNIST_DIR
-from noah_zoo.training.engine import _Run
+from noah_zoo.training.trainer import _Run
 
 UPDATES = 40
 

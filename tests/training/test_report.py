@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from noah_zoo.ablations import VARIANTS
+from noah_zoo.layers.ablations import VARIANTS
 from noah_zoo.training.report import report
 
 ROOT = Path(__file__).resolve().parents[2]

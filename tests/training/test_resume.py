@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import noah_zoo  # noqa: F401
-from noah_zoo.training.data import FashionMnist
+from noah_zoo.data.fashion_mnist import FashionMnist
 
 from ..client import SmallDisk
 from ..scripts import call

@@ -10,8 +10,8 @@ from PIL import Image
 
 import noah_zoo  # noqa: F401  registers the models
 from noah_zoo.catalog import FASHION_MNIST_CLASSES, SHIPPED
-from noah_zoo.training import create_dataset
-from noah_zoo.training.data import FASHION_MNIST_DIR, FashionMnist
+from noah_zoo.data import create_dataset
+from noah_zoo.data.fashion_mnist import FASHION_MNIST_DIR, FashionMnist
 
 from ..scripts import call
 from .conftest import samples

@@ -17,8 +17,8 @@ from noah_zoo.weights.head_only import KEY, read_backbone
 
 from ..client import Client, digest
 from ..hub_server import HubServer
+from ..publish.test_publish import FILES, TOKEN, Project
 from ..training.test_finetune import make_photos
-from .test_publish import FILES, TOKEN, Project
 
 RESNET, VIT = 'timm/test_resnet.r160_in1k', 'timm/test_vit.r160_in1k'
 NOAH = 'mobilenetv2_035_noah'
@@ -31,7 +31,7 @@ for name, model, settings in runs:
         lr=0.1, img_size=64), **settings}))
 '''
 PUBLISH = '''
-from noah_zoo.weights.publish import publish_run
+from noah_zoo.publish.publish import publish_run
 published = publish_run(run, repo_id, head_only=True, dry_run=dry_run)
 value = published and published.revision
 '''

@@ -1,0 +1,1 @@
+"""What the head costs, and what it makes of frozen features."""

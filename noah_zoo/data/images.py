@@ -1,0 +1,67 @@
+"""Image files, read as RGB or refused."""
+import io
+from pathlib import Path
+from typing import Optional, Union
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+UNREADABLE = ': not a readable image: '
+
+
+class DamagedImageError(ValueError):
+    """An image that cannot be read: '<where>: not a readable image: <reason>'. Made of one string, as torch's
+    DataLoader makes a worker's exception anew from its text."""
+
+
+def read_image(source: Union[str, Path, bytes], where: Optional[str] = None) -> Image.Image:
+    """Read an image file whole, as RGB.
+
+    As everywhere in timm, transparency is dropped, the first frame of several is taken, and EXIF orientation is not
+    applied. Not as in timm, where they become white: see `to_rgb` for 16-bit and floating-point images.
+
+    Args:
+        source: The file's path or content.
+        where: What errors call the image; the path if None.
+
+    Raises:
+        DamagedImageError: If it is no image, is cut short, or has so many pixels that Pillow refuses it.
+        OSError: If the file cannot be opened or read, which says nothing of the image.
+    """
+    where = str(source) if where is None else where
+    data = source if isinstance(source, bytes) else Path(source).read_bytes()
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return to_rgb(image)
+    except (MemoryError, Warning):  # not the image's fault; warnings come here under python -W error
+        raise
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others
+        reason = 'the file is empty' if not data else str(error) or type(error).__name__
+        if data and isinstance(error, UnidentifiedImageError):  # its text has an address in memory
+            reason = 'not a format that Pillow knows'
+        raise DamagedImageError(f'{where}{UNREADABLE}{reason}') from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """`image.convert('RGB')`, but for the modes that it clips to white.
+
+    16-bit grey, which is 'I;16' or 'I' by format and version of Pillow, is divided by 256. Floating-point grey of 0 to
+    1 is multiplied by 255; of 0 to 255 it is rounded down.
+
+    Raises:
+        ValueError: If values are out of these ranges.
+    """
+    if image.mode != 'F' and not image.mode.startswith('I'):
+        if image.mode == 'P' and isinstance(image.info.get('transparency'), bytes):
+            image = image.convert('RGBA')  # the same colours, without Pillow's warning
+        return image.convert('RGB')
+    values = np.asarray(image)
+    low, high = values.min(), values.max()
+    largest = 255 if image.mode == 'F' else 65535
+    if not (low >= 0 and high <= largest):  # in this form for NaN
+        raise ValueError(f'mode {image.mode} with values from {low} to {high}, accepted are 0 to {largest}')
+    if image.mode == 'F':
+        values = np.rint(values * 255) if high <= 1 else values
+    else:
+        values = values // 256
+    return Image.fromarray(values.astype(np.uint8)).convert('RGB')

@@ -1,0 +1,42 @@
+"""What an image goes through in training and in evaluation, by timm.data."""
+import math
+from typing import Any, Callable, Dict, Tuple
+
+from timm.data import create_transform
+from timm.data.transforms import str_to_interp_mode
+from torchvision import transforms
+
+from ..config import TrainConfig
+
+TRAIN_CROPS = ('rrc', 'random', 'squash')
+
+
+def create_transforms(config: TrainConfig, data_config: Dict[str, Any]) -> Tuple[Callable, Callable]:
+    """The transforms of a run, from an RGB image to a tensor: in training, and in evaluation.
+
+    Args:
+        config: The settings.
+        data_config: The model's, as `timm.data.resolve_data_config` gives it.
+
+    Raises:
+        ValueError: If `config.train_crop` is unknown.
+    """
+    if config.train_crop not in TRAIN_CROPS:
+        raise ValueError(f'train_crop={config.train_crop!r} is not one of {", ".join(TRAIN_CROPS)}')
+    val_transform = create_transform(**data_config)
+    if config.no_aug or config.cache_features:
+        return val_transform, val_transform
+    interpolation = config.train_interpolation or data_config['interpolation']
+    train_transform = create_transform(
+        is_training=True, interpolation=interpolation, scale=config.scale, ratio=config.ratio, hflip=config.hflip,
+        color_jitter=config.color_jitter, auto_augment=config.aa, re_prob=config.reprob, re_mode='pixel',
+        **{name: data_config[name] for name in ('input_size', 'mean', 'std')})
+    size = data_config['input_size'][1:]
+    mode = str_to_interp_mode('bilinear' if interpolation == 'random' else interpolation)
+    if config.train_crop == 'squash':
+        train_transform.transforms[0] = transforms.Resize(size, mode)
+    elif config.train_crop == 'random':
+        train_transform.transforms[0] = transforms.Compose([
+            transforms.Resize(math.floor(min(size) / data_config['crop_pct']), mode),
+            transforms.RandomCrop(size, pad_if_needed=True)])
+    return train_transform, val_transform

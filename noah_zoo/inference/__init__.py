@@ -1,0 +1,1 @@
+"""What a trained model is used for: classify, look at, show, export."""

@@ -1,0 +1,258 @@
+"""Models as files that run without this package: ONNX, torch.export, TorchScript; and ONNX in 8 bits."""
+import json
+import logging
+import math
+import os
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Union
+
+import numpy as np
+import torch
+from timm.data import create_transform, resolve_data_config
+from torch import Tensor, nn
+from torch.export import Dim
+
+from ..data.images import read_image
+from ..models.attach import input_size_of, name_of
+from .predict import label_names
+
+_logger = logging.getLogger(__name__)
+
+SUFFIXES = {'onnx': '.onnx', 'torch-export': '.pt2', 'torchscript': '.pt'}
+INSTALL = "pip install 'noah-zoo[export]'"
+TOLERANCE = 1e-4  # of the largest logit, or of 1
+
+
+class Exported(NamedTuple):
+    """What `export` wrote.
+
+    Attributes:
+        path: The model.
+        description: Preprocessing and label names, JSON.
+        dynamic_size: Whether it takes images of any size that the backbone takes; batches may have any size always.
+        errors: The largest difference to the model's logits, by the shape of the images; empty if not checked.
+    """
+    path: Path
+    description: Path
+    dynamic_size: bool
+    errors: Dict[str, float]
+
+
+def export(model: nn.Module, output: Union[str, Path], fmt: str = 'onnx', check: bool = True) -> Exported:
+    """Write a model as one file, and what to do to an image before it as JSON beside it.
+
+    The input is `images`, (B, C, H, W) in float32; the output `logits`, (B, K). Nothing is left if anything fails.
+
+    Args:
+        model: A timm model, NOAH or not, on the CPU.
+        output: The file, '.onnx', '.pt2' or '.pt'; the JSON has its name with the suffix '.json'.
+        fmt: 'onnx', 'torch-export' (for `torch.export.load`) or 'torchscript' (for `torch.jit.load`).
+        check: Run the file on batches of 1 and 3, on another image size too if it takes one, and compare.
+
+    Raises:
+        ImportError: If a package that writes or runs ONNX is missing.
+        OSError: If the files cannot be written.
+        ValueError: If format or suffix is not as above, the model cannot be exported, or the file's logits are others:
+            more than 1e-4 away, relative to the largest logit or to 1.
+    """
+    if fmt not in SUFFIXES:
+        raise ValueError(f'format {fmt!r} is unknown; choose from {", ".join(SUFFIXES)}')
+    output, name, description = Path(output), name_of(model), describe(model)
+    if output.suffix != SUFFIXES[fmt]:
+        raise ValueError(f'{output}: a file of format {fmt} ends with {SUFFIXES[fmt]}')
+    model = model.eval()
+    size = description['input_size']
+    generator = torch.Generator().manual_seed(0)
+    x_BCHW = torch.randn(2, *size, generator=generator)
+    other = torch.randn(1, size[0], size[1] + 32, size[2] + 64, generator=generator)
+    with torch.no_grad(), tempfile.TemporaryDirectory(dir=output.parent, prefix=f'.{output.name}.') as folder:
+        file = Path(folder) / output.name
+        dynamic_size = _takes(model, other)
+        try:
+            try:
+                _write(model, x_BCHW, file, fmt, dynamic_size)
+            except Exception:
+                if not dynamic_size or fmt == 'torchscript':
+                    raise
+                _logger.info('%s: not with images of any size; trying %d x %d', name, *size[1:])
+                dynamic_size = False
+                _write(model, x_BCHW, file, fmt, dynamic_size)
+        except ImportError as error:
+            raise ImportError(f'{error}; {INSTALL}') from error
+        except Exception as error:  # the exporters raise of everything
+            raise ValueError(f'{name} cannot be exported as {fmt}: {_first_line(error)}') from error
+        errors = {}
+        if check:
+            batches = [x_BCHW[:1], torch.cat((x_BCHW, -x_BCHW[:1])), *([other] if dynamic_size else [])]
+            errors = _compare(model, file, fmt, batches)
+        _place(file, output, {**description, 'format': fmt, 'dynamic_image_size': dynamic_size})
+    return Exported(output, output.with_suffix('.json'), dynamic_size, errors)
+
+
+def describe(model: nn.Module) -> Dict[str, Any]:
+    """What someone without timm has to know of a model: preprocessing, label names.
+
+    An image is resized so that its shorter side has `resize` pixels, then its middle is cropped to `crop`, height and
+    width, then its values, of 0 to 1, are normalised by `mean` and `std`: `crop_mode` 'center' says that, other modes
+    are timm's. 'multilabel' among `notes` says that an image may have several classes, each with its sigmoid.
+    """
+    config, (_, *size) = resolve_data_config({}, model=model), input_size_of(model)
+    return {
+        'architecture': name_of(model), 'input_size': input_size_of(model),
+        'resize': math.floor(min(size) / config['crop_pct']), 'crop': size, 'crop_pct': config['crop_pct'],
+        'crop_mode': config['crop_mode'], 'interpolation': config['interpolation'], 'mean': list(config['mean']),
+        'std': list(config['std']), 'notes': list(model.pretrained_cfg.get('notes') or ()),
+        'label_names': label_names(model)}
+
+
+def quantize(path: Union[str, Path], images: Sequence[Path], output: Union[str, Path]) -> Exported:
+    """Write an exported ONNX file with weights and activations in 8 bits, by onnxruntime's static quantisation.
+
+    Weights are scaled per channel; the range of every activation is that of the calibration images.
+
+    Args:
+        path: The file of `export`, its JSON beside it.
+        images: Image files to calibrate on, a few hundred like those to come.
+        output: The file to write, '.onnx'; its JSON will be beside it.
+
+    Raises:
+        DamagedImageError: If an image cannot be read.
+        ImportError: If onnx or onnxruntime is missing.
+        OSError: If a file cannot be read or written.
+    """
+    try:
+        from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
+        from onnxruntime.quantization.shape_inference import quant_pre_process
+    except ImportError as error:
+        raise ImportError(f'{error}; {INSTALL}') from error
+    path, output, transform = Path(path), Path(output), transform_of(ExportedModel(path))
+    description = json.loads(path.with_suffix('.json').read_text(encoding='utf-8'))
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f'.{output.name}.') as folder:
+        prepared, file = Path(folder) / 'prepared.onnx', Path(folder) / output.name
+        quant_pre_process(str(path), str(prepared))
+        quantize_static(
+            str(prepared), str(file), _Calibration(images, transform), quant_format=QuantFormat.QDQ, per_channel=True,
+            activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+            reduce_range=True)  # processors without VNNI add up products in 16 bits, which would overflow
+        _place(file, output, {**description, 'int8': True})
+    return Exported(output, output.with_suffix('.json'), description['dynamic_image_size'], {})
+
+
+class _Calibration:
+    """Images one by one, as onnxruntime's CalibrationDataReader gives them."""
+
+    def __init__(self, images: Sequence[Path], transform: Callable) -> None:
+        self.images, self.transform = iter(images), transform
+
+    def get_next(self) -> Optional[Dict[str, np.ndarray]]:
+        image = next(self.images, None)
+        return None if image is None else {'images': self.transform(read_image(image)).unsqueeze(0).numpy()}
+
+    def __iter__(self) -> '_Calibration':
+        return self
+
+    def __next__(self) -> Dict[str, np.ndarray]:
+        batch = self.get_next()
+        if batch is None:
+            raise StopIteration
+        return batch
+
+
+class ExportedModel(nn.Module):
+    """A file of `export` or `quantize`, as far as it can be a timm model: images in, logits out, a pretrained cfg.
+
+    Raises:
+        OSError: If the file or the JSON beside it cannot be read.
+        ValueError: If it is not such a file.
+    """
+
+    def __init__(self, path: Union[str, Path]) -> None:
+        super().__init__()
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f'{path}: no such file')
+        self.pretrained_cfg = json.loads(path.with_suffix('.json').read_text(encoding='utf-8'))
+        self.num_classes = len(self.pretrained_cfg['label_names'])
+        self.run = load_exported(path)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.run(x_BCHW.cpu()).to(x_BCHW.device)
+
+
+def transform_of(model: nn.Module) -> Callable:
+    """timm's preprocessing of the pretrained cfg, at the size that the model was made for."""
+    return create_transform(**dict(resolve_data_config({}, model=model), input_size=input_size_of(model)))
+
+
+def load_exported(path: Path) -> Callable[[Tensor], Tensor]:
+    """A file of `export` or `quantize` as a function of images (B, C, H, W), float32; logits (B, K).
+
+    Raises:
+        ImportError: If onnxruntime is missing.
+        ValueError: If the suffix is none of `SUFFIXES`, or the file is not what that says.
+    """
+    try:
+        if path.suffix == SUFFIXES['onnx']:
+            import onnxruntime
+
+            session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
+            return lambda x_BCHW: torch.from_numpy(session.run(['logits'], {'images': x_BCHW.numpy()})[0])
+        if path.suffix == SUFFIXES['torch-export']:
+            return torch.export.load(path).module()
+        if path.suffix == SUFFIXES['torchscript']:
+            return torch.jit.load(str(path))
+    except ImportError as error:
+        raise ImportError(f'{error}; {INSTALL}') from error
+    except Exception as error:  # every format has its own
+        raise ValueError(f'{path} is no whole {path.suffix} file: {_first_line(error)}') from error
+    raise ValueError(f'{path}: expected one of {", ".join(SUFFIXES.values())}')
+
+
+def _write(model: nn.Module, x_BCHW: Tensor, file: Path, fmt: str, dynamic_size: bool) -> None:
+    dims = {0: Dim('batch', min=1), **({2: Dim.DYNAMIC, 3: Dim.DYNAMIC} if dynamic_size else {})}
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # of the exporters about themselves
+        if fmt == 'onnx':
+            torch.onnx.export(
+                model, (x_BCHW,), str(file), dynamo=True, dynamic_shapes=(dims,), external_data=False, verbose=False,
+                input_names=['images'], output_names=['logits'])
+        elif fmt == 'torch-export':
+            torch.export.save(torch.export.export(model, (x_BCHW,), dynamic_shapes=(dims,)), file)
+        else:
+            torch.jit.script(model).save(str(file))
+
+
+def _place(file: Path, output: Path, description: Dict[str, Any]) -> None:
+    """Move a file from a temporary folder beside its place to there, and its description beside it."""
+    text = file.with_name('description')
+    text.write_text(json.dumps(description, indent=2) + '\n', encoding='utf-8')
+    os.replace(file, output)
+    os.replace(text, output.with_suffix('.json'))
+
+
+def _takes(model: nn.Module, x_BCHW: Tensor) -> bool:
+    try:
+        model(x_BCHW)
+    except Exception:  # an assertion of timm, a shape that does not fit
+        return False
+    return True
+
+
+def _compare(model: nn.Module, file: Path, fmt: str, batches: List[Tensor]) -> Dict[str, float]:
+    run, errors = load_exported(file), {}
+    for x_BCHW in batches:
+        expected, given = model(x_BCHW), run(x_BCHW)
+        shape = ' x '.join(map(str, x_BCHW.shape))
+        errors[shape] = (given - expected).abs().max().item()
+        if not errors[shape] <= TOLERANCE * max(1, expected.abs().max().item()):
+            raise ValueError(
+                f'{name_of(model)} as {fmt}: logits of {shape} images differ by {errors[shape]:.1e}, more than '
+                f'{TOLERANCE:.0e} of the largest, {expected.abs().max().item():.3g}; nothing was written')
+    return errors
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,354 @@
+"""POCA, the pairwise object category attention operator (paper, Section III-B).
+
+`poca_reference` is the formula. `poca` computes the same in blocks, so that neither pass ever holds the N * K * L maps,
+and backward computes the blocks again: nothing is kept for it but inputs and weights. On CUDA a Triton kernel does it
+(`poca_triton.py`), and keeps a number per map. What that rests on:
+
+- The attention sums to 1 over positions. So the bias of the value leaves the sum, and that of the key cancels.
+- Per block, `out = sum_l exp(s) v / sum_l exp(s)`. The shift by the maximum is left out as long as the sums show that
+  nothing came near the ends of the number range.
+- As (positions, maps), both embeddings are plain matrix products, whatever the layout of the features.
+
+Tensor names say their shape: B batch, N groups, K classes, M = N * K maps, L positions, H height, W width, C channels.
+In blocks: G groups of the embeddings, R rows (images x positions), M maps of a group.
+"""
+import functools
+import itertools
+import logging
+import math
+from types import ModuleType
+from typing import Iterator, NamedTuple, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from . import poca_cpu
+
+_logger = logging.getLogger(__name__)
+
+SAFE = 1e-20, 1e20  # sums of exponentials that show that no term over- or underflowed to any effect, in float32
+
+
+def poca_reference(
+        x_BCHW: Tensor,
+        key_weight: Tensor,
+        key_bias: Optional[Tensor],
+        value_weight: Tensor,
+        value_bias: Optional[Tensor],
+        num_groups: int,
+        conv_groups: int,
+        drop_rate: float = 0.,
+        training: bool = False,
+) -> Tensor:
+    """`poca` as the paper writes it: embed, attend and merge, by grouped 1x1 convolutions. Arguments as there."""
+    first = x_BCHW.shape[1] - conv_groups * value_weight.shape[1]
+    key_BML = F.conv2d(
+        x_BCHW[:, :conv_groups * key_weight.shape[1]], key_weight, key_bias, groups=conv_groups).flatten(2)
+    value_BML = F.conv2d(x_BCHW[:, first:], value_weight, value_bias, groups=conv_groups).flatten(2)
+    poca_BML = key_BML.softmax(dim=-1) * F.dropout(value_BML, drop_rate, training)
+    return poca_BML.unflatten(1, (num_groups, -1)).sum(dim=(1, 3))
+
+
+def poca(
+        x_BCHW: Tensor,
+        key_weight: Tensor,
+        key_bias: Optional[Tensor],
+        value_weight: Tensor,
+        value_bias: Optional[Tensor],
+        num_groups: int,
+        conv_groups: int,
+        drop_rate: float = 0.,
+        training: bool = False,
+) -> Tensor:
+    """Embed, attend and merge: per class and per group a softmax over positions weights the value map; sum it all.
+
+    TorchScript, tracing, ONNX and `torch.export` see `poca_reference`. There is no second derivative.
+
+    Args:
+        x_BCHW: Features, (B, C, H, W), of any strides. The key embedding reads the first channels, the value embedding
+            the last, as many as their kernels say.
+        key_weight: 1x1 kernel, (N * K, Ck / conv_groups, 1, 1).
+        key_bias: (N * K,). It cancels in the softmax, and its gradient is zero; checkpoints have it.
+        value_weight: 1x1 kernel, (N * K, Cv / conv_groups, 1, 1).
+        value_bias: (N * K,).
+        num_groups: N, the number of POCA blocks.
+        conv_groups: Groups of the two embeddings, N with the first-level feature split and 1 without.
+        drop_rate: Dropout probability on the value map.
+        training: Whether dropout is on.
+
+    Returns:
+        Logits, (B, K), summed in float32 if the features have less; float32 under autocast, else of the features' type.
+
+    Raises:
+        RuntimeError: If features and weights differ in type, or a gradient is differentiated again.
+    """
+    if not torch.jit.is_scripting():
+        if not (torch.jit.is_tracing() or torch.compiler.is_exporting()):
+            return _poca(
+                x_BCHW, key_weight, key_bias, value_weight, value_bias, num_groups, conv_groups, drop_rate * training)
+    return poca_reference(
+        x_BCHW, key_weight, key_bias, value_weight, value_bias, num_groups, conv_groups, drop_rate, training)
+
+
+def _poca(
+        x_BCHW: Tensor, key_weight: Tensor, key_bias: Optional[Tensor], value_weight: Tensor,
+        value_bias: Optional[Tensor], num_groups: int, conv_groups: int, drop_rate: float) -> Tensor:
+    device, dtype = x_BCHW.device.type, x_BCHW.dtype
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        low, dtype = torch.get_autocast_dtype(device), torch.float32
+        x_BCHW, key_weight, value_weight = x_BCHW.to(low), key_weight.to(low), value_weight.to(low)
+    if not x_BCHW.dtype == key_weight.dtype == value_weight.dtype:
+        raise RuntimeError(
+            f'poca: features of {x_BCHW.dtype}, weights of {key_weight.dtype} and {value_weight.dtype}; expected one '
+            f'type')
+    seed = torch.randint(2 ** 63 - 1, (), device=x_BCHW.device) if drop_rate else None
+    out_BM, _ = poca_op(
+        x_BCHW.flatten(2).transpose(1, 2), key_weight, key_bias, value_weight, value_bias, conv_groups, drop_rate, seed)
+    num_classes = out_BM.shape[1] // num_groups
+    out_BK = out_BM.view(-1, num_groups, num_classes).sum(dim=1)
+    if value_bias is not None and seed is None:
+        out_BK = out_BK + value_bias.view(num_groups, num_classes).sum(dim=0)
+    return out_BK.to(dtype)
+
+
+# The operator
+
+
+@torch.library.custom_op('noah_zoo::poca', mutates_args=())
+def poca_op(
+        x_BLC: Tensor, key_weight: Tensor, key_bias: Optional[Tensor], value_weight: Tensor,
+        value_bias: Optional[Tensor], conv_groups: int, drop_rate: float, seed: Optional[Tensor],
+) -> Tuple[Tensor, Tensor]:
+    """Attended values of every map, (B, M), in float32 or more, without bias unless there is dropout; on CUDA also the
+    logarithms of the softmax's sums, (B, M), for backward. `seed` gives the dropout mask; without it there is none."""
+    kernels = _kernels(x_BLC)
+    if kernels:
+        try:
+            return kernels.forward(
+                x_BLC, key_weight.flatten(1), value_weight.flatten(1), value_bias, conv_groups, drop_rate, seed)
+        except Exception as error:  # no C compiler, say
+            _give_up_kernels(error)
+    out_BM, lse_BM = _empty(x_BLC, key_weight)
+    if seed is None and poca_cpu.forward(x_BLC, key_weight, value_weight, conv_groups, out_BM):
+        return out_BM, lse_BM
+    out_GBM = _of_maps(out_BM, conv_groups)
+    for block in _blocks(x_BLC, key_weight, value_weight, value_bias, conv_groups, drop_rate, seed):
+        sums_GBM = block.exp_GBLM.mul_(block.value_GBLM).sum(dim=2)
+        out_GBM[block.groups, block.images, block.maps] = sums_GBM.div_(block.total_GBM)
+    return out_BM, lse_BM
+
+
+@poca_op.register_fake
+def _empty(x_BLC: Tensor, key_weight: Tensor, *args) -> Tuple[Tensor, Tensor]:
+    shape = x_BLC.shape[0], key_weight.shape[0]
+    dtype = torch.promote_types(x_BLC.dtype, torch.float32)
+    return x_BLC.new_empty(shape, dtype=dtype), x_BLC.new_empty(shape if x_BLC.is_cuda else (0,), dtype=dtype)
+
+
+@torch.library.custom_op('noah_zoo::poca_backward', mutates_args=())
+def poca_backward_op(
+        grad_BM: Tensor, x_BLC: Tensor, key_weight: Tensor, value_weight: Tensor, value_bias: Optional[Tensor],
+        out_BM: Optional[Tensor], lse_BM: Optional[Tensor], conv_groups: int, drop_rate: float, seed: Optional[Tensor],
+        need_x: bool, need_weights: bool,
+) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `x_BLC`, `key_weight`, `value_weight` and, with dropout, `value_bias`; empty where not needed."""
+    grads = _empty_grads(grad_BM, x_BLC, key_weight, value_weight, value_bias, need_x=need_x, need_weights=need_weights)
+    kernels = _kernels(x_BLC)
+    if kernels:
+        try:
+            found = kernels.backward(
+                grad_BM, x_BLC, key_weight.flatten(1), value_weight.flatten(1), value_bias, out_BM, lse_BM,
+                conv_groups, drop_rate, seed, need_x, need_weights)
+            return tuple(empty if grad is None else grad.view_as(empty) for grad, empty in zip(found, grads))
+        except Exception as error:
+            _give_up_kernels(error)
+    totals = dx_BLC, dkey_weight, dvalue_weight, dvalue_bias = [
+        grad.new_zeros(grad.shape, dtype=grad_BM.dtype) for grad in grads]
+    grad_GBM = _of_maps(grad_BM, conv_groups)
+    dx = _of_features(dx_BLC, key_weight, value_weight, conv_groups) if need_x else None
+    dweights = [_of_weights(grad, conv_groups) for grad in (dkey_weight, dvalue_weight)] if need_weights else None
+    dbias_GM = dvalue_bias.view(conv_groups, -1)
+    for block in _blocks(x_BLC, key_weight, value_weight, value_bias, conv_groups, drop_rate, seed):
+        groups, images, rows, maps, features, weights, exp_GBLM, value_GBLM, total_GBM, keep_GBLM = block
+        out_GBM = (exp_GBLM * value_GBLM).sum(dim=2).div_(total_GBM)
+        exp_GBLM.mul_(grad_GBM[groups, images, maps].div(total_GBM).unsqueeze(2))  # attention x gradient
+        dscore_GRM = value_GBLM.sub_(out_GBM.unsqueeze(2)).mul_(exp_GBLM).flatten(1, 2)
+        dvalue_GRM = (exp_GBLM if keep_GBLM is None else exp_GBLM.mul_(keep_GBLM)).flatten(1, 2)
+        for part, dmap_GRM in enumerate((dscore_GRM, dvalue_GRM)):
+            if need_x:
+                dx[part][groups, rows] += torch.bmm(dmap_GRM, weights[part])
+            if need_weights:
+                dweights[part][groups, maps].baddbmm_(dmap_GRM.mT, features[part])
+        if dvalue_bias.numel():
+            dbias_GM[groups, maps] += dvalue_GRM.sum(dim=1)
+    return tuple(total.to(grad.dtype) for total, grad in zip(totals, grads))
+
+
+@poca_backward_op.register_fake
+def _empty_grads(
+        grad_BM, x_BLC, key_weight, value_weight, value_bias, out_BM=None, lse_BM=None, conv_groups=1, drop_rate=0.,
+        seed=None, need_x=True, need_weights=True) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    def like(tensor: Optional[Tensor], needed: bool) -> Tensor:
+        tensor = x_BLC[:0, 0, 0] if tensor is None else tensor
+        return tensor.new_empty(tensor.shape if needed else (0,) * tensor.ndim)
+
+    return (
+        like(x_BLC, need_x), like(key_weight, need_weights), like(value_weight, need_weights),
+        like(value_bias, need_weights))
+
+
+def _save(ctx, inputs, output) -> None:
+    x_BLC, key_weight, key_bias, value_weight, value_bias, ctx.conv_groups, ctx.drop_rate, seed = inputs
+    ctx.key_bias_shape = None if key_bias is None else key_bias.shape
+    stats = output if x_BLC.is_cuda else (None, None)
+    ctx.save_for_backward(x_BLC, key_weight, value_weight, value_bias if ctx.drop_rate else None, seed, *stats)
+
+
+def _differentiate(ctx, grad_BM: Tensor, _):
+    x_BLC, key_weight, value_weight, value_bias, seed, out_BM, lse_BM = ctx.saved_tensors
+    need_x, need_key, _, need_value, need_bias, *_ = ctx.needs_input_grad
+    need_weights = need_key or need_value or (need_bias and value_bias is not None)
+    dx_BLC, *dweights = poca_backward_op(
+        grad_BM, x_BLC, key_weight, value_weight, value_bias, out_BM, lse_BM, ctx.conv_groups, ctx.drop_rate, seed,
+        need_x, need_weights)
+    dkey_weight, dvalue_weight, dvalue_bias = dweights if need_weights else (None, None, None)
+    return (
+        dx_BLC if need_x else None, dkey_weight,
+        None if ctx.key_bias_shape is None else grad_BM.new_zeros(ctx.key_bias_shape),
+        dvalue_weight, dvalue_bias if value_bias is not None else None, None, None, None)
+
+
+def _refuse(ctx, *grads):
+    raise RuntimeError(
+        'poca: its gradient cannot be differentiated again; noah_zoo.layers.poca.poca_reference has second derivatives')
+
+
+poca_op.register_autograd(_differentiate, setup_context=_save)
+poca_backward_op.register_autograd(_refuse)
+
+
+@register_flop_formula(torch.ops.noah_zoo.poca)
+def _count(x_shape, key_shape, key_bias, value_shape, *args, out_shape=None, **kwargs) -> int:
+    return 2 * x_shape[0] * x_shape[1] * key_shape[0] * (key_shape[1] + value_shape[1])
+
+
+# Blocks
+
+
+class Block(NamedTuple):
+    """Some maps of some images: where they are, what they are made of (key, value), and exponentials, values, sums.
+
+    What it holds is overwritten by the next block, and may be before.
+    """
+    groups: slice
+    images: slice
+    rows: slice
+    maps: slice
+    features: Tuple[Tensor, Tensor]
+    weights: Tuple[Tensor, Tensor]
+    exp_GBLM: Tensor
+    value_GBLM: Tensor
+    total_GBM: Tensor
+    keep_GBLM: Optional[Tensor]
+
+
+def _block_size(groups: int, batch: int, positions: int, maps: int, device: str) -> Tuple[int, int, int]:
+    """Groups, images and maps of a block: what the caches of a CPU hold, or some tens of megabytes elsewhere."""
+    budget = 400_000 if device == 'cpu' else 2 ** 23
+    maps = min(maps, 1024, max(budget // positions, 16))
+    images = max(min(batch, budget // (positions * maps)), 1)
+    return min(groups, max(budget // (positions * maps * images), 1)), images, maps
+
+
+def _slices(size: int, step: int) -> Iterator[slice]:
+    return (slice(start, min(start + step, size)) for start in range(0, size, step))
+
+
+def _of_features(
+        x_BLC: Tensor, key_weight: Tensor, value_weight: Tensor, conv_groups: int) -> Tuple[Tensor, Tensor]:
+    """What keys and values read of contiguous (B, L, C): views (G, R, C)."""
+    x_RC = x_BLC.view(-1, x_BLC.shape[2])
+    first = x_RC.shape[1] - conv_groups * value_weight.shape[1]
+    parts = x_RC[:, :conv_groups * key_weight.shape[1]], x_RC[:, first:]
+    return tuple(part.unflatten(1, (conv_groups, -1)).transpose(0, 1) for part in parts)
+
+
+def _of_weights(weight: Tensor, conv_groups: int) -> Tensor:
+    return weight.flatten(1).unflatten(0, (conv_groups, -1))
+
+
+def _of_maps(x_BM: Tensor, conv_groups: int) -> Tensor:
+    return x_BM.unflatten(1, (conv_groups, -1)).transpose(0, 1)
+
+
+def _blocks(
+        x_BLC: Tensor, key_weight: Tensor, value_weight: Tensor, value_bias: Optional[Tensor], conv_groups: int,
+        drop_rate: float, seed: Optional[Tensor]) -> Iterator[Block]:
+    """All blocks, in two buffers that are used again; the same for the same shapes, so the mask of dropout is too."""
+    batch, length, _ = x_BLC.shape
+    device, dtype = x_BLC.device, torch.promote_types(x_BLC.dtype, torch.float32)
+    all_features = _of_features(x_BLC.to(dtype).contiguous(), key_weight, value_weight, conv_groups)
+    all_weights = [_of_weights(weight, conv_groups) for weight in (key_weight, value_weight)]
+    num_maps = all_weights[0].shape[1]
+    num_groups, num_images, most = _block_size(conv_groups, batch, length, num_maps, device.type)
+    buffers = torch.empty(2, num_groups * num_images * length * most, device=device, dtype=dtype)
+    generator = None if seed is None else torch.Generator(device).manual_seed(int(seed))
+    shift = device.type != 'cpu'  # elsewhere to look at the sums means to wait for them
+    with torch.autocast(device.type, enabled=False):
+        for groups, maps in itertools.product(_slices(conv_groups, num_groups), _slices(num_maps, most)):
+            weights = tuple(weight[groups, maps].to(dtype) for weight in all_weights)
+            for images in _slices(batch, num_images):
+                rows = slice(images.start * length, images.stop * length)
+                features = tuple(x_GRC[groups, rows] for x_GRC in all_features)
+                shape = weights[0].shape[0], rows.stop - rows.start, weights[0].shape[1]
+                score_GRM, value_GRM = (buffer[:math.prod(shape)].view(shape) for buffer in buffers)
+                exp_GBLM, value_GBLM = (x.unflatten(1, (-1, length)) for x in (score_GRM, value_GRM))
+                torch.bmm(features[0], weights[0].mT, out=score_GRM)
+                torch.bmm(features[1], weights[1].mT, out=value_GRM)
+                if not shift:
+                    total_GBM = exp_GBLM.exp_().sum(dim=2)
+                    low, high = total_GBM.aminmax()
+                    if not (low.item() > SAFE[0] and high.item() < SAFE[1]):
+                        shift = True
+                        torch.bmm(features[0], weights[0].mT, out=score_GRM)
+                if shift:
+                    total_GBM = exp_GBLM.sub_(exp_GBLM.amax(dim=2, keepdim=True)).exp_().sum(dim=2)
+                keep_GBLM = None
+                if generator is not None:
+                    keep_GBLM = torch.empty_like(value_GBLM).bernoulli_(1 - drop_rate, generator=generator)
+                    if value_bias is not None:
+                        value_GBLM.add_(value_bias.unflatten(0, (conv_groups, 1, 1, -1))[groups, :, :, maps])
+                    value_GBLM.mul_(keep_GBLM.div_(1 - drop_rate))
+                yield Block(
+                    groups, images, rows, maps, features, weights, exp_GBLM, value_GBLM, total_GBM, keep_GBLM)
+
+
+# Kernels
+
+
+@functools.cache
+def _triton() -> Optional[ModuleType]:
+    try:
+        from . import poca_triton
+    except ImportError:
+        return None
+    return poca_triton
+
+
+_broken = []  # why the kernels failed, once they have
+
+
+def _kernels(x_BLC: Tensor) -> Optional[ModuleType]:
+    """The Triton kernels, where they are there and do these features."""
+    if _broken or not x_BLC.is_cuda or torch.version.hip or x_BLC.dtype == torch.float64 or not x_BLC.numel():
+        return None
+    return _triton() if torch.cuda.get_device_capability(x_BLC.device) >= (8, 0) else None
+
+
+def _give_up_kernels(error: Exception) -> None:
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        raise error
+    _logger.info('the Triton kernels cannot be used, the blocked form is: %s', error)
+    _broken.append(error)

@@ -1,0 +1,126 @@
+"""Several classes per image, or none: losses and figures (paper, Table V).
+
+Over images, a class has TP hits, P predictions and T positives. Then OP = sum TP / sum P and OR = sum TP / sum T over
+classes, CP and CR are the means over classes of TP / P and TP / T, and F1 is 2 * precision * recall / (precision +
+recall) of either pair. AP is not interpolated. A class without positives is left out of mAP, CR and CP, and the
+precision of one without predictions counts as 0.
+"""
+import csv
+import functools
+import io
+from typing import Any, Dict, List, Sequence
+
+import numpy as np
+import torch
+from timm.loss import AsymmetricLossMultiLabel, BinaryCrossEntropy
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MultilabelAveragePrecision, MultilabelStatScores
+
+from ..config import TrainConfig
+from ..data.base import Images
+
+METRIC = 'mAP'  # the figure by which the best epoch is chosen
+LOSSES = {  # of logits and targets (B, K)
+    'bce': functools.partial(BinaryCrossEntropy, smooth_dense=True),  # averaged over images and classes
+    'asl': AsymmetricLossMultiLabel}  # averaged over images, summed over classes
+
+
+def create_criterion(config: TrainConfig, images: Images) -> nn.Module:
+    """timm's loss of logits and targets (B, K), by `config.loss`; smoothing moves targets towards 1/2.
+
+    Raises:
+        ValueError: If `config.loss` is unknown, or a setting is for one class per image.
+    """
+    if config.loss not in LOSSES:
+        raise ValueError(f'loss={config.loss!r} is not one of {", ".join(LOSSES)}')
+    if config.mixup or config.cutmix:
+        raise ValueError('mixup and cutmix are for one class per image; give --mixup 0 --cutmix 0')
+    return LOSSES[config.loss](
+        smoothing=config.smoothing, pos_weight=positive_weights(images) if config.class_weights else None)
+
+
+def positive_weights(images: Images) -> Tensor:
+    """Weights (K,) of the positive terms that make up for their number: negatives / positives.
+
+    Raises:
+        ValueError: If a class has no positives.
+    """
+    labels = images.labels[images.rows]
+    positives = labels.sum(axis=0, dtype=np.int64)
+    empty = [name for name, count in zip(images.class_names, positives) if not count]
+    if empty:
+        raise ValueError(f'class_weights: no training images of {", ".join(map(repr, empty[:10]))}')
+    return torch.from_numpy((len(labels) - positives) / positives).float()
+
+
+def evaluated(model: nn.Module) -> nn.Module:
+    """What of the model is evaluated."""
+    return model
+
+
+class Metrics:
+    """mAP, CP, CR, CF1, OP, OR, OF1 in percent at the threshold 0.5; those at '_top3' count only predictions among an
+    image's three highest scores, as is usual on COCO; and the mean binary cross-entropy `val_loss`.
+
+    What is updated on any process counts when it is computed.
+    """
+
+    def __init__(self, num_classes: int, device: torch.device) -> None:
+        self.ap = MultilabelAveragePrecision(num_classes, average='none').to(device)
+        self.counts = {
+            suffix: MultilabelStatScores(num_classes, average='none').to(device) for suffix in ('', '_top3')}
+        self.loss = MeanMetric().to(device)
+
+    def update(self, logits: Tensor, targets: Tensor) -> None:
+        """Add logits (B, K) in float32 and targets (B, K), 0 or 1."""
+        labels, positive = targets.int(), (logits > 0).int()
+        top3 = torch.zeros_like(positive).scatter(1, logits.topk(min(3, logits.shape[1])).indices, 1)
+        self.ap.update(logits.sigmoid(), labels)
+        self.counts[''].update(positive, labels)
+        self.counts['_top3'].update(positive * top3, labels)
+        self.loss.update(nn.functional.binary_cross_entropy_with_logits(logits, targets.float()), weight=len(targets))
+
+    def compute(self) -> Dict[str, float]:
+        ap, counts = self._per_class()
+        figures = {'mAP': ap.nanmean()}
+        for suffix, (hits, predicted, positives) in counts.items():
+            known = positives > 0
+            precision = (hits / predicted.clamp(min=1))[known].mean()
+            recall = (hits / positives.clamp(min=1))[known].mean()
+            overall = hits.sum() / predicted.sum().clamp(min=1), hits.sum() / positives.sum().clamp(min=1)
+            for letter, (p, r) in (('C', (precision, recall)), ('O', overall)):
+                f1 = 2 * p * r / (p + r) if p + r else torch.zeros(())
+                figures.update({f'{letter}{name}{suffix}': x for name, x in (('P', p), ('R', r), ('F1', f1))})
+        figures = {name: round(100 * float(x), 4) for name, x in figures.items()}
+        return {**figures, 'val_loss': self.loss.compute().item()}
+
+    def per_class(self, class_names: Sequence[str]) -> List[Dict[str, Any]]:
+        """A row per class: 'class', 'positives', and 'AP', 'precision', 'recall' in percent, None where undefined."""
+        ap, counts = self._per_class()
+        rows = []
+        for name, score, hits, predicted, positives in zip(class_names, ap, *counts['']):
+            shares = {
+                'AP': score if positives else None, 'precision': hits / predicted if predicted else None,
+                'recall': hits / positives if positives else None}
+            rows.append({'class': name, 'positives': int(positives), **{
+                key: None if share is None else round(100 * share.item(), 2) for key, share in shares.items()}})
+        return rows
+
+    def _per_class(self):
+        """AP (K,), NaN without positives; suffix -> hits, predictions and positives (K,), as float64."""
+        counts = {}
+        for suffix, metric in self.counts.items():
+            hits, wrong, _, missed, positives = metric.compute().double().cpu().unbind(1)
+            counts[suffix] = hits, hits + wrong, positives
+        ap = torch.where(positives > 0, self.ap.compute().double().cpu(), torch.nan)
+        return ap, counts
+
+
+def to_csv(rows: Sequence[Dict[str, Any]]) -> str:
+    """Rows of `Metrics.per_class` as the text of a CSV file."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

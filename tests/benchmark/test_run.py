@@ -1,0 +1,448 @@
+"""The benchmark: the other heads against their formulas, the measures on what is known, real runs, refusals."""
+import functools
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from noah_zoo import NoahHead
+from noah_zoo.benchmark.measure import peak_memory, ratio, saved_bytes, summary, time_in_turn
+from noah_zoo.benchmark.report import mean_losses, mean_ratios, table_pairs
+from noah_zoo.benchmark.run import HEADS, SHAPES, Case, PlainNoahHead, Run, benchmark, head_step
+from noah_zoo.catalog import CATALOG
+from noah_zoo.layers.other_heads import CSRA, EfficientProbing, MLDecoder, SimPool
+
+from ..scripts import interrupt
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = [sys.executable, str(ROOT / 'scripts' / 'benchmark.py')]
+MB = 10 ** 6
+FORMATS = {'NCHW': (3, 6, 2, 4), 'NLC': (3, 8, 6)}
+
+
+# The other heads
+
+
+def tokens(x, input_fmt):
+    return x.flatten(2).transpose(1, 2) if input_fmt == 'NCHW' else x
+
+
+@pytest.mark.parametrize('input_fmt', ['NCHW', 'NLC'])
+@pytest.mark.parametrize('num_heads', [1, 2, 4])
+def test_csra_is_the_paper_s_equations(num_heads, input_fmt):
+    # In the paper the features are pooled, per class, and then classified.
+    torch.manual_seed(0)
+    head = CSRA(6, 5, num_heads=num_heads, lam=0.3, input_fmt=input_fmt).double()
+    x = torch.randn(*((3, 6, 2, 4) if input_fmt == 'NCHW' else (3, 8, 6)), dtype=torch.float64)
+    m_HKC = head.classifier.weight.view(num_heads, 5, 6)
+    temperatures = [1] if num_heads == 1 else [*range(1, num_heads), math.inf]
+    expected = torch.zeros(3, 5, dtype=torch.float64)
+    for image, x_LC in enumerate(tokens(x, input_fmt)):
+        for temperature, m_KC in zip(temperatures, m_HKC):
+            for k, m_C in enumerate(m_KC):
+                scores_L = x_LC @ m_C
+                if temperature == math.inf:
+                    attended_C = x_LC[scores_L.argmax()]
+                else:
+                    weights_L = torch.exp(temperature * scores_L) / torch.exp(temperature * scores_L).sum()
+                    attended_C = weights_L @ x_LC
+                expected[image, k] += m_C @ (x_LC.mean(dim=0) + 0.3 * attended_C)
+    torch.testing.assert_close(head(x), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize('input_fmt', ['NCHW', 'NLC'])
+def test_ml_decoder_is_attention_then_a_linear_layer_per_query(input_fmt):
+    torch.manual_seed(0)
+    head = MLDecoder(6, 11, num_queries=4, width=8, num_heads=2, hidden_features=10, input_fmt=input_fmt).double()
+    torch.nn.init.normal_(head.bias_K)
+    x = torch.randn(*((3, 6, 2, 4) if input_fmt == 'NCHW' else (3, 8, 6)), dtype=torch.float64)
+    memory = (tokens(x, input_fmt) @ head.embed.weight.T + head.embed.bias).clamp(min=0)
+    wq, wk, wv = head.attention.in_proj_weight.chunk(3)
+    bq, bk, bv = head.attention.in_proj_bias.chunk(3)
+    q, k, v = head.queries @ wq.T + bq, memory @ wk.T + bk, memory @ wv.T + bv
+    attended = []
+    for half in (slice(0, 4), slice(4, 8)):
+        attn = torch.softmax(q[:, half] @ k[..., half].transpose(1, 2) / 2, dim=-1)  # 2 is the root of the width 4
+        attended.append(attn @ v[..., half])
+    h = head.queries + head.attention.out_proj(torch.cat(attended, dim=-1))
+    h = F.layer_norm(h, (8,))
+    h = F.layer_norm(h + head.feed_forward[2](head.feed_forward[0](h).clamp(min=0)), (8,))
+    logits = torch.stack([h[:, k // 3] @ head.weight_GDF[k // 3, :, k % 3] for k in range(11)], dim=1) + head.bias_K
+    torch.testing.assert_close(head(x), logits, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize('num_classes', [37, 130, 1000])
+def test_ml_decoder_parameters_order_of_positions_and_gradients(num_classes):
+    torch.manual_seed(0)
+    head = MLDecoder(192, num_classes)
+    queries = min(100, num_classes)
+    attention = 4 * (768 * 768 + 768)
+    feed_forward = 768 * 2048 + 2048 + 2048 * 768 + 768
+    group_linear = queries * 768 * math.ceil(num_classes / queries) + num_classes
+    embed, norms = 192 * 768 + 768, 2 * 2 * 768
+    assert sum(p.numel() for p in head.parameters()) == embed + attention + norms + feed_forward + group_linear
+    x = torch.randn(2, 192, 3, 3, requires_grad=True)
+    logits = head(x)
+    assert logits.shape == (2, num_classes)
+    shuffled = x.flatten(2)[..., torch.randperm(9)].unflatten(-1, (3, 3))
+    torch.testing.assert_close(head(shuffled), logits, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(head(x.flip(1)), logits, atol=1e-2)  # channels do matter
+    logits.logsumexp(dim=1).sum().backward()
+    for name, tensor in [('x', x), *head.named_parameters()]:
+        assert tensor.grad.isfinite().all() and tensor.grad.any(), name
+
+
+def rows_of(x, input_fmt):
+    """For each image a list of positions, each a list of channels."""
+    return tokens(x, input_fmt).tolist()
+
+
+def softmax(scores):
+    powers = [math.exp(score) for score in scores]
+    return [power / sum(powers) for power in powers]
+
+
+def dot(a, b):
+    return sum(x * y for x, y in zip(a, b, strict=True))
+
+
+def classify(layer, pooled):
+    return [dot(row, pooled) + bias for row, bias in zip(layer.weight.tolist(), layer.bias.tolist(), strict=True)]
+
+
+@pytest.mark.parametrize('input_fmt', FORMATS)
+@pytest.mark.parametrize('gamma', [1., 1.25, 2.])
+def test_simpool_is_the_paper_s_equations(gamma, input_fmt):
+    torch.manual_seed(0)
+    head = SimPool(6, 5, gamma=gamma, input_fmt=input_fmt).double()
+    torch.nn.init.normal_(head.norm.weight), torch.nn.init.normal_(head.norm.bias)
+    x = 2 * torch.randn(*FORMATS[input_fmt], dtype=torch.float64) + 1
+    weights, biases = head.norm.weight.tolist(), head.norm.bias.tolist()
+    wq, wk = head.query.weight.tolist(), head.key.weight.tolist()
+    expected = []
+    for positions in rows_of(x, input_fmt):
+        normed = []
+        for channels in positions:
+            mean = sum(channels) / 6
+            std = math.sqrt(sum((c - mean) ** 2 for c in channels) / 6 + 1e-6)
+            normed.append([(c - mean) / std * w + b for c, w, b in zip(channels, weights, biases, strict=True)])
+        average = [sum(column) / len(positions) for column in zip(*positions)]
+        query = [dot(row, average) for row in wq]
+        attention = softmax([dot(query, [dot(row, key) for row in wk]) / math.sqrt(6) for key in normed])
+        least = min(min(channels) for channels in normed)
+        pooled = [
+            sum(a * (channels[c] - least + 1e-6) ** gamma for a, channels in zip(attention, normed)) ** (1 / gamma)
+            for c in range(6)]
+        expected.append(classify(head.classifier, pooled))
+    expected = torch.tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(head(x), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize('input_fmt', FORMATS)
+@pytest.mark.parametrize('num_queries, width', [(1, None), (3, None), (2, 4), (4, 12)])
+def test_efficient_probing_is_the_paper_s_equations(num_queries, width, input_fmt):
+    torch.manual_seed(0)
+    head = EfficientProbing(6, 5, num_queries=num_queries, width=width, input_fmt=input_fmt).double()
+    torch.nn.init.normal_(head.queries_GC)  # so that the attention is not nearly uniform
+    x = torch.randn(*FORMATS[input_fmt], dtype=torch.float64)
+    part = (width or 6) // num_queries
+    expected = []
+    for positions in rows_of(x, input_fmt):
+        pooled = []
+        for i, query in enumerate(head.queries_GC.tolist()):
+            attention = softmax([dot(query, channels) / math.sqrt(6) for channels in positions])
+            for row in head.value.weight.tolist()[i * part:(i + 1) * part]:
+                pooled.append(sum(a * dot(row, channels) for a, channels in zip(attention, positions)))
+        expected.append(classify(head.classifier, pooled))
+    expected = torch.tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(head(x), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_efficient_probing_needs_queries_that_divide():
+    with pytest.raises(ValueError, match='width=10 is not a multiple of num_queries=4'):
+        EfficientProbing(10, 3, num_queries=4)
+
+
+@pytest.mark.parametrize('case', SHAPES, ids=lambda case: f'{case.in_features}-{case.positions}')
+def test_heads_take_every_shape(case):
+    x = case.features('cpu', torch.float32)[:2]
+    assert x.is_contiguous() and x.numel() == 2 * case.in_features * case.positions
+    heads = {name: build(case).eval() for name, build in HEADS.items()}
+    heads['plain'].load_state_dict(heads['noah'].state_dict())
+    with torch.inference_mode():
+        logits = {name: head(x) for name, head in heads.items()}
+    assert all(given.shape == (2, 1000) and given.std() > 0 for given in logits.values())
+    torch.testing.assert_close(logits['noah'], logits['plain'], rtol=1e-3, atol=1e-3)
+    pooled = x.mean(dim=(2, 3) if x.ndim == 4 else 1)
+    torch.testing.assert_close(logits['linear'], heads['linear'][1](pooled), rtol=1e-4, atol=1e-4)
+    assert type(heads['plain']) is PlainNoahHead and type(heads['noah']) is NoahHead
+
+
+# Time
+
+
+def test_summary_and_ratio():
+    assert summary([4., 1., 3., 2., 5.]) == {'median': 3., 'q1': 2., 'q3': 4., 'repeats': 5}
+    assert summary([7.]) == {'median': 7., 'q1': 7., 'q3': 7., 'repeats': 1}
+    # Repeat by repeat: a machine that is ten times slower in one repeat does not change it.
+    assert ratio([2., 20., 2.], [1., 10., 1.]) == {'median': 2., 'q1': 2., 'q3': 2., 'repeats': 3}
+
+
+def test_steps_take_turns():
+    calls, ticks = [], []
+    steps = {name: functools.partial(calls.append, name) for name in 'abc'}
+    samples = time_in_turn(steps, repeats=8, min_seconds=0., tick=lambda: ticks.append(1))
+    assert {name: len(times) for name, times in samples.items()} == {'a': 8, 'b': 8, 'c': 8} and len(ticks) == 8
+    turns = [''.join(calls[i:i + 3]) for i in range(3, 27, 3)]  # the first three calls warm up
+    assert len(calls) == 27 and {''.join(sorted(turn)) for turn in turns} == {'abc'} and len(set(turns)) > 1
+
+
+def test_a_sample_has_as_many_calls_as_it_takes():
+    calls = []
+    samples = time_in_turn(
+        {'sleep': lambda: (calls.append(1), time.sleep(0.001))}, repeats=2, min_seconds=0.02)['sleep']
+    assert len(calls) >= 1 + 2 and all(0.001 <= seconds for seconds in samples)
+    calls.clear()
+    time_in_turn({'slow': lambda: (calls.append(1), time.sleep(0.03))}, repeats=2, min_seconds=0.02)
+    assert len(calls) == 4  # warm-up, one that is long enough, two samples
+
+
+# Memory
+
+
+def test_saved_bytes_of_known_functions():
+    x, w = torch.randn(10, 20, requires_grad=True), torch.randn(20, 30, requires_grad=True)
+    assert saved_bytes(lambda: x @ w, [x, w]) == 0
+    assert saved_bytes(lambda: x.t()[:5] * x[:, :5].t()[:5, :10], [x, w]) == 0  # views of what is given
+    assert saved_bytes(lambda: x @ w, [x]) == 20 * 30 * 4
+    assert saved_bytes(lambda: (x @ w).exp(), [x, w]) == 10 * 30 * 4
+    assert saved_bytes(lambda: (lambda y: y * y)(x @ w), [x, w]) == 10 * 30 * 4  # one storage, kept twice
+    assert saved_bytes(lambda: (lambda y: y[:1] * y[1:2])(x @ w), [x, w]) == 10 * 30 * 4  # all of it stays
+    with torch.no_grad():
+        assert saved_bytes(lambda: (x @ w).exp(), [x, w]) == 0
+
+
+def test_saved_bytes_of_the_heads():
+    head = PlainNoahHead(64, 10, 4, 0.5)
+    x = torch.randn(3, 64, 5, 5, requires_grad=True)
+    maps = 3 * 4 * 10 * 25 * 4  # the softmax and the value
+    plain = saved_bytes(lambda: head(x), [x, *head.parameters()])
+    assert plain == 2 * maps
+    head = NoahHead(64, 10, 4, 0.5)
+    assert saved_bytes(lambda: head(x), [x, *head.parameters()]) < 0.1 * plain
+
+
+@torch.library.custom_op('noah_zoo_tests::needs_200_mb', mutates_args=())
+def needs_200_mb(x: torch.Tensor) -> torch.Tensor:
+    return torch.full((50 * MB,), 1.).sum() + x
+
+
+def build_custom_op():
+    x = torch.randn(5 * MB)
+    return lambda: needs_200_mb(x)  # what it allocates itself is freed when its result, of 20 MB, is made
+
+
+def build_not_torch():
+    return lambda: np.full(100 * MB, 1, np.uint8).sum()
+
+
+def build_in_place():
+    x = torch.randn(50 * MB)
+    return lambda: x.add_(1.)
+
+
+def build_many_small_ones():
+    return lambda: [np.full(100_000, 1, np.uint8).sum() for _ in range(2000)]  # one after the other
+
+
+def build_training():
+    weight = torch.randn(4000, 4000, requires_grad=True)
+    x = torch.randn(2, 4000)
+
+    def step():
+        weight.grad = None
+        (x @ weight).square().sum().backward()
+
+    return step
+
+
+def build_nothing():
+    os._exit(3)
+
+
+@pytest.mark.parametrize('build, expected', [
+    (build_custom_op, 200 * MB), (build_not_torch, 100 * MB), (build_in_place, 0), (build_many_small_ones, 0.1 * MB),
+    (build_training, 0)])
+def test_peak_memory_of_known_steps(build, expected):
+    mine = np.full(400 * MB, 1, np.uint8)  # this process's own memory is not counted
+    assert peak_memory(build) == pytest.approx(expected, abs=8 * MB)
+    assert mine[-1] == 1
+
+
+def test_peak_memory_of_the_plain_form():
+    case = Case(64, 4, 1 / 2, 196, num_classes=500, batch_size=16)
+    maps = 16 * 4 * 500 * 196 * 4
+    assert peak_memory(functools.partial(head_step, 'plain', case, 'cpu', torch.float32)) > 3 * maps  # key, value, both
+
+
+def test_peak_memory_tells_that_the_process_died():
+    with pytest.raises(RuntimeError, match='ended with code 3'):
+        peak_memory(build_nothing)
+
+
+# Tables
+
+
+def test_means():
+    def row(head, training, ratio):
+        return {'head': head, 'case': {'batch_size': 16, 'training': training}, 'plain_by_this': {'median': ratio}}
+
+    rows = [row('noah', False, 2.), row('linear', False, 100.), row('noah', False, 8.), row('noah', True, 3.)]
+    assert mean_ratios(rows) == pytest.approx({'batch 16, forward': 4., 'batch 16, forward + backward': 3.})
+
+    def pair(model, kept, paper):
+        stats = {'median': kept, 'q1': kept, 'q3': kept}
+        return {
+            'model': model, 'batch_size': 1, 'images_per_second': stats, 'vanilla_images_per_second': stats,
+            'kept': stats, 'paper_kept': paper, 'lost_by_paper_lost': (1 - kept) / (1 - paper)}
+
+    rows = [pair('a', 0.98, 0.9), pair('b', 0.8, 0.86)]
+    assert mean_losses(rows) == {
+        'below_paper': ['b'], 'lost': pytest.approx(0.11), 'paper_lost': pytest.approx(0.12)}
+    table = table_pairs(rows)
+    assert '| a | 1 | 0.98 (0.98–0.98) | 0.98 (0.98–0.98) | 98 (98–98) | 90.0 | 0.20 |' in table
+    assert table.endswith("Below the paper's: 1 of 2 (b). Mean loss of speed: 11.0%; the paper's on the same pairs: "
+                          '12.0%; 0.92 of it.')
+
+
+# Real runs
+
+
+@pytest.fixture(scope='module')
+def quick_run(tmp_path_factory):
+    output = tmp_path_factory.mktemp('benchmark') / 'new' / 'folder'
+    command = [*SCRIPT, 'head', 'pairs', 'training', 'growth', '--quick', '--models', 'mobilenetv2_035',
+               '--output', str(output)]
+    return output, subprocess.run(command, capture_output=True, text=True, timeout=600)
+
+
+@pytest.mark.parametrize('what, num_rows', [('head', 2 * 3 * 5), ('pairs', 1), ('training', 3), ('growth', 2 * 3 * 2)])
+def test_quick_run(quick_run, what, num_rows):
+    output, done = quick_run
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in output.iterdir()) == sorted(
+        f'{name}-cpu.{suffix}' for name in ('head', 'pairs', 'training', 'growth') for suffix in ('json', 'png'))
+    result = json.loads((output / f'{what}-cpu.json').read_text())
+    assert result['what'] == what and result['threads'] == 1 and result['quick'] and 'scripts/benchmark.py' in (
+        result['command']) and result['versions']['torch'] == torch.__version__ and result['hardware']
+    assert len(result['rows']) == num_rows
+    assert Image.open(output / f'{what}-cpu.png').width > 500
+    line, _, *table = done.stdout[done.stdout.index(f'{what} on '):].split('\n')
+    assert 'smoke run' in line and table[1].startswith('| --- | --- ') and table[2].startswith('| ')
+    assert 'repeat/s' in done.stderr or 's/repeat' in done.stderr
+    for row in result['rows']:
+        if what == 'pairs':
+            paper, vanilla = CATALOG['mobilenetv2_035_noah'].paper, CATALOG['mobilenetv2_035_noah'].vanilla_paper
+            assert row['paper_kept'] == paper.cpu_fps / vanilla.cpu_fps
+            assert row['vanilla_images_per_second']['median'] > 0 and row['kept']['repeats'] == 2
+            continue
+        assert row['seconds']['q1'] <= row['seconds']['median'] <= row['seconds']['q3']
+        assert row['case']['input_fmt'] == ('NLC' if row['case']['in_features'] == 192 else 'NCHW')
+        assert ('peak_bytes' in row) == (what != 'head')
+        assert ('saved_bytes' in row) == (what != 'head' and row['case']['training'])
+
+
+def test_geometric_mean_is_of_the_rows(quick_run):
+    result = json.loads((quick_run[0] / 'head-cpu.json').read_text())
+    ratios = [row['plain_by_this']['median'] for row in result['rows'] if row['head'] == 'noah'
+              and row['case']['batch_size'] == 1]
+    assert result['summary']['batch 1, forward'] == pytest.approx(statistics.geometric_mean(ratios))
+
+
+def test_ctrl_c_leaves_nothing(tmp_path):
+    status, stderr = interrupt('benchmark.py', 'pairs', '--repeats', 1000000, '--output', tmp_path, after=b'repeat')
+    assert status == 130, stderr
+    assert stderr.decode().splitlines()[-1].startswith('benchmark.py: interrupted') and b'Traceback' not in stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_too_large_for_the_plain_form(monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr('noah_zoo.benchmark.run.kib', lambda file, field: 10)
+    text, = benchmark(['training'], quick=True, output=str(tmp_path))
+    assert '| needs up to 0.0 GiB, 0.0 GiB are free | - | - | - |' in text and 'plain form' in caplog.text
+    rows = json.loads((tmp_path / 'training-cpu.json').read_text())['rows']
+    assert [('skipped' in row, 'seconds' in row) for row in rows] == [(False, True), (True, False), (False, True)]
+
+
+# Refusals
+
+
+@pytest.mark.parametrize('settings, message', [
+    (dict(what=['heads']), "what: 'heads' is not one of head, pairs, training, growth, probe"),
+    (dict(device='tpu'), "device: 'tpu' is not one of cpu, cuda"),
+    (dict(dtype='int8'), "dtype: 'int8' is not one of float32, bfloat16, float16"),
+    (dict(models=['resnet50', 'resnet51']), "'resnet51' is not a model of Table XVII; choose from resnet18_noah, "),
+    (dict(batch_sizes=[16, 0]), r'batch_sizes=\[16, 0\]: expected 1 or more'),
+    (dict(num_classes=[0]), 'num_classes'), (dict(threads=0), 'threads=0: expected'), (dict(repeats=-1), 'repeats=-1')])
+def test_refusals(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Run(**{'what': ['head'], **settings})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
+def test_no_gpu():
+    with pytest.raises(ValueError, match="device='cuda': PyTorch finds no GPU here"):
+        next(benchmark(['pairs'], device='cuda'))
+
+
+def test_output_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / 'file').write_text('mine')
+    monkeypatch.setattr('noah_zoo.benchmark.run.MEASURES', {'head': None})  # nothing is measured before it is known
+    with pytest.raises(OSError, match='file'):
+        next(benchmark(['head'], output=str(tmp_path / 'file')))
+    assert (tmp_path / 'file').read_text() == 'mine'
+
+
+def test_script_says_what_is_wrong_in_a_line(tmp_path):
+    done = subprocess.run([*SCRIPT, 'pairs', '--models', 'nope'], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and not done.stdout and not list(tmp_path.iterdir())
+    assert done.stderr.startswith("benchmark.py: error: 'nope' is not a model") and done.stderr.count('\n') == 1
+
+
+def test_help_does_not_wait_for_torch():
+    done = subprocess.run(
+        [sys.executable, '-X', 'importtime', *SCRIPT[1:], '--help'], capture_output=True, text=True, check=True)
+    assert 'python scripts/benchmark.py head pairs training growth --device cpu --threads 1' in done.stdout
+    assert '| torch\n' not in done.stderr and '| argparse\n' in done.stderr
+
+
+def test_the_figures_of_the_documentation():
+    head, pairs, training = (
+        json.loads((ROOT / 'results' / 'benchmark' / f'{name}-cpu.json').read_text())
+        for name in ('head', 'pairs', 'two_threads/training'))
+    text = ' '.join((ROOT / 'docs' / 'numbers.md').read_text(encoding='utf-8').replace('\\\n', '').split())
+    for result in (head, pairs, training):
+        assert result['command'] in text
+    assert (
+        f'{head["summary"]["batch 1, forward"]:.2f} times as fast as its plain form at batch 1, '
+        f'{head["summary"]["batch 16, forward"]:.2f} times at batch 16, '
+        f'{head["summary"]["batch 16, forward + backward"]:.2f} times there with backward') in text
+    assert f'lose {pairs["summary"]["lost"]:.1%} of the speed' in text and not pairs['summary']['below_paper']
+    assert f"paper's lose {pairs['summary']['paper_lost']:.1%}" in text
+    noah, plain = (
+        next(row for row in training['rows'] if row['head'] == head and row['case']['num_classes'] == 21843)
+        for head in ('noah', 'plain'))
+    assert noah['case']['batch_size'] == 64 and noah['saved_bytes'] == 0
+    assert f'needs {noah["peak_bytes"] / 2**20:.0f} MiB beside' in text
+    assert f'the plain form {plain["peak_bytes"] / 2**20:,.0f} MiB' in text
+    assert f'{noah["seconds"]["median"]:.1f} s and {plain["seconds"]["median"]:.1f} s' in text

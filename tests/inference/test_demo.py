@@ -1,0 +1,178 @@
+"""The demo page: its functions, its server, and the page in a real browser (marker 'browser')."""
+import json
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+import timm
+import yaml
+from PIL import Image
+
+from noah_zoo.data.images import read_image
+from noah_zoo.inference.demo import create_page, distinct, guess, load_pair, look_for
+from noah_zoo.inference.predict import DEFAULT_MODEL, SAMPLES, predict
+
+ROOT = Path(__file__).resolve().parents[2]
+BAG = SAMPLES / '0018_bag.png'
+
+
+@pytest.fixture(scope='module')
+def pair():
+    return load_pair(DEFAULT_MODEL)
+
+
+def test_guesses_are_those_of_predict(pair):
+    index, guesses = guess(pair.model, read_image(BAG), pair.names)
+    expected = next(predict(pair.model, [BAG], 5))['predictions']
+    assert list(guesses) == [one['label'] for one in expected] and index == expected[0]['index']
+    assert list(guesses.values()) == pytest.approx([one['probability'] for one in expected])
+    assert pair.reason == '' and list(guess(pair.twin, read_image(BAG), pair.names)[1])[0] == 'Bag'
+
+
+def test_where_it_looked(pair):
+    pictures = look_for(pair, read_image(BAG), 8)
+    assert [title for _, title in pictures] == [
+        'the image', 'all blocks', *(f'block {n} of 8' for n in range(1, 9)), 'Grad-CAM++']
+    assert all(picture.size == (256, 256) for picture, _ in pictures)
+    others = look_for(pair, read_image(BAG), 0)
+    assert all(one.tobytes() != other.tobytes() for (one, _), (other, _) in zip(pictures[1:], others[1:]))
+
+
+def test_a_model_without_twin_or_head(tmp_path):
+    timm.models.save_for_hf(timm.create_model('test_resnet', num_classes=3), tmp_path / 'plain')
+    plain = load_pair(f'local-dir:{tmp_path / "plain"}')
+    assert plain.twin is None and plain.reason.startswith('Without its vanilla twin. local-dir:')
+    with pytest.raises(ValueError, match='no NOAH head'):
+        look_for(plain, read_image(BAG), 0)
+
+
+def test_classes_of_one_name():
+    assert distinct(['crane', 'cat', 'crane']) == ['crane (0)', 'cat', 'crane (2)']
+
+
+def test_the_page_offers_the_models():
+    def choices(*models):
+        return next(block.choices for block in create_page(*models).blocks.values() if hasattr(block, 'choices'))
+    names = [name for name, _ in choices()]
+    assert names[0] == DEFAULT_MODEL and len(names) == 26 and all(n.endswith('.osvai_in1k') for n in names[1:])
+    assert [name for name, _ in choices(['hf-hub:you/photos'])] == ['hf-hub:you/photos']
+
+
+def test_the_space():
+    header = yaml.safe_load((ROOT / 'space' / 'README.md').read_text(encoding='utf-8').split('---')[1])
+    assert header['sdk'] == 'gradio' and (ROOT / 'space' / header['app_file']).is_file()
+    assert header['sdk_version'].startswith('6.') and len(header['short_description']) <= 60
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope='module')
+def server():
+    """The address of a real `scripts/demo.py`, which Ctrl-C ends without a word."""
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / 'scripts' / 'demo.py'), '--port', str(free_port())], cwd='/',
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible)
+    line = process.stdout.readline()
+    yield re.match(r'http://127\.0\.0\.1:\d+', line)[0]
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 0
+    assert 'Traceback' not in process.stderr.read()
+
+
+def interruptible():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_the_server(server):
+    page = urllib.request.urlopen(server, timeout=30).read().decode()
+    assert 'Where does NOAH look?' in page
+    taken = subprocess.run(
+        [sys.executable, str(ROOT / 'scripts' / 'demo.py'), '--port', server.rpartition(':')[2]],
+        capture_output=True, text=True, timeout=100, check=False)
+    assert taken.returncode == 2 and taken.stderr.startswith('demo.py: error: ') and 'Traceback' not in taken.stderr
+
+
+def test_the_space_runs(tmp_path):
+    code = (ROOT / 'space' / 'app.py').read_text(encoding='utf-8').replace(
+        '.launch(', '.launch(server_port=PORT, prevent_thread_lock=True, quiet=True, ')
+    code = f'PORT = {free_port()}\n{code}\nimport urllib.request\n' \
+        "print(urllib.request.urlopen(f'http://127.0.0.1:{PORT}/config').read().decode())\n"
+    output = subprocess.run(
+        [sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True, timeout=100, check=True).stdout
+    assert json.loads(output.splitlines()[-1])['title'] == 'Where does NOAH look?'
+
+
+def test_without_gradio():
+    code = f"import runpy, sys; sys.modules['gradio'] = None; sys.argv = ['demo.py']; " \
+        f"runpy.run_path({str(ROOT / 'scripts' / 'demo.py')!r}, run_name='__main__')"
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=100, check=False)
+    assert result.returncode == 2 and "pip install 'noah-zoo[demo]'" in result.stderr
+    assert 'Traceback' not in result.stderr
+
+
+@pytest.fixture(scope='module')
+def browser():
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=shutil.which('chromium'), args=['--no-sandbox'])
+        yield chromium
+        chromium.close()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize('width', [1280, 390])
+def test_in_a_browser(width, server, browser, tmp_path):
+    def maps():
+        return [image.get_attribute('src') for image in page.query_selector_all('#maps img')]
+
+    def upload(path):
+        if page.query_selector('#upload button[aria-label="Clear"]'):
+            page.click('#upload button[aria-label="Clear"]')
+        page.set_input_files('#upload input[type=file]', path)
+
+    page = browser.new_page(viewport={'width': width, 'height': 900})
+    requests, errors = [], []
+    page.on('request', lambda request: requests.append(request.url))
+    page.on('console', lambda message: errors.append(message.text) if message.type == 'error' else None)
+    page.on('pageerror', lambda error: errors.append(str(error)))
+    page.goto(server)
+    page.click('#samples .thumbnail-item >> nth=1')
+    page.wait_for_selector('#maps img')
+    assert page.inner_text('#noah').split('\n')[1].startswith('Pullover')
+    assert 'Pullover' in page.inner_text('#twin') and len(maps()) == 11
+    before = maps()
+    page.click('#noah button:has-text("Shirt") >> nth=0')
+    page.wait_for_function(f'document.querySelectorAll("#maps img")[1].getAttribute("src") != {before[1]!r}')
+    assert 'Shirt: where' in page.inner_text('#maps')
+    before = maps()
+    page.focus('#noah button:has-text("Coat") >> nth=0')
+    page.keyboard.press('Enter')
+    page.wait_for_function(f'document.querySelectorAll("#maps img")[1].getAttribute("src") != {before[1]!r}')
+    assert 'Coat: where' in page.inner_text('#maps')
+
+    (tmp_path / 'broken.png').write_text('no image')
+    upload(tmp_path / 'broken.png')
+    page.wait_for_function('document.querySelector("#message").innerText.includes("not a readable image")')
+    assert not maps()
+    Image.open(BAG).resize((300, 200)).convert('RGB').save(tmp_path / 'bag.jpg')
+    upload(tmp_path / 'bag.jpg')
+    page.wait_for_selector('#maps img')
+    assert 'readable' not in page.inner_text('#message') and 'Bag' in page.inner_text('#noah')
+
+    page.fill('#model input', 'resnet18_noha')
+    page.press('#model input', 'Enter')
+    page.wait_for_function('document.querySelector("#message").innerText.includes("did you mean resnet18_noah")')
+    assert page.evaluate('document.documentElement.scrollWidth') <= width
+    assert not [url for url in requests if not url.startswith((server, 'data:', 'blob:'))]
+    assert not errors
+    page.close()

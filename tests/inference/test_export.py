@@ -1,0 +1,247 @@
+"""Exported files: the same logits, without this package and without PyTorch; errors; 8 bits."""
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import onnx
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch import nn
+
+from noah_zoo import NoahHead, add_noah_head
+from noah_zoo.catalog import CATALOG
+from noah_zoo.data.images import DamagedImageError, read_image
+from noah_zoo.inference import export as module
+from noah_zoo.inference.export import SUFFIXES, ExportedModel, describe, export, load_exported, quantize, transform_of
+from noah_zoo.inference.predict import DEFAULT_MODEL, SAMPLES, load_model, predict
+from noah_zoo.training.validate import validate
+
+from ..scripts import call
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICK = 'deit_tiny_050_patch16_224_noah', 'mobilenetv2_035_noah'
+ANY_SIZE = 'resnet', 'mobilenet', 'shufflenet', 'pvt'
+
+
+def spread(model):
+    """A head as after training, whose attention is not even."""
+    torch.manual_seed(1)
+    for parameter in next(part for part in model.modules() if isinstance(part, NoahHead)).parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+@pytest.fixture(scope='module')
+def shipped(tmp_path_factory):
+    """The shipped model and its ONNX file."""
+    model = load_model(DEFAULT_MODEL)
+    return model, export(model, tmp_path_factory.mktemp('onnx') / 'model.onnx')
+
+
+@pytest.mark.parametrize('fmt', SUFFIXES)
+@pytest.mark.parametrize(
+    'name', [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CATALOG])
+def test_every_model(name, fmt, tmp_path):
+    model = spread(timm.create_model(name))
+    exported = export(model, tmp_path / f'model{SUFFIXES[fmt]}', fmt)
+    assert exported.dynamic_size == (CATALOG[name].family in ANY_SIZE)
+    assert len(exported.errors) == 2 + exported.dynamic_size and max(exported.errors.values()) <= 1e-4
+    images = torch.randn(5, 3, 192, 256) if exported.dynamic_size else torch.randn(5, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(load_exported(exported.path)(images), model(images), rtol=0, atol=1e-4)
+    assert {path.name for path in tmp_path.iterdir()} == {f'model{SUFFIXES[fmt]}', 'model.json'}
+
+
+@pytest.mark.parametrize('name, kwargs, dynamic_size, fmt', [
+    ('test_convnext', {}, True, 'onnx'), ('test_vit', {}, True, 'torch-export'), ('test_vit', {}, True, 'torchscript'),
+    ('test_vit', dict(dynamic_img_size=False), False, 'onnx')])
+def test_any_timm_model_with_the_head(name, kwargs, dynamic_size, fmt, tmp_path):
+    model = spread(add_noah_head(timm.create_model(name, **kwargs), num_classes=7))
+    exported = export(model, tmp_path / f'model{SUFFIXES[fmt]}', fmt)
+    assert exported.dynamic_size <= dynamic_size and len(exported.errors) == 2 + exported.dynamic_size
+    assert json.loads(exported.description.read_text())['label_names'] == [str(i) for i in range(7)]
+
+
+def test_a_model_without_the_head(tmp_path):
+    model = timm.create_model('test_resnet').eval()
+    assert max(export(model, tmp_path / 'model.onnx').errors.values()) <= 1e-4
+
+
+def test_it_runs_without_this_package(shipped, tmp_path):
+    model, _ = shipped
+    for fmt in ('torch-export', 'torchscript'):
+        export(model, tmp_path / f'model{SUFFIXES[fmt]}', fmt)
+    images = torch.randn(2, 3, 64, 64)
+    torch.save(images, tmp_path / 'images.pt')
+    code = '''
+import sys, torch
+sys.modules.update(noah_zoo=None, timm=None, torchvision=None)  # importing one is an error
+images = torch.load('images.pt')
+with torch.no_grad():
+    torch.save([torch.export.load('model.pt2').module()(images), torch.jit.load('model.pt')(images)], 'logits.pt')
+'''
+    subprocess.run([sys.executable, '-W', 'ignore', '-c', code], cwd=tmp_path, check=True, timeout=200)
+    with torch.no_grad():
+        for logits in torch.load(tmp_path / 'logits.pt'):
+            torch.testing.assert_close(logits, model(images), rtol=0, atol=1e-4)
+
+
+def test_the_consumer_of_the_docs(shipped, tmp_path):
+    model, exported = shipped
+    code = re.search(r'```python\n(import json.*?)```', (ROOT / 'docs' / 'export.md').read_text(), re.DOTALL)[1]
+    wide = Image.new('RGB', (90, 61))
+    wide.paste(Image.open(SAMPLES / '0018_bag.png').resize((61, 61)), (15, 0))
+    wide.save(tmp_path / 'wide.png')
+    photos = [*sorted(SAMPLES.glob('*.png')), tmp_path / 'wide.png']
+    for suffix in ('.onnx', '.json'):
+        (tmp_path / f'model{suffix}').write_bytes(exported.path.with_suffix(suffix).read_bytes())
+    Image.open(photos[0]).convert('RGB').save(tmp_path / 'photo.jpg')
+    code = "import sys\nsys.modules.update(torch=None, torchvision=None, timm=None, noah_zoo=None)\n" + code + (
+        f'print(json.dumps([classify(path) for path in {[str(path) for path in photos]}]))\n')
+    output = subprocess.run(
+        [sys.executable, '-c', code], cwd=tmp_path, check=True, timeout=100, capture_output=True, text=True).stdout
+    for guesses, result in zip(json.loads(output.splitlines()[-1]), predict(model, photos), strict=True):
+        expected = [(guess['label'], guess['probability']) for guess in result['predictions'][:3]]
+        assert [label for label, _ in guesses] == [label for label, _ in expected]
+        assert [p for _, p in guesses] == pytest.approx([p for _, p in expected], abs=1e-3)
+
+
+def test_description(shipped):
+    model, exported = shipped
+    description = json.loads(exported.description.read_text(encoding='utf-8'))
+    assert description == {**describe(model), 'format': 'onnx', 'dynamic_image_size': True}
+    assert description['label_names'][8] == 'Bag' and description['input_size'] == [3, 64, 64]
+    again = ExportedModel(exported.path)
+    image = read_image(SAMPLES / '0018_bag.png')
+    assert torch.equal(transform_of(again)(image), transform_of(model)(image))
+    other = timm.create_model('deit_tiny_050_patch16_224_noah', img_size=(64, 96))
+    assert describe(other)['crop'] == [64, 96] and transform_of(other)(image).shape == (3, 64, 96)
+
+
+def test_8_bits(shipped, tmp_path):
+    model, exported = shipped
+    images = sorted(SAMPLES.glob('*.png'))
+    small = quantize(exported.path, images, tmp_path / 'small.onnx')
+    assert small.path.stat().st_size < exported.path.stat().st_size / 2
+    types = {node.op_type for node in onnx.load(small.path).graph.node}
+    assert {'QuantizeLinear', 'DequantizeLinear'} <= types
+    x_BCHW = torch.stack([transform_of(model)(read_image(image)) for image in images])
+    with torch.no_grad():
+        logits, expected = load_exported(small.path)(x_BCHW), model(x_BCHW)
+    assert (logits.argmax(1) == expected.argmax(1)).sum() >= 11
+    difference = (logits - expected).square().mean().sqrt() / expected.std()
+    assert 1e-4 < difference < 0.3
+    assert json.loads(small.description.read_text())['int8'] is True
+
+
+def test_8_bits_with_a_damaged_image(shipped, tmp_path):
+    (tmp_path / 'photo.jpg').write_bytes(b'no image')
+    with pytest.raises(DamagedImageError, match='photo.jpg'):
+        quantize(shipped[1].path, [tmp_path / 'photo.jpg'], tmp_path / 'small.onnx')
+    assert [path.name for path in tmp_path.iterdir()] == ['photo.jpg']
+
+
+def test_accuracy_of_a_file(shipped, tmp_path):
+    model, exported = shipped
+    labels = [label.casefold().replace('/', '_').replace(' ', '_') for label in model.pretrained_cfg['label_names']]
+    for path in SAMPLES.glob('*.png'):
+        index = labels.index(path.stem.partition('_')[2])
+        (tmp_path / 'validation' / str(index)).mkdir(parents=True, exist_ok=True)
+        (tmp_path / 'validation' / str(index) / path.name).write_bytes(path.read_bytes())
+    description = json.loads(exported.description.read_text())
+    (tmp_path / 'model.onnx').write_bytes(exported.path.read_bytes())
+    for names in ('0123456789', '8123456709'):  # the logits in this order
+        (tmp_path / 'model.json').write_text(json.dumps({**description, 'label_names': list(names)}))
+        result = validate(str(tmp_path / 'model.onnx'), 'folder', data_dir=str(tmp_path), cpu=True, workers=0)
+        guesses = [(int(names[guess['predictions'][0]['index']]), labels.index(Path(guess['path']).stem[5:]))
+                   for guess in predict(model, sorted(SAMPLES.glob('*.png')))]
+        assert result['images'] == 12 and len(guesses) == 12
+        assert result['top1'] == pytest.approx(100 * sum(guess == label for guess, label in guesses) / 12)
+    assert result['top1'] < 90 and sum(guess == label for guess, label in guesses) > 6
+
+
+@pytest.mark.parametrize('make, output, fmt, error, message', [
+    (lambda: timm.create_model('test_resnet'), 'm.onnx', 'tflite', ValueError, "'tflite' is unknown; choose from onnx"),
+    (lambda: timm.create_model('test_resnet'), 'm.pt', 'onnx', ValueError, 'm.pt: a file of format onnx ends with'),
+    (lambda: Picky(), 'm.pt2', 'torch-export', ValueError, 'Picky cannot be exported as torch-export: .*'),
+    (lambda: Picky(), 'm.onnx', 'onnx', ValueError, 'Picky cannot be exported as onnx: .*'),
+    (lambda: timm.create_model('test_resnet'), 'none/m.onnx', 'onnx', OSError, 'none')])
+def test_refused(make, output, fmt, error, message, tmp_path):
+    with pytest.raises(error, match=message):
+        export(make(), tmp_path / output, fmt)
+    assert not list(tmp_path.iterdir())
+
+
+class Picky(nn.Module):
+    """What it does depends on the values of an image, in a way that no exporter can write down."""
+    pretrained_cfg = dict(input_size=(3, 32, 32), label_names=('a', 'b'))
+    num_classes = 2
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 2)
+
+    def forward(self, x):
+        pooled = x.mean((2, 3))
+        return self.fc(pooled) if pooled.numpy(force=True).sum() > 0 else pooled[:, :2]
+
+
+def test_other_logits_are_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, 'TOLERANCE', -1.)
+    old = tmp_path / 'm.pt2'
+    old.write_bytes(b'what was there')
+    with pytest.raises(ValueError, match=r'test_resnet as torch-export: logits of 1 x 3 x \d+ x \d+ images differ by'):
+        export(timm.create_model('test_resnet'), tmp_path / 'm.pt2', 'torch-export')
+    assert old.read_bytes() == b'what was there' and [path.name for path in tmp_path.iterdir()] == ['m.pt2']
+
+
+@pytest.mark.parametrize('fmt', ['onnx', 'int8', 'load'])
+def test_a_missing_package(fmt, shipped, tmp_path, monkeypatch):
+    missing = 'onnxscript' if fmt == 'onnx' else 'onnxruntime'
+    for name in [name for name in sys.modules if name.split('.')[0] == missing]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ImportError, match=r"pip install 'noah-zoo\[export\]'"):
+        if fmt == 'onnx':
+            export(timm.create_model('test_resnet'), tmp_path / 'm.onnx', check=False)
+        elif fmt == 'int8':
+            quantize(shipped[1].path, [], tmp_path / 'm.onnx')
+        else:
+            load_exported(shipped[1].path)
+
+
+@pytest.mark.parametrize('suffix', SUFFIXES.values())
+def test_a_damaged_file(suffix, tmp_path):
+    path = tmp_path / f'model{suffix}'
+    path.write_bytes(b'PK\x03\x04 cut')
+    with pytest.raises(ValueError, match=f'model{suffix} is no whole {suffix} file'):
+        load_exported(path)
+    with pytest.raises(FileNotFoundError, match='model.json'):
+        ExportedModel(path)
+    with pytest.raises(FileNotFoundError, match='none.onnx: no such file'):
+        ExportedModel(tmp_path / 'none.onnx')
+
+
+def test_the_script(tmp_path):
+    for _ in range(2):
+        result = call('export.py', '--format', 'torchscript', '--check', cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        assert 'batches and images of any size' in result.stdout and result.stdout.count('largest difference') == 3
+        assert {path.name for path in tmp_path.iterdir()} == {f'{DEFAULT_MODEL}.pt', f'{DEFAULT_MODEL}.json'}
+
+
+@pytest.mark.parametrize('args, message', [
+    (['--model', 'resnet18_noha'], "unknown model 'resnet18_noha'; did you mean resnet18_noah"),
+    (['--format', 'tflite'], "invalid choice: 'tflite'"),
+    (['--format', 'torchscript', '--int8', 'x'], '--int8 is for --format onnx, not torchscript'),
+    (['--int8', 'nowhere'], 'nowhere: no such file or folder'),
+    (['--output', 'nowhere/m.onnx'], 'nowhere: no such folder for m.onnx'),
+    (['--output', 'm.tflite'], 'm.tflite: a file of format onnx ends with .onnx')])
+def test_bad_arguments(args, message, tmp_path):
+    result = call('export.py', *args, cwd=tmp_path)
+    assert result.returncode == 2 and message in result.stderr and 'Traceback' not in result.stderr
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,162 @@
+"""The compiled forward pass for x86 processors against the formula in float64; what it leaves to the blocks."""
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from noah_zoo.layers import poca_cpu
+from noah_zoo.layers.poca import poca, poca_op, poca_reference
+
+from .test_poca import SPLITS, as_double, assert_close, make
+
+ROOT = Path(__file__).resolve().parents[2]
+HAS_AVX2 = torch.backends.cpu.get_cpu_capability() in ('AVX2', 'AVX512')
+needs_kernel = pytest.mark.skipif(
+    not HAS_AVX2 or shutil.which('g++') is None, reason='needs AVX2, and g++ when the package was installed')
+
+
+def attended(x, args):
+    """What the compiled function alone makes of it, in an output that had nothing but NaN; bias and sum by hand."""
+    key, _, value, bias, num_groups, conv_groups = args
+    out = torch.full((len(x), len(key)), torch.nan)
+    assert poca_cpu.forward(x.flatten(2).transpose(1, 2), key, value, conv_groups, out)
+    return out.unflatten(1, (num_groups, -1)).sum(1) + bias.unflatten(0, (num_groups, -1)).sum(0)
+
+
+def check(x, args, tolerance=2e-6):
+    with torch.no_grad():
+        assert_close([attended(x, args)], [poca_reference(x.double(), *as_double(args))], tolerance)
+
+
+@needs_kernel
+@pytest.mark.parametrize('split_groups, split_kv', SPLITS)
+def test_values_of_any_size(split_groups, split_kv):
+    # Maps of a group: part of a panel, one, more. Channels: a multiple of 8 and not; more than a step of 128.
+    torch.manual_seed(0)
+    for classes, channels, side in itertools.product((1, 5, 16, 33), (8, 72, 600), ((1, 1), (2, 2), (1, 7), (7, 7))):
+        args = make(channels, classes, 4, 1 / 2, split_groups, split_kv, dtype=torch.float32)
+        for at in (0, 2):
+            args[at].data.mul_(args[at].shape[1] ** -0.5)
+        check(torch.randn(3, channels, *side), args)
+    for length in range(1, 40):  # every division of the positions into rows
+        check(torch.randn(2, 600, 1, length), args)
+
+
+@needs_kernel
+def test_features_of_any_strides():
+    torch.manual_seed(0)
+    args = make(48, 21, dtype=torch.float32)
+    x = torch.randn(3, 48, 5, 6)
+    expected = attended(x, args)
+    for same in (
+            x.contiguous(memory_format=torch.channels_last), x.flatten(2).mT.contiguous().mT.unsqueeze(3),
+            torch.stack([x, x + 1], dim=-1)[..., 0], torch.cat([x, x], dim=1)[:, :48]):
+        assert torch.equal(attended(same, args), expected)
+    assert torch.equal(attended(x[:1].expand(4, -1, -1, -1), args), expected[:1].expand(4, -1))
+    last = [w.contiguous(memory_format=torch.channels_last) if w is args[0] or w is args[2] else w for w in args]
+    assert torch.equal(attended(x, last), expected)
+
+
+@needs_kernel
+def test_more_images_than_the_cache_holds():
+    torch.manual_seed(0)
+    args = make(192, 50, dtype=torch.float32)
+    x = torch.randn(40, 192, 14, 14)
+    args[0].data.mul_(0.1)
+    check(x, args)
+
+
+@needs_kernel
+def test_scores_of_hundreds_and_what_is_no_number():
+    torch.manual_seed(0)
+    args = make(32, 20, dtype=torch.float32)
+    x = torch.randn(4, 32, 5, 5)
+    x[1] *= 100
+    check(x, args)
+    payload = torch.tensor(0x7fc12345, dtype=torch.int32).view(torch.float32)
+    for bad in (torch.nan, torch.inf, payload):
+        worse = x.clone()
+        worse[2, 0, 3, 3] = bad
+        logits, expected = attended(worse, args), poca_reference(worse, *args)
+        assert torch.equal(logits.isnan(), expected.isnan()) and logits[2].isnan().any()
+        assert torch.equal(logits[[0, 1, 3]], attended(x, args)[[0, 1, 3]])
+
+
+@needs_kernel
+def test_any_number_of_threads(monkeypatch):
+    torch.manual_seed(0)
+    args = make(48, 100, dtype=torch.float32)
+    x = torch.randn(2, 48, 7, 7)
+    monkeypatch.setattr(poca_cpu, 'FLOP_PER_THREAD', 1)
+    results = []
+    for threads in (1, 2, 3, 100):  # of 28 panels
+        monkeypatch.setattr(torch, 'get_num_threads', lambda threads=threads: threads)
+        results.append(attended(x, args))
+    for other in results[1:]:
+        assert torch.equal(other, results[0])
+
+
+@needs_kernel
+def test_it_is_what_poca_uses(monkeypatch):
+    used = []
+    forward = poca_cpu.forward
+    monkeypatch.setattr(poca_cpu, 'forward', lambda *a: used.append(forward(*a)) or used[-1])
+    args = make(dtype=torch.float32)
+    x = torch.randn(2, 24, 3, 3)
+    with torch.no_grad():
+        first = poca(x, *args)
+        assert used == [True]
+        poca(x, *args, drop_rate=0.5, training=True)
+        assert used == [True]  # dropout is of the blocks
+        monkeypatch.setattr(poca_cpu, 'compiled', lambda: None)
+        assert_close([poca(x, *args)], [first], 2e-6)
+        assert used == [True, False]
+
+
+@needs_kernel
+def test_what_it_leaves_to_the_blocks():
+    key, _, value, *_, conv_groups = make(dtype=torch.float32)
+    x = torch.randn(2, 9, 24)
+    out = torch.zeros(2, 20)
+    for given in (
+            (x.double(), key.double(), value.double()), (x.bfloat16(), key.bfloat16(), value.bfloat16()), (x[:0],),
+            (x[..., :8],), (x, key[:18], value[:18]), (x, key[:16])):
+        tensors = *given, *(key, value)[len(given) - 1:]
+        assert not poca_cpu.forward(*tensors, conv_groups, out)
+    assert not out.any()
+
+
+@needs_kernel
+def test_opcheck():
+    *params, _, conv_groups = make(24, 3, 2, dtype=torch.float32)
+    torch.library.opcheck(poca_op, (torch.randn(2, 5, 24, requires_grad=True), *params, conv_groups, 0., None))
+
+
+def test_a_processor_without_avx2_has_none():
+    code = 'from noah_zoo.layers.poca_cpu import compiled; print(compiled())'
+    environment = {**os.environ, 'ATEN_CPU_CAPABILITY': 'default'}
+    assert subprocess.check_output([sys.executable, '-c', code], text=True, env=environment).strip() == 'None'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('compiler', ['g++', 'false'])
+def test_wheel(compiler, tmp_path):
+    # With a compiler and without one; from the sources alone, as in a clean clone.
+    tracked = subprocess.check_output(['git', 'ls-files'], cwd=ROOT, text=True).split()
+    for name in tracked:
+        (tmp_path / 'clone' / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / 'clone' / name)
+    subprocess.run(
+        [sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '-w', tmp_path, tmp_path / 'clone'], check=True,
+        env={**os.environ, 'CC': compiler.replace('g++', 'gcc'), 'CXX': compiler})
+    wheel, = tmp_path.glob('*.whl')
+    names = zipfile.ZipFile(wheel).namelist()
+    assert any(name.startswith('noah_zoo/_poca_cpu.') for name in names) == (compiler == 'g++' and HAS_AVX2)
+    inside = {name for name in names if name.startswith('noah_zoo/') and '_poca_cpu.' not in name}
+    assert inside == {name for name in tracked if name.startswith('noah_zoo/') and not name.endswith('.cpp')}

@@ -1,0 +1,204 @@
+"""Options of the engine: parameter groups, freezing, precision, trackers, recipes for a few steps."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from timm.models import save_for_hf
+
+import noah_zoo  # noqa: F401
+from noah_zoo.data.loader import EpochBatches
+from noah_zoo.recipes import RECIPES
+from noah_zoo.training import TrainConfig, configure
+from noah_zoo.training.trainer import _Run, build_model, is_convolutional, precision
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def groups_of(model, **settings):
+    config = TrainConfig(model='', output='', **settings)
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = _Run._parameter_groups(SimpleNamespace(config=config), model)
+    return {names[id(p)]: (group['lr_scale'], group['weight_decay']) for group in groups for p in group['params']}
+
+
+def test_parameter_groups():
+    model = timm.create_model('resnet18_noah', num_classes=5)
+    groups = groups_of(model, weight_decay=0.1, head_lr_factor=10.)
+    assert groups.keys() == dict(model.named_parameters()).keys()
+    assert groups['fc.key.weight'] == (10, 0.1) and groups['fc.value.bias'] == (10, 0)
+    assert groups['conv1.weight'] == (1, 0.1) and groups['bn1.weight'] == (1, 0)
+    assert set(groups_of(model, weight_decay=0.1, decay_norms=True).values()) == {(1, 0.1)}
+    layers = groups_of(model, weight_decay=0.1, layer_decay=0.5)
+    assert layers['conv1.weight'][0] < layers['layer1.0.conv1.weight'][0] < layers['layer4.0.conv1.weight'][0] < 1
+    assert layers['fc.key.weight'][0] == 1
+    both = groups_of(model, layer_decay=0.5, head_lr_factor=10.)
+    assert both['fc.key.weight'][0] == 10 and both['conv1.weight'][0] == layers['conv1.weight'][0]
+
+
+def train(idx_dir, output, *args):
+    command = [
+        sys.executable, str(ROOT / 'scripts' / 'train.py'), '--cpu', '--workers', '0', '--data-dir', str(idx_dir),
+        '--output', str(output), *map(str, args)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stderr
+
+
+def test_freeze_trains_the_head_only(idx_dir, tmp_path):
+    weights = []
+    for lr in (0.01, 0.1):
+        train(idx_dir, tmp_path / str(lr), '--model', 'mobilenetv2_035_noah', '--recipe', 'none', '--img-size', 32,
+              '--epochs', 1, '-b', 16, '--lr', lr, '--freeze')
+        weights.append(load_file(tmp_path / str(lr) / 'best' / 'model.safetensors'))
+    different = {key for key in weights[0] if not weights[0][key].equal(weights[1][key])}
+    assert different == {'classifier.key.weight', 'classifier.value.weight', 'classifier.value.bias'}
+
+
+def test_everything_at_once(idx_dir, tmp_path):
+    train(idx_dir, tmp_path / 'run', '--model', 'mobilenetv2_035_noah', '--recipe', 'none', '--img-size', 32,
+          '--epochs', 2, '-b', 16, '--lr', 0.01, '--layer-decay', 0.8, '--head-lr-factor', 2, '--clip-grad', 1,
+          '--grad-checkpointing', '--mixed-precision', 'bf16', '--channels-last', '--cutmix', 1, '--drop-path', 0.1,
+          '--aug-repeats', 2, '--log-with', 'tensorboard', '--val-fraction', 0.25)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    events, = (tmp_path / 'run').rglob('events.out.tfevents.*')
+    scalars = EventAccumulator(str(events.parent)).Reload()
+    logged = [json.loads(line) for line in (tmp_path / 'run' / 'log.jsonl').read_text().splitlines()]
+    for key in ('train_loss', 'top1', 'top5', 'val_loss', 'lr'):
+        values = [event.value for event in scalars.Scalars(key)]
+        assert values == pytest.approx([line[key] for line in logged], rel=1e-5)
+    summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
+    assert summary['config']['val_fraction'] == 0.25 and summary['torch']
+
+
+def test_an_update_that_is_left_out_leaves_nothing(idx_dir, tmp_path, caplog):
+    run = _Run(TrainConfig(
+        model='mobilenetv2_035_noah', output=str(tmp_path / 'run'), data_dir=str(idx_dir), img_size=32, epochs=1,
+        batch_size=4, lr=0.01, workers=0, cpu=True, skip_nonfinite=1))
+    caplog.set_level('INFO')
+    run._resume()
+    batches, states, model = iter(run._batches()), [], run.model.train()
+    for spoiled in (False, True, False):
+        if spoiled:
+            hook = model.bn2.register_forward_pre_hook(lambda module, inputs: (inputs[0] * torch.inf,))
+        run._update(batches, 1)
+        states.append({key: value.clone() for key, value in model.state_dict().items()})
+        if spoiled:
+            hook.remove()
+    assert 'update 2: the loss is nan; left out' in caplog.text and run.progress.skipped == 1
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    assert not torch.equal(states[1]['bn2.running_mean'], states[2]['bn2.running_mean'])
+    assert all(value.isfinite().all() for value in states[2].values())
+
+
+def test_averages_over_too_few_updates_are_told_of(idx_dir, tmp_path):
+    settings = ('--model', 'mobilenetv2_035_noah', '--recipe', 'none', '--img-size', 32, '--epochs', 1, '-b', 16)
+    log = train(idx_dir, tmp_path / 'long', *settings, '--model-ema-decay', 0.99)
+    assert 'model_ema_decay=0.99 is long for 3 updates: at the end, the averaged weights are 97 % the initial' in log
+    assert 'is long' not in train(idx_dir, tmp_path / 'short', *settings, '--model-ema-decay', 0.1)
+
+
+@pytest.mark.parametrize('name', [
+    'resnet18_noah', 'shufflenetv2_100_noah', 'deit_tiny_050_patch16_224_noah', 'pvt_tiny_050_noah',
+    'mixer_s16_050_224_noah', 'gmlp_ti16_050_224'])
+def test_the_recipe_of_every_family_runs(idx_dir, tmp_path, name):
+    log = train(idx_dir, tmp_path / 'run', '--model', name, '--img-size', 64, '--batch-size', 8, '--smoke', 2)
+    assert f'recipe of {name}' in log and 'learning rate: ' in log
+    assert len((tmp_path / 'run' / 'log.jsonl').read_text().splitlines()) == 2
+
+
+# Epochs of few images, memory layout, precision
+
+
+def order_of(sampler):
+    return [[index for _, _, index in batch] for batch in sampler]
+
+
+def test_an_epoch_of_few_images_passes_over_them_several_times():
+    plain, several = EpochBatches(10, 4, 1, 0, seed=3), EpochBatches(10, 4, 1, 0, seed=3, least=5)
+    assert (plain.passes, len(plain), several.passes, len(several)) == (1, 2, 2, 5)
+    flat = [index for batch in order_of(several) for index in batch]
+    assert flat[:8] == [index for batch in order_of(plain) for index in batch]
+    first, second = flat[:10], flat[10:]
+    assert sorted(first) == sorted(second) == list(range(10)) and first != second
+    assert [position for batch in several for _, position, _ in batch] == list(range(20))  # augmented anew
+    several.start = 3  # it goes on where it was
+    assert order_of(several) == order_of(EpochBatches(10, 4, 1, 0, seed=3, least=5))[3:]
+    parts = [EpochBatches(10, 2, 2, rank, seed=3, least=5) for rank in (0, 1)]
+    assert [a + b for a, b in zip(*map(order_of, parts))] == order_of(EpochBatches(10, 4, 1, 0, seed=3, least=5))
+    assert len(EpochBatches(3, 64, 1, 0, seed=0, least=20)) == 20  # fewer images than a batch has
+    assert EpochBatches(10_000, 64, 1, 0, seed=0, least=20).passes == 1
+
+
+def test_epoch_updates_of_a_recipe_and_of_a_run(idx_dir, tmp_path):
+    assert configure('resnet18', 'x', 'finetune').epoch_updates == 20
+    assert configure('resnet18', 'x', 'finetune', epochs=3).epoch_updates == 0  # 3 passes, as asked for
+    assert configure('resnet18', 'x', 'finetune', epochs=3, epoch_updates=5).epoch_updates == 5
+    assert all(not recipe.epoch_updates for name, recipe in RECIPES.items() if name != 'finetune')
+    said = train(
+        idx_dir, tmp_path, '--model', 'mobilenetv2_035_noah', '--recipe', 'none', '--img-size', 32, '-b', 32,
+        '--epochs', 2, '--epoch-updates', 5, '--device-batch-size', 16)
+    assert 'an epoch passes 4 times over the 48 training images: 6 updates' in said
+    assert len((tmp_path / 'log.jsonl').read_text().splitlines()) == 2
+    checkpoints = sorted(path.name for path in (tmp_path / 'checkpoints').iterdir())
+    assert checkpoints == ['update-000000006', 'update-000000012']
+
+
+@pytest.mark.parametrize('name, convolutional', [
+    ('resnet18_noah', True), ('mobilenetv2_035', True), ('mobilenetv2_035_noah', True), ('shufflenetv2_100_noah', True),
+    ('tf_efficientnet_lite0', True), ('deit_tiny_050_patch16_224_noah', False), ('pvt_tiny_050_noah', False),
+    ('mixer_s16_050_224', False), ('gmlp_ti16_050_224_noah', False), ('deit_tiny_distilled_patch16_224', False)])
+def test_channels_last_is_for_convolutions(name, convolutional):
+    with torch.device('meta'):
+        model = timm.create_model(name, num_classes=1000)
+    assert is_convolutional(model) is convolutional
+
+
+@pytest.mark.parametrize('given, kept', [(None, True), (False, False), (True, True)])
+def test_memory_layout_of_a_run(given, kept, idx_dir):
+    run = _Run(configure(
+        'mobilenetv2_035_noah', 'x', 'none', channels_last=given, data_dir=str(idx_dir), img_size=32, batch_size=16,
+        workers=0, cpu=True))
+    assert (run.memory_format is torch.channels_last) is kept
+    assert run.model.conv_stem.weight.is_contiguous(memory_format=torch.channels_last) is kept
+
+
+@pytest.mark.parametrize('environment, device, bf16, expected', [
+    (None, 'cuda', True, 'bf16'), (None, 'cuda', False, None), (None, 'cpu', True, None), ('no', 'cuda', True, 'bf16'),
+    ('fp16', 'cuda', True, None)])
+def test_bf16_where_the_gpu_has_it(environment, device, bf16, expected, monkeypatch, caplog):
+    monkeypatch.delenv('ACCELERATE_MIXED_PRECISION', raising=False)
+    if environment:
+        monkeypatch.setenv('ACCELERATE_MIXED_PRECISION', environment)
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation: bf16)
+    with caplog.at_level('INFO'):
+        assert precision(torch.device(device)) == expected
+    assert ('bf16, which this GPU has; --mixed-precision no' in caplog.text) is (expected == 'bf16')
+
+
+def test_precision_is_of_the_recipe_and_recorded(idx_dir):
+    assert configure('resnet18', 'x', 'finetune').mixed_precision == 'auto'
+    assert configure('resnet18', 'x', 'finetune', mixed_precision=None).mixed_precision is None
+    assert {recipe.mixed_precision for name, recipe in RECIPES.items() if name != 'finetune'} == {None}
+    settings = dict(data_dir=str(idx_dir), img_size=32, batch_size=16, workers=0, cpu=True)
+    run = _Run(configure('mobilenetv2_035_noah', 'x', 'finetune', **settings))
+    assert run.config.mixed_precision is None  # as it is written down, and compared when it goes on
+
+
+def test_new_classifiers_do_not_start_by_their_fan_out(tmp_path):
+    torch.manual_seed(0)
+    for name, place, kwargs, std in (  # the last as timm has it
+            ('efficientnet_lite0', 'classifier', {}, (3 * 1280) ** -0.5), ('resnet18', 'fc', {}, (3 * 512) ** -0.5),
+            ('dla34', 'fc', {}, (3 * 512) ** -0.5), ('test_convnext', 'head.fc', dict(head_init_scale=0.001), 2e-5)):
+        folder = str(tmp_path / name)
+        save_for_hf(timm.create_model(name, num_classes=3), folder, safe_serialization=True)
+        config = TrainConfig(model=f'local-dir:{folder}', output='', pretrained=True, model_kwargs=kwargs)
+        model = build_model(config, tuple('abcde'))
+        assert model.get_submodule(place).weight.std().item() == pytest.approx(std, rel=0.2), name
+        kept = build_model(config, tuple('abc')).get_submodule(place).weight  # the same classes: that of the file
+        assert torch.equal(kept, load_file(f'{folder}/model.safetensors')[f'{place}.weight'])
