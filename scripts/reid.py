@@ -21,7 +21,7 @@ def parse_evaluate():
     add('--model', required=True, metavar='NAME', help="a timm name with weights, 'local-dir:RUN/best' say")
     add('--data-dir', required=True, metavar='DIR', help='folder of query/ and bounding_box_test/')
     add('--picture', metavar='FILE', help='PNG to draw queries and their ten nearest into')
-    add('--queries', type=int, metavar='N', help='queries in the picture (6)')
+    add('--queries', type=int, metavar='N', dest='pictured', help='queries in the picture (6)')
     add('-b', '--batch-size', type=int, metavar='N', help='images at a time (64)')
     add('-j', '--workers', type=int, metavar='N', help='data loading processes (2)')
     add('--cpu', action='store_true', help='do not use an accelerator')
@@ -30,12 +30,11 @@ def parse_evaluate():
 
 def evaluate() -> None:
     parser, args = parse_evaluate()
-    import noah_zoo  # noqa: F401
-    from noah_zoo.tasks.reid import evaluate_reid
+    from noah_zoo.training.validate import validate
 
     logging.basicConfig(level=logging.WARNING, format='%(message)s')
     try:
-        figures = evaluate_reid(**vars(args))
+        figures = validate(task='reid', dataset='market1501', **vars(args))
     except (OSError, ValueError, RuntimeError) as error:
         parser.exit(2, f'reid.py: error: {error}\n')
     except KeyboardInterrupt:

@@ -19,7 +19,6 @@ SHORT = {'batch_size': ['-b'], 'workers': ['-j']}
 MORE = {
     'smoke': dict(nargs='?', const=3),
     'cache_features': dict(nargs='?', const='~/.cache/noah_zoo/features', metavar='DIR')}
-METRICS = {'top1': 'top-1', 'mAP': 'mAP'}
 METAVARS = {int: 'N', float: 'F', str: 'NAME'}
 
 
@@ -99,6 +98,7 @@ def main(prog: str = 'train.py', description: str = __doc__, **defaults: Any) ->
     from accelerate.utils import get_int_from_env
 
     from noah_zoo.data.factory import check_data
+    from noah_zoo.tasks import find_task
     from noah_zoo.training.settings import configure
     from noah_zoo.training.trainer import train
 
@@ -117,8 +117,9 @@ def main(prog: str = 'train.py', description: str = __doc__, **defaults: Any) ->
         has = f'; {args.output} has the log so far and no finished run' if hasattr(args, 'output') else ''
         parser.exit(130, f'\n{prog}: interrupted{has}\n')
     if is_main:
-        label, value = next((label, summary[name]) for name, label in METRICS.items() if name in summary)
-        print(f'{args.model}: test {label} {value:.2f} after {summary["epoch"]} epochs, {summary["seconds"]:.0f} s')
+        task = find_task(summary['config']['task'])
+        figure = f'{task.figures[task.metric]} {summary[task.metric]:.2f}'
+        print(f'{args.model}: test {figure} after {summary["epoch"]} epochs, {summary["seconds"]:.0f} s')
 
 
 if __name__ == '__main__':

@@ -18,7 +18,7 @@ def parse_args():
     add('--model', required=True, metavar='NAME', help="timm name, 'hf-hub:...', 'local-dir:...', or an exported file")
     add('--dataset', metavar='NAME', help="'fashion_mnist' (default), 'folder', 'hfds/NAME', 'hfids/NAME' or 'wds/...'")
     add('--data-dir', metavar='DIR', help='folder of the data')
-    add('--task', metavar='NAME', help='multiclass or multilabel (multiclass)')
+    add('--task', metavar='NAME', help='multiclass (default), multilabel or reid')
     add('--split', metavar='NAME', help='split to evaluate on (validation)')
     add('-b', '--batch-size', type=int, metavar='N', help='batch size per process (64)')
     add('-j', '--workers', type=int, metavar='N', help='data loading processes (2)')
@@ -32,7 +32,7 @@ def main() -> None:
     parser, args = parse_args()
     from accelerate import PartialState
 
-    import noah_zoo  # noqa: F401
+    from noah_zoo.tasks import find_task
     from noah_zoo.training.validate import validate
 
     logging.basicConfig(level=logging.WARNING, format='%(message)s')
@@ -51,15 +51,16 @@ def main() -> None:
         print(json.dumps(result, indent=2))
         return
     print(f'{result["model"]} on {result["dataset"]} [{result["split"]}]')
-    for key in ('top1', 'top5', 'mAP', 'CP', 'CR', 'CF1', 'OP', 'OR', 'OF1'):
-        if key in result:
-            label = {'top1': 'top-1', 'top5': 'top-5'}.get(key, key)
+    labels = find_task(settings.get('task', 'multiclass')).figures
+    for key, value in result.items():
+        if isinstance(value, float) and key != 'val_loss' and not key.endswith('_top3'):
             more = f'   paper, on ImageNet-1k: {result["paper"][key]:.2f} %' if 'paper' in result else ''
             more += f'   of the top 3: {result[f"{key}_top3"]:.2f} %' if f'{key}_top3' in result else ''
-            print(f'{label}: {result[key]:.2f} %{more}')
+            print(f'{labels.get(key, key)}: {value:.2f} %{more}')
     for row in result.get('per_class', ()):
         print('  '.join(f'{key} {value}' for key, value in row.items()))
-    print(f'cross-entropy: {result["val_loss"]:.4f}')
+    if 'val_loss' in result:
+        print(f'cross-entropy: {result["val_loss"]:.4f}')
 
 
 if __name__ == '__main__':

@@ -1,5 +1,9 @@
-"""How the tests are shared among processors."""
+"""How the tests are shared among processors, and the images that many of them read."""
 import os
+
+import pytest
+
+from .pictures import make_fashion_mnist, make_photos
 
 
 def pytest_xdist_auto_num_workers(config):
@@ -8,3 +12,17 @@ def pytest_xdist_auto_num_workers(config):
     if not chosen:
         os.environ.setdefault('OMP_NUM_THREADS', '1')  # of PyTorch in each
     return 0 if chosen else min(os.cpu_count() or 1, 8)
+
+
+@pytest.fixture(scope='session')
+def idx_dir(tmp_path_factory):
+    root = tmp_path_factory.mktemp('idx')
+    make_fashion_mnist(root)
+    return root
+
+
+@pytest.fixture(scope='session')
+def photos(tmp_path_factory):
+    root = tmp_path_factory.mktemp('photos')
+    make_photos(root)
+    return root

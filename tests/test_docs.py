@@ -18,12 +18,9 @@ from safetensors.torch import save
 import noah_zoo  # noqa: F401
 from noah_zoo.inference.predict import SAMPLES
 
-from .data.test_annotated import make_coco, make_inaturalist
 from .hub_server import HubServer
+from .pictures import make_coco, make_fashion_mnist, make_inaturalist, make_market, make_photos
 from .released import released_state_dict
-from .tasks.test_reid import make_market
-from .training.conftest import make_fashion_mnist
-from .training.test_finetune import make_photos
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -90,6 +90,7 @@ def run(code):
         [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=300, check=True).stdout
 
 
+@pytest.mark.slow  # it needs a quiet machine
 def test_import_is_quick():
     code = 'import time, timm; start = time.perf_counter(); import noah_zoo; print(time.perf_counter() - start)'
     assert min(float(run(code)) for _ in range(2)) < 1

@@ -23,7 +23,7 @@ from ..data.loader import EpochBatches, EvalBatches, seed_everything
 from ..layers.noah_head import NoahHead, fitting_key_ratio, fitting_num_groups
 from ..layers.other_heads import CSRA, EfficientProbing, MLDecoder, SimPool
 from ..models.attach import NoahModel, add_noah_head, begin
-from ..tasks.multiclass import METRIC, Metrics
+from ..tasks.multiclass import Metrics
 from ..training.features import CachedFeatures, cache_features
 from ..training.trainer import build_model
 from .measure import synchronize
@@ -318,12 +318,12 @@ def probe(config: ProbeConfig, device: str = 'cpu', quick: bool = False) -> List
             for seed in range(seeds):
                 bar.set_description(f'{name}, seed {seed}')
                 head, took = train_head(build, train_rows, everything, lr, updates, seed, bar.update)
-                figures.append(evaluate_head(head, test_rows, tested, num_classes)[METRIC])
+                figures.append(evaluate_head(head, test_rows, tested, num_classes)['top1'])
                 seconds.append(took)
             rows.append({
                 'head': name, 'case': case, 'params': sum(p.numel() for p in head.parameters()), 'lr': lr,
                 'lr_at_edge': len(found) > 1 and lr in (min(found), max(found)),
-                'held_out_top1': {f'{rate:g}': result[METRIC] for rate, result in found.items()},
+                'held_out_top1': {f'{rate:g}': result['top1'] for rate, result in found.items()},
                 'top1': {
                     'mean': statistics.mean(figures), 'std': statistics.stdev(figures) if seeds > 1 else None,
                     'each': figures},
@@ -347,4 +347,4 @@ def search_rates(
 
 def best_rate(found: Dict[float, Dict[str, float]]) -> float:
     """The learning rate with the best held-out accuracy; of equals, that with the least loss."""
-    return max(found, key=lambda lr: (found[lr][METRIC], -found[lr]['val_loss']))
+    return max(found, key=lambda lr: (found[lr]['top1'], -found[lr]['val_loss']))

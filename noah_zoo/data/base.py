@@ -17,12 +17,15 @@ class Images(Dataset):
     """Images that can be read in any order.
 
     Attributes:
+        task: The built-in task that reads its labels.
         class_names: Names in the order of the labels.
         labels: Label of every row of the source, int64.
         rows: Rows of the source that are in this dataset, in order, int64.
         damaged: Where -> reason, of the images left out.
         transform: Applied to the image by `[]`, not by `read`; timm's loaders set it.
     """
+
+    task = 'multiclass'
 
     def __init__(self, class_names: Sequence[str], labels: Sequence[int]) -> None:
         self.class_names: Tuple[str, ...] = tuple(class_names)
@@ -52,6 +55,14 @@ class Images(Dataset):
         """
         row = int(self.rows[index])
         return self._image(row), int(self.labels[row])
+
+    def targets(self) -> Tensor:
+        """The labels of all images, as `read` gives them: (images,) class numbers."""
+        return torch.from_numpy(self.labels[self.rows])
+
+    def strata(self) -> np.ndarray:
+        """Numbers (images,) from 0 on; a split takes the same share of the images of each."""
+        return self.labels[self.rows]
 
     def where(self, index: int) -> str:
         """What a person finds the image by: the file's path, or 'NAME[split] row 17'."""
@@ -113,6 +124,7 @@ class Multilabel(Images):
     Attributes:
         labels: (rows, K), 0 or 1, uint8.
     """
+    task = 'multilabel'
 
     def __init__(self, class_names: Sequence[str], labels: np.ndarray) -> None:
         super().__init__(class_names, ())
@@ -122,6 +134,14 @@ class Multilabel(Images):
         """An RGB image and its classes (K,), 0. or 1. Errors as `Images.read`."""
         row = int(self.rows[index])
         return self._image(row), torch.from_numpy(self.labels[row]).float()
+
+    def targets(self) -> Tensor:
+        """(images, K), 0. or 1."""
+        return super().targets().float()
+
+    def strata(self) -> np.ndarray:
+        """All alike: images are held out as they come."""
+        return np.zeros(len(self), np.int64)
 
     def with_classes(self, class_names: Sequence[str]) -> 'Multilabel':
         """The same images, with columns in the order of another split's or a model's classes.

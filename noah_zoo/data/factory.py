@@ -33,7 +33,7 @@ def create_dataset(
             classes per image 'coco', 'csv', or 'hfds/NAME'.
         data_dir: Folder of the images, IDX files, shards or annotations; for 'hfds/' and 'hfids/' the cache.
         split: 'train', or the name of the split to evaluate.
-        task: 'multiclass' or 'multilabel', which 'hfds/' asks for.
+        task: The built-in task whose labels are wanted: 'hfds/' may have those of 'multiclass' or 'multilabel'.
         training: Shuffle a stream.
         seed: Random seed of that.
         skip_damaged: Leave damaged images out of a stream.
@@ -66,7 +66,7 @@ def create_dataset(
 
 
 def create_datasets(
-        config: TrainConfig, damaged: Optional[Dict[str, str]] = None,
+        config: TrainConfig, damaged: Optional[Dict[str, str]] = None, reads: Optional[str] = None,
 ) -> Tuple[Union[Images, Stream], Union[Images, Stream]]:
     """The images to train on and to evaluate on.
 
@@ -77,22 +77,23 @@ def create_datasets(
     Args:
         config: The settings.
         damaged: Where -> reason, as found by an earlier run; then no image is read.
+        reads: The built-in task whose labels are wanted, `Task.reads`; `config.task` itself if None.
 
     Raises:
         FileNotFoundError: If the data are not there.
         ValueError: If the validation split has other classes, is the training split, or a split is empty.
     """
+    reads = reads or config.task
+
     def create(split: str, training: bool) -> Union[Images, Stream]:
         return create_dataset(
-            config.dataset, config.data_dir, split, task=config.task, training=training, seed=config.seed,
+            config.dataset, config.data_dir, split, task=reads, training=training, seed=config.seed,
             skip_damaged=config.skip_damaged, input_key=config.input_key, target_key=config.target_key,
             without_labels=config.without_labels)
 
     train_set = create(config.train_split, True)
-    found = 'reid' if config.dataset == 'market1501' else (
-        'multilabel' if isinstance(train_set, Images) and train_set.labels.ndim == 2 else 'multiclass')
-    if found != config.task:
-        raise ValueError(f'{config.dataset} is for --task {found}, and the task is {config.task}')
+    if train_set.task != reads:
+        raise ValueError(f'{config.dataset} is for --task {train_set.task}, and the task is {config.task}')
     if config.val_fraction:
         if isinstance(train_set, Stream):
             raise ValueError(f'{config.dataset}: val_fraction={config.val_fraction} needs a dataset that is no stream')
@@ -150,9 +151,7 @@ def split_images(images: Images, fraction: float, seed: int) -> Tuple[Images, Im
     """
     if not 0 < fraction < 1:
         raise ValueError(f'val_fraction={fraction} is not between 0 and 1')
-    labels = images.labels[images.rows]
-    if labels.ndim == 2:  # several classes each: as they come
-        labels = np.zeros(len(labels), np.int64)
+    labels = images.strata()
     counts = np.bincount(labels, minlength=labels.max(initial=0) + 1)
     shares = np.minimum(fraction * counts, np.maximum(counts - 1, 0))
     held_out = np.floor(shares).astype(np.int64)

@@ -26,6 +26,7 @@ class Market(Files):
         FileNotFoundError: If a folder is missing or has no images.
         ValueError: If a name does not parse, or an image of no identity is to be trained on.
     """
+    task = 'reid'
 
     def __init__(self, data_dir: str, split: str) -> None:
         folders = FOLDERS[:1] if split == 'train' else FOLDERS[1:]

@@ -32,6 +32,7 @@ class Stream(IterableDataset):
         class_names: Names in the order of the labels.
         transform: Applied to the RGB image.
     """
+    task = 'multiclass'
 
     def __init__(
             self, name: str, data_dir: Optional[str], split: str, training: bool = False, seed: int = 0,

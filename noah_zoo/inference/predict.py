@@ -21,6 +21,14 @@ SAMPLES = Path(__file__).parents[1] / 'samples'
 DEFAULT_MODEL = 'mobilenetv2_035_noah.fashion_mnist'
 
 
+def check_model(name: str) -> None:
+    """Raise ValueError, with what comes near, if timm knows no model of this name; 'hf-hub:' and such pass."""
+    architecture = name.split('.')[0]
+    if ':' not in name and not timm.is_model(architecture):
+        close = difflib.get_close_matches(architecture, timm.list_models(), n=3)
+        raise ValueError(f'unknown model {name!r}' + (f'; did you mean {", ".join(close)}?' if close else ''))
+
+
 def load_model(name: str, device: str = 'cpu') -> nn.Module:
     """A pretrained model in eval mode.
 
@@ -31,10 +39,7 @@ def load_model(name: str, device: str = 'cpu') -> nn.Module:
     Raises:
         ValueError: If timm does not know the name, or torch not the device.
     """
-    architecture = name.split('.')[0]
-    if ':' not in name and not timm.is_model(architecture):
-        close = difflib.get_close_matches(architecture, timm.list_models(), n=3)
-        raise ValueError(f'unknown model {name!r}' + (f'; did you mean {", ".join(close)}?' if close else ''))
+    check_model(name)
     try:
         return timm.create_model(name, pretrained=True).to(device).eval()
     except (RuntimeError, AssertionError) as error:

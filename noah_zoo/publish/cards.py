@@ -173,7 +173,16 @@ def _usage(name: str, repo_id: str) -> str:
 def snippet(
         location: str, labels: List[str], imports: str, package: bool = True, features: str = '', pooled: str = '',
 ) -> str:
-    """A program that loads a model, prints the best classes of an image and takes its features."""
+    """A program that loads a model, prints the best classes of an image and takes its features.
+
+    Args:
+        location: What `timm.create_model` takes.
+        labels: Lines that give `names`; without any, images are to be compared, not classified.
+        imports: Names from `timm.data`.
+        package: Import noah_zoo, and take an image from there.
+        features: A comment on the features.
+        pooled: A comment on the pooled ones.
+    """
     lines = ['from pathlib import Path', '', 'import noah_zoo'] if package else []
     lines += ['import timm', 'import torch', 'from PIL import Image', f'from timm.data import {imports}', '']
     if package:
@@ -186,14 +195,17 @@ def snippet(
         "x = transform(image.convert('RGB')).unsqueeze(0)",
         '',
         'with torch.inference_mode():',
-        '    probabilities = model(x)[0].softmax(dim=0)',
+        *['    probabilities = model(x)[0].softmax(dim=0)'] * bool(labels),
         f'    features = model.forward_features(x){features}',
         f'    pooled = model.forward_head(features, pre_logits=True){pooled}',
-        '',
+        '']
+    lines += [
         *labels,
         'values, indices = probabilities.topk(min(5, len(names)))',
         'for value, index in zip(values.tolist(), indices.tolist()):',
-        "    print(f'{value:.4f}  {names[index]}')"]
+        "    print(f'{value:.4f}  {names[index]}')"] if labels else [
+        'embedding = torch.nn.functional.normalize(pooled, dim=1)',
+        'print(embedding @ embedding.T)  # of several images: how alike they are, from -1 to 1']
     return '```python\n' + '\n'.join(lines) + '\n```'
 
 

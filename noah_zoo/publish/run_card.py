@@ -10,6 +10,7 @@ import timm
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..catalog import CATALOG
+from ..tasks import Task, find_task
 from ..weights.find import place_on_hub
 from ..weights.head_only import Backbone
 from .cards import BIBTEX, INSTALL, is_ours, make_card, make_table, preprocessing, snippet
@@ -45,27 +46,22 @@ def run_card(
     dataset_id, dataset, split = _dataset(settings)
     model_name = repo_id.split('/')[-1]
     is_noah = architecture in (*CATALOG, 'noah')
+    task = find_task(settings.get('task', 'multiclass'))
     results = [
         EvalResult(
-            task_type='image-classification', task_name='Image Classification',
+            task_type=task.pipeline_tag, task_name=task.title,
             dataset_type=dataset_id or 'imagefolder', dataset_name=dataset, dataset_split=split,
-            metric_type='accuracy', metric_value=best[key], metric_name=f'{label} accuracy')
-        for key, label in (('top1', 'Top-1'), ('top5', 'Top-5')) if isinstance(best.get(key), (int, float))]
-    several = settings.get('task') == 'multilabel'
-    if several:
-        results.append(EvalResult(
-            task_type='image-classification', task_name='Multi-label Image Classification',
-            dataset_type=dataset_id or 'imagefolder', dataset_name=dataset, dataset_split=split,
-            metric_type='mAP', metric_value=best['mAP'], metric_name='mAP'))
+            metric_type=kind, metric_value=best[key], metric_name=label)
+        for key, (kind, label) in task.on_card.items() if isinstance(best.get(key), (int, float))]
     data = ModelCardData(
         model_name=model_name if results else None,
         library_name='timm',
-        pipeline_tag='image-classification',
+        pipeline_tag=task.pipeline_tag,
         base_model=backbone.repo_id if backbone else _base_model(settings),
         **(dict(base_model_relation='adapter') if backbone else {}),
         datasets=[dataset_id] if dataset_id else None,
-        metrics=['mAP' if several else 'accuracy'] if results else None,
-        tags=['image-classification', 'timm'] + ['noah'] * is_noah,
+        metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
+        tags=[task.pipeline_tag, 'timm'] + ['noah'] * is_noah,
         eval_results=results or None)
     measured = [f'{result.metric_name} {result.metric_value:.2f} %' for result in results]
     measured = measured or ['no accuracy is recorded']
@@ -74,7 +70,7 @@ def run_card(
     epochs, seed = settings.get('epochs', '?'), settings.get('seed', '?')
     sections = (
         f'# {model_name}', f'{_title(config)} trained on {dataset} with `scripts/train.py` of noah_zoo.',
-        '## Use', _run_usage(architecture, repo_id, bool(labels), several),
+        '## Use', _run_usage(architecture, repo_id, bool(labels), task),
         *(('## Only the head', _only_the_head(backbone, head_bytes)) if backbone else ()),
         '## Model', _run_details(config, summary),
         '## Results', f'On the split `{split}` of {dataset}: {"; ".join(measured)}. One run of {epochs} epochs, '
@@ -90,12 +86,12 @@ def _title(config: Dict[str, Any]) -> str:
     return f'`{backbone}` with a NOAH head,' if backbone else f'`{config["architecture"]}`'
 
 
-def _run_usage(architecture: str, repo_id: str, has_labels: bool, several: bool) -> str:
+def _run_usage(architecture: str, repo_id: str, has_labels: bool, task: Task) -> str:
     ours = timm.is_model(architecture) and is_ours(architecture)
-    labels = "model.pretrained_cfg['label_names']" if has_labels else '[str(i) for i in range(model.num_classes)]'
-    text = snippet(
-        f'hf-hub:{repo_id}', [f'names = {labels}'], 'create_transform, resolve_model_data_config', package=ours)
-    text = text.replace('.softmax(dim=0)', '.sigmoid()') if several else text
+    names = "model.pretrained_cfg['label_names']" if has_labels else '[str(i) for i in range(model.num_classes)]'
+    labels = [f'names = {names}'] if task.pipeline_tag == 'image-classification' else []
+    text = snippet(f'hf-hub:{repo_id}', labels, 'create_transform, resolve_model_data_config', package=ours)
+    text = text.replace('.softmax(dim=0)', '.sigmoid()') if 'multilabel' in task.notes else text
     return (f'{INSTALL}\n\n' if ours else '') + text
 
 

@@ -10,22 +10,30 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from ..config import TrainConfig
 from ..data.base import Images
+from .base import Task
 
-METRIC = 'top1'  # the figure by which the best epoch is chosen
 
+class Multiclass(Task):
+    """One class per image."""
+    name = 'multiclass'
+    figures = {'top1': 'top-1', 'top5': 'top-5'}
+    on_card = {'top1': ('accuracy', 'Top-1 accuracy'), 'top5': ('accuracy', 'Top-5 accuracy')}
 
-def create_criterion(config: TrainConfig, images: Images) -> nn.Module:
-    """The loss of logits (B, K) and targets, (B,) class numbers or, after mixup, (B, K) probabilities.
+    def create_criterion(self, config: TrainConfig, images: Images) -> nn.Module:
+        """The loss of logits (B, K) and targets, (B,) class numbers or, after mixup, (B, K) probabilities.
 
-    Raises:
-        ValueError: If classes are to be weighted by their images, and nobody knows how many those are.
-    """
-    soft = config.mixup or config.cutmix  # timm's Mixup smooths the labels itself
-    if config.class_weights:
-        return nn.CrossEntropyLoss(class_weights(images), label_smoothing=0. if soft else config.smoothing)
-    if soft:
-        return SoftTargetCrossEntropy()
-    return LabelSmoothingCrossEntropy(config.smoothing) if config.smoothing else nn.CrossEntropyLoss()
+        Raises:
+            ValueError: If classes are to be weighted by their images, and nobody knows how many those are.
+        """
+        soft = config.mixup or config.cutmix  # timm's Mixup smooths the labels itself
+        if config.class_weights:
+            return nn.CrossEntropyLoss(class_weights(images), label_smoothing=0. if soft else config.smoothing)
+        if soft:
+            return SoftTargetCrossEntropy()
+        return LabelSmoothingCrossEntropy(config.smoothing) if config.smoothing else nn.CrossEntropyLoss()
+
+    def create_metrics(self, num_classes: int, device: torch.device) -> 'Metrics':
+        return Metrics(num_classes, device)
 
 
 def class_weights(images: Images) -> Tensor:
@@ -41,11 +49,6 @@ def class_weights(images: Images) -> Tensor:
     if empty:
         raise ValueError(f'class_weights: no training images of {", ".join(map(repr, empty[:10]))}')
     return torch.from_numpy(counts.sum() / (len(counts) * counts)).float()
-
-
-def evaluated(model: nn.Module) -> nn.Module:
-    """What of the model is evaluated."""
-    return model
 
 
 class Metrics:

@@ -5,9 +5,7 @@ classes, CP and CR are the means over classes of TP / P and TP / T, and F1 is 2 
 recall) of either pair. AP is not interpolated. A class without positives is left out of mAP, CR and CP, and the
 precision of one without predictions counts as 0.
 """
-import csv
 import functools
-import io
 from typing import Any, Dict, List, Sequence
 
 import numpy as np
@@ -19,25 +17,37 @@ from torchmetrics.classification import MultilabelAveragePrecision, MultilabelSt
 
 from ..config import TrainConfig
 from ..data.base import Images
+from .base import Task
 
-METRIC = 'mAP'  # the figure by which the best epoch is chosen
 LOSSES = {  # of logits and targets (B, K)
     'bce': functools.partial(BinaryCrossEntropy, smooth_dense=True),  # averaged over images and classes
     'asl': AsymmetricLossMultiLabel}  # averaged over images, summed over classes
 
 
-def create_criterion(config: TrainConfig, images: Images) -> nn.Module:
-    """timm's loss of logits and targets (B, K), by `config.loss`; smoothing moves targets towards 1/2.
+class Multilabel(Task):
+    """Several classes per image, or none."""
+    name = reads = 'multilabel'
+    figures = {'mAP': 'mAP', 'CF1': 'CF1', 'OF1': 'OF1'}
+    on_card = {'mAP': ('mAP', 'mAP')}
+    title = 'Multi-label Image Classification'
+    notes = ('multilabel',)
 
-    Raises:
-        ValueError: If `config.loss` is unknown, or a setting is for one class per image.
-    """
-    if config.loss not in LOSSES:
-        raise ValueError(f'loss={config.loss!r} is not one of {", ".join(LOSSES)}')
-    if config.mixup or config.cutmix:
-        raise ValueError('mixup and cutmix are for one class per image; give --mixup 0 --cutmix 0')
-    return LOSSES[config.loss](
-        smoothing=config.smoothing, pos_weight=positive_weights(images) if config.class_weights else None)
+    def check(self, config: TrainConfig) -> None:
+        if config.loss not in LOSSES:
+            raise ValueError(f'loss={config.loss!r} is not one of {", ".join(LOSSES)}')
+        if config.mixup or config.cutmix:
+            raise ValueError('mixup and cutmix are for one class per image; give --mixup 0 --cutmix 0')
+
+    def create_criterion(self, config: TrainConfig, images: Images) -> nn.Module:
+        """timm's loss of logits and targets (B, K), by `config.loss`; smoothing moves targets towards 1/2."""
+        return LOSSES[config.loss](
+            smoothing=config.smoothing, pos_weight=positive_weights(images) if config.class_weights else None)
+
+    def create_metrics(self, num_classes: int, device: torch.device) -> 'Metrics':
+        return Metrics(num_classes, device)
+
+    def rows(self, metrics: 'Metrics', class_names: Sequence[str]) -> List[Dict[str, Any]]:
+        return metrics.per_class(class_names)
 
 
 def positive_weights(images: Images) -> Tensor:
@@ -52,11 +62,6 @@ def positive_weights(images: Images) -> Tensor:
     if empty:
         raise ValueError(f'class_weights: no training images of {", ".join(map(repr, empty[:10]))}')
     return torch.from_numpy((len(labels) - positives) / positives).float()
-
-
-def evaluated(model: nn.Module) -> nn.Module:
-    """What of the model is evaluated."""
-    return model
 
 
 class Metrics:
@@ -115,12 +120,3 @@ class Metrics:
             counts[suffix] = hits, hits + wrong, positives
         ap = torch.where(positives > 0, self.ap.compute().double().cpu(), torch.nan)
         return ap, counts
-
-
-def to_csv(rows: Sequence[Dict[str, Any]]) -> str:
-    """Rows of `Metrics.per_class` as the text of a CSV file."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator='\n')
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()

@@ -1,21 +1,20 @@
 """The learning curve of a run as a picture."""
 import json
 from pathlib import Path
+from typing import Dict
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-LABELS = {  # of the figures that are drawn; the first that a run has is the one that chooses the best epoch
-    'top1': 'top-1', 'top5': 'top-5', 'mAP': 'mAP', 'CF1': 'CF1', 'OF1': 'OF1', 'rank1': 'rank-1'}
 
-
-def draw_curve(log: Path, path: Path, title: str) -> None:
-    """Draw loss and accuracy over epochs from a run's `log.jsonl`.
+def draw_curve(log: Path, path: Path, title: str, figures: Dict[str, str]) -> None:
+    """Draw loss and figures over epochs from a run's `log.jsonl`.
 
     Args:
         log: The log, a line per epoch.
         path: The PNG to write.
         title: Title of the picture.
+        figures: `Task.figures`; the first is said of the best epoch.
     """
     records = [json.loads(line) for line in log.read_text(encoding='utf-8').splitlines()]
     epochs = [record['epoch'] for record in records]
@@ -25,12 +24,12 @@ def draw_curve(log: Path, path: Path, title: str) -> None:
         if key in records[0]:
             losses.plot(epochs, [record[key] for record in records], style, marker='.', label=label)
     losses.set(xlabel='epoch', ylabel='loss', title=title)
-    drawn = [key for key in LABELS if key in records[0]]
+    drawn = [key for key in figures if key in records[0]]
     for key, style in zip(drawn, ('-', '--', ':')):
-        accuracy.plot(epochs, [record[key] for record in records], style, marker='.', label=LABELS[key])
+        accuracy.plot(epochs, [record[key] for record in records], style, marker='.', label=figures[key])
     first = drawn[0]
     best = max(records, key=lambda record: record[first])
-    accuracy.set(xlabel='epoch', ylabel='%', title=f'best {LABELS[first]} {best[first]:.2f} in epoch {best["epoch"]}')
+    accuracy.set(xlabel='epoch', ylabel='%', title=f'best {figures[first]} {best[first]:.2f} in epoch {best["epoch"]}')
     for axes in (losses, accuracy):
         axes.legend()
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

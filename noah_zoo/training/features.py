@@ -37,9 +37,7 @@ class CachedFeatures:
 
     def __init__(self, features: Tensor, images: Images) -> None:
         self.features, self.images = features, images
-        self.targets = torch.from_numpy(images.labels[images.rows])
-        if self.targets.ndim == 2:
-            self.targets = self.targets.float()
+        self.targets = images.targets()
 
     def batch(self, indices: Sequence[int]) -> Tuple[Tensor, Tensor]:
         """Features (B, ...) in float32 and targets of some images."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Dict, Sequence, Tuple
 
 from ..models.builder import HEAD_ARGS
-from .curve import LABELS
+from ..tasks import find_task
 
 
 def report(folders: Sequence[str]) -> str:
@@ -28,16 +28,17 @@ def report(folders: Sequence[str]) -> str:
         different = [k for k in config.keys() | first if first.get(k) != config.get(k)]
         if different:
             raise ValueError(f'{path} differs from {first_path} in {", ".join(different)}; compare equal budgets')
-    metric = next((name for name in LABELS if all(name in summary for summary in summaries)), None)
-    if metric is None:
-        raise ValueError('the runs have no figure in common; compare runs of one task')
+    tasks = {summary['config'].get('task', 'multiclass') for summary in summaries}
+    if len(tasks) > 1:
+        raise ValueError(f'the runs are of the tasks {", ".join(sorted(tasks))}; compare runs of one')
+    task = find_task(*tasks)
     lines = [
-        f'| model | parameters | seeds | test {LABELS[metric]}, mean ± standard deviation | each seed '
+        f'| model | parameters | seeds | test {task.figures[task.metric]}, mean ± standard deviation | each seed '
         '| seconds a run |',
         '| --- | --- | --- | --- | --- | --- |']
     for model, found in sorted(runs.items()):
         found.sort(key=lambda summary: summary['config']['seed'])
-        figures = [summary[metric] for summary in found]
+        figures = [summary[task.metric] for summary in found]
         spread = f' ± {statistics.stdev(figures):.2f}' if len(figures) > 1 else ''
         lines.append(
             f'| {model} | {found[0]["params"]:,} | {len(found)} | {statistics.mean(figures):.2f}{spread} | '

@@ -1,4 +1,6 @@
 """The training loop, on Accelerate and timm."""
+import csv
+import io
 import json
 import logging
 import math
@@ -13,7 +15,7 @@ from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import accelerate
 import timm
@@ -35,18 +37,17 @@ from ..config import TrainConfig
 from ..data.factory import create_datasets
 from ..data.loader import EpochBatches, EvalBatches, create_loader, seed_everything
 from ..data.transforms import create_transforms
+from ..inference.predict import check_model
 from ..models.attach import set_image_size
-from ..tasks import multiclass, multilabel, reid
-from ..tasks.multilabel import to_csv
+from ..tasks import find_task
 from .checkpoint import Progress, newest_checkpoint, save_checkpoint
-from .curve import LABELS, draw_curve
+from .curve import draw_curve
 from .features import FeatureBatches, HeadOnly, cache_features
 from .schedule import OneCycle
 from .settings import learning_rate, plan_batch
 
 _logger = logging.getLogger(__name__)
 
-TASKS = {'multiclass': multiclass, 'multilabel': multilabel, 'reid': reid}
 TERMINATED = 143  # exit code after SIGTERM: 128 + 15
 PLACE = ('output', 'data_dir', 'resume', 'workers', 'log_with', 'checkpoint_hist', 'device_batch_size')
 
@@ -77,11 +78,11 @@ class _Run:
     """A run of `train`: what it is made of, and its loop."""
 
     def __init__(self, config: TrainConfig) -> None:
-        if config.task not in TASKS:
-            raise ValueError(f'task={config.task!r} is not one of {", ".join(TASKS)}')
+        self.task = find_task(config.task)
+        self.task.check(config)
         if config.mixed_precision == 'auto':
             config = replace(config, mixed_precision=precision(PartialState(cpu=config.cpu).device))
-        self.config, self.output, self.task = config, Path(config.output), TASKS[config.task]
+        self.config, self.output = config, Path(config.output)
         self.finished = _check_output(config, self.output)
         if self.finished:
             return
@@ -90,7 +91,8 @@ class _Run:
         self.plan = plan_batch(config, self.accelerator.num_processes)
         seed_everything(config.seed)
         known = self.output / 'damaged.json'  # of a run that goes on: it has looked at every image
-        train_set, val_set = create_datasets(config, json.loads(known.read_text()) if known.exists() else None)
+        train_set, val_set = create_datasets(
+            config, json.loads(known.read_text()) if known.exists() else None, self.task.reads)
         self.class_names = train_set.class_names
         self.damaged = {**getattr(train_set, 'damaged', {}), **getattr(val_set, 'damaged', {})}
         model = build_model(config, self.class_names)
@@ -105,8 +107,6 @@ class _Run:
                 raise ValueError(
                     'mixup and cutmix do not go with cache_features, which has no images to mix; give --mixup 0 '
                     '--cutmix 0')
-            if config.task == 'reid':
-                raise ValueError('cache_features does not go with the task reid, whose embedding is to be trained')
             self._cache_features(train_set, val_set)
         self.terminated = False
 
@@ -268,7 +268,7 @@ class _Run:
         if accelerator.num_processes > 1:
             distribute_bn(evaluated, accelerator.num_processes)  # the first process's, as DistributedDataParallel does
         train_seconds = time.perf_counter() - began
-        metrics = self.task.Metrics(len(self.class_names), accelerator.device)
+        metrics = self.task.create_metrics(len(self.class_names), accelerator.device)
         runs = HeadOnly(evaluated) if config.cache_features else evaluated
         figures = evaluate(accelerator, self.task.evaluated(runs), self.val_loader, metrics, config.smoke or None)
         progress.epoch += 1
@@ -279,18 +279,18 @@ class _Run:
             'seconds': round(progress.seconds, 1)}
         if not self.on_updates:
             self.scheduler.step(progress.epoch)
-        if figures[self.task.METRIC] > progress.best:
-            progress.best, progress.best_epoch = figures[self.task.METRIC], progress.epoch
+        if figures[self.task.metric] > progress.best:
+            progress.best, progress.best_epoch = figures[self.task.metric], progress.epoch
             self._save_best(evaluated)
-            rows = metrics.per_class(self.class_names) if config.task == 'multilabel' else None
+            rows = self.task.rows(metrics, self.class_names)
             if rows and accelerator.is_main_process:
-                _write(self.output / 'per_class.csv', to_csv(rows))
+                _write(self.output / 'per_class.csv', _to_csv(rows))
         if accelerator.is_main_process:
             with (self.output / 'log.jsonl').open('a', encoding='utf-8') as log:
                 log.write(json.dumps(record) + '\n')
             _logger.info(
                 'epoch %d: train loss %.4f, %s %.2f, %.0f s', record['epoch'], record['train_loss'],
-                LABELS[self.task.METRIC], record[self.task.METRIC], record['seconds'])
+                self.task.figures[self.task.metric], record[self.task.metric], record['seconds'])
         if config.log_with:
             accelerator.log({k: v for k, v in record.items() if k != 'epoch'}, step=progress.epoch)
         progress.batch = progress.updates_in_epoch = 0
@@ -456,7 +456,7 @@ class _Run:
             **records[-1], 'best': records[progress.best_epoch - 1], 'skipped_updates': progress.skipped,
             'damaged': len(self.damaged), **versions()}
         if self.accelerator.is_main_process:
-            draw_curve(log, self.output / 'curve.png', self.config.model)
+            draw_curve(log, self.output / 'curve.png', self.config.model, self.task.figures)
             _write(self.output / 'summary.json', json.dumps(summary, indent=2) + '\n')
         return summary
 
@@ -556,15 +556,15 @@ def build_model(config: TrainConfig, class_names: Tuple[str, ...]) -> nn.Module:
     Raises:
         ValueError: If timm does not know the model, or it does not take the arguments or the image size.
     """
-    if not timm.is_model(config.model.split('.')[0]) and ':' not in config.model:
-        raise ValueError(f'timm knows no model {config.model!r}')
+    check_model(config.model)
     overlay: Dict[str, Any] = {}
     if config.img_size:
         overlay.update(input_size=(3, config.img_size, config.img_size), pool_size=None)
     overlay.update({
         name: getattr(config, name) for name in ('crop_pct', 'crop_mode', 'interpolation') if getattr(config, name)})
-    if config.task == 'multilabel':
-        overlay.update(notes=('multilabel',))  # by which noah_zoo.inference knows it
+    notes = find_task(config.task).notes
+    if notes:
+        overlay.update(notes=notes)
     if not config.pretrained:
         overlay.update(num_classes=len(class_names), tag=None, license=None, origin_url=None)
     try:
@@ -583,6 +583,14 @@ def build_model(config: TrainConfig, class_names: Tuple[str, ...]) -> nn.Module:
             classifier.weight.std() > 2 * (3 * classifier.weight[0].numel()) ** -0.5):
         classifier.reset_parameters()
     return model
+
+
+def _to_csv(rows: Sequence[Dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def _plain(settings: Dict[str, Any]) -> Dict[str, Any]:

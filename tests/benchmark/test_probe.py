@@ -32,8 +32,8 @@ from noah_zoo.benchmark.run import Run, benchmark
 from noah_zoo.data.base import Images
 from noah_zoo.training.features import cache_features
 
+from ..pictures import make_fashion_mnist
 from ..scripts import SCRIPTS, call, interrupt
-from ..training.conftest import make_fashion_mnist
 
 # All heads
 
@@ -297,7 +297,7 @@ def test_ctrl_c_leaves_nothing(data_dir, tmp_path):
 
 @pytest.mark.parametrize('flags, message', [
     (['--heads', 'noah', 'nope'], "heads: 'nope' is not one of linear, noah, csra, simpool, efficient_probing, "),
-    (['--model', 'nope'], "timm knows no model 'nope'"),
+    (['--model', 'nope'], "unknown model 'nope'"),
     (['--model', 'local-dir:nope'], 'nope'),
     (['--data-dir', 'nope'], 'fashion_mnist: neither train-images-idx3-ubyte nor '),
     (['--train-images', '6000'], 'train_images=6000 is 600 of each class, and '),

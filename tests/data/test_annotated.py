@@ -1,14 +1,11 @@
 """Datasets with annotation files: what is read, and what is refused before any training starts."""
-import copy
 import functools
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
 
 from noah_zoo.benchmark.measure import peak_memory
 from noah_zoo.benchmark.run import Case, head_step
@@ -16,49 +13,10 @@ from noah_zoo.data import create_dataset
 from noah_zoo.data.factory import create_datasets, split_images
 from noah_zoo.training import TrainConfig
 
+from ..pictures import jpeg, make_coco, make_inaturalist
 from ..scripts import call
 
-CATEGORIES = [{'id': 9, 'name': 'zebra'}, {'id': 1, 'name': 'person'}, {'id': 5, 'name': 'boat'}]
 NAMES = ('person', 'boat', 'zebra')
-
-
-def jpeg(path, color):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    noise = np.random.default_rng(list(path.name.encode())).integers(0, 60, (36, 48, 3))
-    Image.fromarray((noise + color).clip(0, 255).astype(np.uint8)).save(path)
-
-
-def make_coco(root, images=12, change=lambda content: None):
-    """`images` JPEG files to train on, half as many to evaluate; a colour channel per category, none in every 4th."""
-    for split, count in (('train2014', images), ('val2014', images // 2)):
-        content = {'images': [], 'annotations': [], 'categories': copy.deepcopy(CATEGORIES)}
-        for i in range(count):
-            labels = [k for k in range(3) if i % 4 and (i >> k) & 1]
-            name = f'COCO_{split}_{i:012}.jpg'
-            jpeg(root / split / name, [190 * (k in labels) for k in range(3)])
-            content['images'].append({'id': 1000 + i, 'file_name': name, 'width': 48, 'height': 36})
-            for k in labels * 2:  # two boxes each
-                content['annotations'].append({
-                    'id': len(content['annotations']), 'image_id': 1000 + i, 'category_id': (1, 5, 9)[k],
-                    'bbox': [1, 1, 5, 5], 'iscrowd': 0})
-        change(content)
-        (root / 'annotations').mkdir(exist_ok=True)
-        (root / 'annotations' / f'instances_{split}.json').write_text(json.dumps(content))
-
-
-def make_inaturalist(root, change=lambda content: None):
-    for split in ('train', 'val'):
-        content = {'images': [], 'annotations': [], 'categories': [
-            {'id': 2, 'name': 'Parus major', 'supercategory': 'Aves'},
-            {'id': 0, 'name': 'Iris', 'supercategory': 'Plantae'},
-            {'id': 1, 'name': 'Iris', 'supercategory': 'Insecta'}]}
-        for i in range(6):
-            name = f'train_val_images/Aves/Parus major/{split}{i}.jpg'
-            jpeg(root / name, [i, 100, 200])
-            content['images'].append({'id': i, 'file_name': name})
-            content['annotations'].append({'id': i, 'image_id': i, 'category_id': i % 3})
-        change(content)
-        (root / f'{split}2017.json').write_text(json.dumps(content))
 
 
 def test_coco(tmp_path):

@@ -14,11 +14,11 @@ import torch
 from noah_zoo.data import create_dataset
 from noah_zoo.data.images import read_image
 from noah_zoo.inference.predict import predict
-from noah_zoo.tasks.multilabel import Metrics, create_criterion, positive_weights
+from noah_zoo.tasks.multilabel import Metrics, Multilabel, positive_weights
 from noah_zoo.training import TrainConfig, configure, train
 from noah_zoo.training.validate import validate
 
-from ..data.test_annotated import make_coco
+from ..pictures import make_coco
 from ..training.test_finetune import SHIPPED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,21 +82,22 @@ def test_losses():
     logits, targets = torch.randn(6, 5), (torch.rand(6, 5) < 0.4).float()
     config = TrainConfig(model='', output='', task='multilabel')
     expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets)
-    torch.testing.assert_close(create_criterion(config, None)(logits, targets), expected)
+    torch.testing.assert_close(Multilabel().create_criterion(config, None)(logits, targets), expected)
     config.loss = 'asl'
     p = logits.sigmoid()
     low = (1 - p + 0.05).clamp(max=1)  # the paper's formula: shifted probabilities, focusing of 1 and 4
     expected = -(targets * (1 - p) * p.log() + (1 - targets) * (1 - low) ** 4 * low.log()).sum(1).mean()
-    torch.testing.assert_close(create_criterion(config, None)(logits, targets), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        Multilabel().create_criterion(config, None)(logits, targets), expected, rtol=1e-5, atol=1e-6)
     config.loss = 'focal'
     with pytest.raises(ValueError, match="loss='focal' is not one of bce, asl"):
-        create_criterion(config, None)
+        Multilabel().check(config)
     config.loss, config.smoothing = 'bce', 0.2
     expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, 0.8 * targets + 0.1)
-    torch.testing.assert_close(create_criterion(config, None)(logits, targets), expected)
+    torch.testing.assert_close(Multilabel().create_criterion(config, None)(logits, targets), expected)
     config.mixup = 0.1
     with pytest.raises(ValueError, match='mixup and cutmix are for one class per image'):
-        create_criterion(config, None)
+        Multilabel().check(config)
 
 
 def test_weights_of_rare_classes(tmp_path):
@@ -108,7 +109,7 @@ def test_weights_of_rare_classes(tmp_path):
     config = TrainConfig(model='', output='', task='multilabel', class_weights=True)
     logits, targets = torch.randn(4, 3), torch.tensor([[1., 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0]])
     expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets, pos_weight=weights)
-    torch.testing.assert_close(create_criterion(config, images)(logits, targets), expected)
+    torch.testing.assert_close(Multilabel().create_criterion(config, images)(logits, targets), expected)
     with pytest.raises(ValueError, match="class_weights: no training images of 'zebra'"):
         positive_weights(images.take(np.flatnonzero(images.labels[:, 2] == 0)))
 

@@ -17,6 +17,7 @@ from noah_zoo.data.factory import create_datasets
 from noah_zoo.tasks.ranking import Identified, cmc_map
 from noah_zoo.training import TrainConfig, configure, train
 
+from ..pictures import make_market, write_person
 from ..scripts import call
 
 SCRIPT = Path(__file__).resolve().parents[2] / 'scripts' / 'reid.py'
@@ -84,28 +85,6 @@ def test_market_1501_takes_seconds():
     assert time.perf_counter() - start < 60
 
 
-def write_person(path, identity, camera):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng([identity + 1, camera, len(path.name)])
-    pixels = rng.integers(0, 40, (128, 64, 3)) + 20 * camera
-    pixels[:64, :, identity % 3] += 120
-    pixels[64:, :, identity // 3 % 3] += 120
-    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path)
-
-
-def make_market(root):
-    for identity in (2, 7, 11, 12):
-        for camera in (1, 2, 6):
-            write_person(root / 'bounding_box_train' / f'{identity:04}_c{camera}s1_000451_03.jpg', identity, camera)
-    for identity in (1, 3, 4, 5):
-        write_person(root / 'query' / f'{identity:04}_c1s1_001051_00.jpg', identity, 1)
-        for camera in (1, 3, 4):
-            write_person(root / 'bounding_box_test' / f'{identity:04}_c{camera}s2_000151_01.jpg', identity, camera)
-    for name, identity in (('-1_c1s1_000401_03.jpg', 3), ('0000_c1s1_000151_02.jpg', 4)):
-        write_person(root / 'bounding_box_test' / name, identity, 5)
-    (root / 'bounding_box_test' / 'Thumbs.db').write_text('not an image')
-
-
 @pytest.fixture(scope='module')
 def market(tmp_path_factory):
     root = tmp_path_factory.mktemp('market1501')
@@ -135,7 +114,7 @@ def test_bad_folders(market, tmp_path):
     with pytest.raises(ValueError, match='identities -1 .junk. and 0 .distractors. are for the gallery only'):
         create_dataset('market1501', str(tmp_path), 'train')
     (tmp_path / 'query').mkdir()
-    done = call('reid.py', 'evaluate', '--model', 'x', '--data-dir', tmp_path)
+    done = call('reid.py', 'evaluate', '--model', 'reid_resnet50', '--data-dir', tmp_path)
     assert done.returncode == 2 and done.stderr.startswith('reid.py: error: market1501: no .jpg files in ')
     assert done.stderr.count('\n') == 1
 
@@ -219,6 +198,6 @@ def test_its_embedding_is_not_frozen(market, tmp_path):
 
 def test_words_of_the_script():
     for word, code, text in (
-            ('--help', 0, 'person re-identification on the layout'), ('trian', 1, "'trian' is not one of")):
+            ('--help', 0, 'Person re-identification on the layout'), ('trian', 1, "'trian' is not one of")):
         done = call('reid.py', word)
         assert done.returncode == code and text in done.stdout + done.stderr

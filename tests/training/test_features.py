@@ -22,13 +22,13 @@ from noah_zoo.data.loader import EpochBatches, create_loader
 from noah_zoo.training import configure, features, train
 from noah_zoo.training.features import CachedFeatures, FeatureBatches, HeadOnly, cache_features, feature_key
 
-from .test_finetune import SHIPPED, photos  # noqa: F401  a fixture
+from .test_finetune import SHIPPED
 
 Parts = namedtuple('Parts', 'model images transform')
 
 
 @pytest.fixture
-def parts(photos):  # noqa: F811
+def parts(photos):
     model = timm.create_model(SHIPPED, pretrained=True, num_classes=3).eval()
     return Parts(model, create_dataset('folder', str(photos), 'train'),
                  create_transform(**resolve_data_config(dict(img_size=32), model=model)))
@@ -55,7 +55,7 @@ def test_features_and_their_batches(parts, tmp_path):
 @pytest.mark.parametrize('name, kwargs', [
     ('test_vit', dict(img_size=32)),
     ('swin_tiny_patch4_window7_224', dict(img_size=56, window_size=7, embed_dim=16, depths=(1, 1), num_heads=(1, 2)))])
-def test_tokens_and_maps_with_channels_last_lie_as_the_model_gives_them(name, kwargs, photos, tmp_path):  # noqa: F811
+def test_tokens_and_maps_with_channels_last_lie_as_the_model_gives_them(name, kwargs, photos, tmp_path):
     model = add_noah_head(timm.create_model(name, num_classes=3, **kwargs)).eval()
     size = kwargs['img_size']
     images, transform = create_dataset('folder', str(photos), 'train').take([3, 40, 9, 30, 20]), create_transform(size)
@@ -108,7 +108,7 @@ def test_a_damaged_file_is_computed_again(damage, parts, tmp_path, caplog):
     assert ('is not as it was written' in caplog.text) == (damage != 'record')
 
 
-def test_what_the_key_depends_on(parts, photos, tmp_path):  # noqa: F811
+def test_what_the_key_depends_on(parts, photos, tmp_path):
     def key(**changed):
         return feature_key(*[changed.get(name, value) for name, value in zip(('model', 'images', 'transform'), (
             parts.model, parts.images, parts.transform))])
@@ -168,7 +168,7 @@ def test_full_while_it_computes(parts, tmp_path):
     assert len(cached(parts, tmp_path).features) == 42
 
 
-def test_an_image_that_is_gone_is_named(parts, photos, tmp_path):  # noqa: F811
+def test_an_image_that_is_gone_is_named(parts, photos, tmp_path):
     copy = tmp_path / 'photos'
     shutil.copytree(photos, copy)
     images = create_dataset('folder', str(copy), 'train')
@@ -179,7 +179,7 @@ def test_an_image_that_is_gone_is_named(parts, photos, tmp_path):  # noqa: F811
     assert {path.suffix for path in (tmp_path / 'cache').iterdir()} <= {'.lock'}
 
 
-def test_killed_while_it_computes(parts, photos, tmp_path):  # noqa: F811
+def test_killed_while_it_computes(parts, photos, tmp_path):
     code = (
         'import time, timm, noah_zoo; from pathlib import Path; from noah_zoo.data import create_dataset; '
         'from noah_zoo.training.features import cache_features; '

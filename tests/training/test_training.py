@@ -13,8 +13,8 @@ from noah_zoo.catalog import FASHION_MNIST_CLASSES, SHIPPED
 from noah_zoo.data import create_dataset
 from noah_zoo.data.fashion_mnist import FASHION_MNIST_DIR, FashionMnist
 
+from ..pictures import samples
 from ..scripts import call
-from .conftest import samples
 
 ROOT = Path(__file__).resolve().parents[2]
 FAST = ['--model', 'mobilenetv2_035_noah', '--img-size', '32', '--epochs', '2', '-b', '16', '--workers', '0', '--cpu',
