@@ -24,8 +24,8 @@ from ..layers.noah_head import NoahHead, fitting_key_ratio, fitting_num_groups
 from ..layers.other_heads import CSRA, EfficientProbing, MLDecoder, SimPool
 from ..models.attach import NoahModel, add_noah_head, begin
 from ..tasks.multiclass import Metrics
+from ..training.builders import build_model
 from ..training.features import CachedFeatures, cache_features
-from ..training.trainer import build_model
 from .measure import synchronize
 
 HOLD_OUT = 0.2  # of the training images, on which the learning rate is chosen

@@ -3,10 +3,15 @@ import logging
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
-from ..config import TrainConfig
-from ..recipes import RECIPES, learning_rate, recipe_of
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 
-__all__ = ['BatchPlan', 'configure', 'learning_rate', 'plan_batch']
+from ..config import TrainConfig
+from ..data.transforms import TRAIN_CROPS
+from ..recipes import RECIPES, learning_rate, recipe_of
+from ..tasks import find_task
+
+__all__ = ['BatchPlan', 'check_settings', 'configure', 'learning_rate', 'plan_batch']
 _logger = logging.getLogger(__name__)
 
 
@@ -44,6 +49,31 @@ def configure(model: str, output: str, recipe: str = 'auto', **overrides: Any) -
         overrides = overrides | dict(model_kwargs={})
     settings.update((k, tuple(v) if isinstance(v, list) else v) for k, v in overrides.items())
     return TrainConfig(model=model, output=output, **settings)
+
+
+def check_settings(config: TrainConfig, accelerator: Accelerator) -> None:
+    """Raise ValueError if settings contradict each other, the task or the machine; no data have been read yet."""
+    find_task(config.task).check(config)
+    kind = accelerator.distributed_type
+    if config.train_crop not in TRAIN_CROPS:
+        raise ValueError(f'train_crop={config.train_crop!r} is not one of {", ".join(TRAIN_CROPS)}')
+    if config.cache_features and (config.mixup or config.cutmix):
+        raise ValueError(
+            'mixup and cutmix do not go with cache_features, which has no images to mix; give --mixup 0 --cutmix 0')
+    if config.cache_features and kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ValueError(f'cache_features does not go with {kind.value}')
+    if config.model_ema_decay and kind not in (
+            DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise ValueError(f'model_ema_decay does not go with {kind.value}')
+    if config.sync_bn and accelerator.device.type == 'cpu':
+        raise ValueError('sync_bn needs a GPU: PyTorch has no synchronised batch statistics on the CPU')
+    if kind == DistributedType.DEEPSPEED:
+        if accelerator.state.deepspeed_plugin.zero_stage == 3:
+            raise ValueError('DeepSpeed with ZeRO stage 3 is not supported; accepted are stages 0 to 2, and FSDP')
+        if config.skip_nonfinite:
+            raise ValueError('skip_nonfinite does not go with DeepSpeed, which steps before the loss is looked at')
+        if config.freeze_epochs:
+            raise ValueError('freeze_epochs does not go with DeepSpeed, which steps in its backward pass')
 
 
 class BatchPlan(NamedTuple):

@@ -25,15 +25,15 @@ if strategy == 'fsdp':
 else:
     sys.argv.remove('--cpu')
     PartialState._prepare_backend = lambda self, *args: ('gloo', DistributedType.MULTI_CPU)
-from noah_zoo.training import trainer as engine  # noqa: E402
+from noah_zoo.training.run_folder import RunFolder  # noqa: E402
 
-prepare, check_output = Accelerator.prepare, engine._check_output
+prepare, finished = Accelerator.prepare, RunFolder.finished
 
 
-def late(config, output):
+def late(self, config):
     if os.environ['RANK'] == '1' and not config.resume:
         time.sleep(4)  # on a busy machine, the other process is ready to train by now
-    return check_output(config, output)
+    return finished(self, config)
 
 
 def checked(self, *args):
@@ -47,6 +47,6 @@ def checked(self, *args):
     return model, optimizer
 
 
-Accelerator.prepare, engine._check_output = checked, late
+Accelerator.prepare, RunFolder.finished = checked, late
 sys.argv[0] = str(Path(__file__).resolve().parents[2] / 'scripts' / 'train.py')
 runpy.run_path(sys.argv[0], run_name='__main__')

@@ -9,7 +9,7 @@ from torch import nn
 import noah_zoo  # noqa: F401
 from noah_zoo.data.fashion_mnist import FASHION_MNIST_DIR
 from noah_zoo.training import TrainConfig
-from noah_zoo.training.trainer import _Run
+from noah_zoo.training.trainer import Trainer
 
 UPDATES = 40
 
@@ -20,11 +20,11 @@ def test_engine_and_input_pipeline_add_at_most_a_tenth(tmp_path):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the other core loads
     try:
-        run = _Run(TrainConfig(
+        run = Trainer(TrainConfig(
             model='mobilenetv2_035_noah', output=str(tmp_path), img_size=64, batch_size=64, lr=0.01, workers=1,
             cpu=True, model_kwargs=dict(output_stride=16), smoke=UPDATES))
-        run._resume()
-        run._batches()
+        run.resume()
+        run.epoch_batches()
         batches = [batch for _, batch in zip(range(UPDATES), run.train_loader)]
         criterion = nn.CrossEntropyLoss()
 
@@ -37,7 +37,7 @@ def test_engine_and_input_pipeline_add_at_most_a_tenth(tmp_path):
 
         def engine():
             run.progress.batch = 0
-            run._train_epoch(lambda: 0.)
+            run.train_epoch(lambda: 0.)
 
         times = {bare: [], engine: []}
         for _ in range(6):

@@ -3,7 +3,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import timm
@@ -15,7 +14,8 @@ import noah_zoo  # noqa: F401
 from noah_zoo.data.loader import EpochBatches
 from noah_zoo.recipes import RECIPES
 from noah_zoo.training import TrainConfig, configure
-from noah_zoo.training.trainer import _Run, build_model, is_convolutional, precision
+from noah_zoo.training.builders import build_model, is_convolutional, param_groups
+from noah_zoo.training.trainer import Trainer, precision, with_precision
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def groups_of(model, **settings):
     config = TrainConfig(model='', output='', **settings)
     names = {id(p): name for name, p in model.named_parameters()}
-    groups = _Run._parameter_groups(SimpleNamespace(config=config), model)
+    groups = param_groups(model, config)
     return {names[id(p)]: (group['lr_scale'], group['weight_decay']) for group in groups for p in group['params']}
 
 
@@ -77,16 +77,16 @@ def test_everything_at_once(idx_dir, tmp_path):
 
 
 def test_an_update_that_is_left_out_leaves_nothing(idx_dir, tmp_path, caplog):
-    run = _Run(TrainConfig(
+    run = Trainer(TrainConfig(
         model='mobilenetv2_035_noah', output=str(tmp_path / 'run'), data_dir=str(idx_dir), img_size=32, epochs=1,
         batch_size=4, lr=0.01, workers=0, cpu=True, skip_nonfinite=1))
     caplog.set_level('INFO')
-    run._resume()
-    batches, states, model = iter(run._batches()), [], run.model.train()
+    run.resume()
+    batches, states, model = iter(run.epoch_batches()), [], run.model.train()
     for spoiled in (False, True, False):
         if spoiled:
             hook = model.bn2.register_forward_pre_hook(lambda module, inputs: (inputs[0] * torch.inf,))
-        run._update(batches, 1)
+        run.train_step(batches, 1)
         states.append({key: value.clone() for key, value in model.state_dict().items()})
         if spoiled:
             hook.remove()
@@ -161,7 +161,7 @@ def test_channels_last_is_for_convolutions(name, convolutional):
 
 @pytest.mark.parametrize('given, kept', [(None, True), (False, False), (True, True)])
 def test_memory_layout_of_a_run(given, kept, idx_dir):
-    run = _Run(configure(
+    run = Trainer(configure(
         'mobilenetv2_035_noah', 'x', 'none', channels_last=given, data_dir=str(idx_dir), img_size=32, batch_size=16,
         workers=0, cpu=True))
     assert (run.memory_format is torch.channels_last) is kept
@@ -186,7 +186,7 @@ def test_precision_is_of_the_recipe_and_recorded(idx_dir):
     assert configure('resnet18', 'x', 'finetune', mixed_precision=None).mixed_precision is None
     assert {recipe.mixed_precision for name, recipe in RECIPES.items() if name != 'finetune'} == {None}
     settings = dict(data_dir=str(idx_dir), img_size=32, batch_size=16, workers=0, cpu=True)
-    run = _Run(configure('mobilenetv2_035_noah', 'x', 'finetune', **settings))
+    run = Trainer(with_precision(configure('mobilenetv2_035_noah', 'x', 'finetune', **settings)))
     assert run.config.mixed_precision is None  # as it is written down, and compared when it goes on
 
 

@@ -1,0 +1,145 @@
+"""What a run is made of, each by a function of its settings: model, optimizer, scheduler, averaged weights."""
+from typing import Any, Dict, List, Optional, Tuple
+
+import timm
+import torch
+from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.optim import Optimizer
+
+from ..config import TrainConfig
+from ..inference.predict import check_model
+from ..models.attach import set_image_size
+from ..tasks import find_task
+from .schedule import OneCycle
+
+
+def build_model(config: TrainConfig, class_names: Tuple[str, ...]) -> nn.Module:
+    """The model, its pretrained cfg that of this run: timm reads preprocessing from there and saves it.
+
+    Raises:
+        ValueError: If timm does not know the model, or it does not take the arguments or the image size.
+    """
+    check_model(config.model)
+    overlay: Dict[str, Any] = {}
+    if config.img_size:
+        overlay.update(input_size=(3, config.img_size, config.img_size), pool_size=None)
+    overlay.update({
+        name: getattr(config, name) for name in ('crop_pct', 'crop_mode', 'interpolation') if getattr(config, name)})
+    notes = find_task(config.task).notes
+    if notes:
+        overlay.update(notes=notes)
+    if not config.pretrained:
+        overlay.update(num_classes=len(class_names), tag=None, license=None, origin_url=None)
+    try:
+        model = timm.create_model(
+            config.model, pretrained=config.pretrained, num_classes=len(class_names), pretrained_cfg_overlay=overlay,
+            **model_kwargs(config))
+    except TypeError as error:
+        raise ValueError(f'{config.model} does not take these arguments: {error}') from None
+    if config.img_size:
+        set_image_size(model, config.img_size)  # a saved model is built at the size that was saved with it
+    classifier = model.get_classifier()
+    is_new = config.pretrained and model.num_classes != model.pretrained_cfg['num_classes']
+    # Some families of timm start it by its fan-out, EfficientNet 11 times as large for 10 classes as PyTorch would; few
+    # images do not unlearn that.
+    if is_new and type(classifier) in (nn.Linear, nn.Conv2d) and (
+            classifier.weight.std() > 2 * (3 * classifier.weight[0].numel()) ** -0.5):
+        classifier.reset_parameters()
+    if config.grad_checkpointing:
+        model.set_grad_checkpointing()
+    if config.freeze:
+        model.requires_grad_(False)
+        model.get_classifier().requires_grad_(True)
+    return model
+
+
+def model_kwargs(config: TrainConfig) -> Dict[str, Any]:
+    """Arguments of the model."""
+    flags = dict(drop_path_rate=config.drop_path, noah_variant=config.noah_variant)
+    return {**{name: value for name, value in flags.items() if value is not None}, **config.model_kwargs}
+
+
+def memory_format_of(model: nn.Module, config: TrainConfig) -> torch.memory_format:
+    """The memory format of a run: channels-last for convolutions, unless the settings say otherwise."""
+    if config.cache_features:  # they are in the order that the head reads
+        return torch.preserve_format
+    channels_last = is_convolutional(model) if config.channels_last is None else config.channels_last
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def is_convolutional(model: nn.Module) -> bool:
+    """Whether most weights of a timm model, its head aside, are those of convolutions."""
+    classifiers = model.get_classifier()
+    classifiers = classifiers if isinstance(classifiers, tuple) else (classifiers,)
+    head = {id(p) for classifier in classifiers for p in classifier.parameters()}
+    convolutions = {id(m.weight) for m in model.modules() if isinstance(m, nn.Conv2d)}
+    sizes = [(p.numel(), id(p) in convolutions) for p in model.parameters() if id(p) not in head]
+    return 2 * sum(size for size, inside in sizes if inside) > sum(size for size, _ in sizes)
+
+
+def frozen_norms_of(model: nn.Module, config: TrainConfig) -> List[nn.Module]:
+    """Batch norms that keep their statistics: with `freeze_bn`, those that have some."""
+    return [
+        module for module in model.modules()
+        if config.freeze_bn and isinstance(module, nn.modules.batchnorm._BatchNorm)
+        and module.running_mean is not None and module.running_mean.any()]
+
+
+def param_groups(model: nn.Module, config: TrainConfig) -> List[Dict[str, Any]]:
+    """timm's groups, with the layer decay, and those of the head with a factor of their own."""
+    shared = dict(
+        weight_decay=config.weight_decay, weight_decay_exclude_1d=not config.decay_norms,
+        no_weight_decay_list=model.no_weight_decay() if hasattr(model, 'no_weight_decay') else ())
+    if config.layer_decay:
+        groups = param_groups_layer_decay(model, layer_decay=config.layer_decay, **shared)
+    else:
+        groups = param_groups_weight_decay(model, **shared)
+    head = {id(p) for p in model.get_classifier().parameters()} if config.head_lr_factor != 1 else set()
+    split = []
+    for group in groups:
+        for mine, factor in ((False, 1.), (True, config.head_lr_factor)):
+            params = [p for p in group['params'] if (id(p) in head) is mine]
+            if params:
+                split.append({**group, 'params': params, 'lr_scale': group.get('lr_scale', 1.) * factor})
+    return split
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig, lr: float) -> Optimizer:
+    """timm's optimizer over `param_groups`; `lr` is what its scheduler starts from."""
+    options: Dict[str, Any] = {} if config.opt_eps is None else dict(eps=config.opt_eps)
+    if config.amsgrad:
+        options.update(amsgrad=True)
+    return create_optimizer_v2(
+        model, opt=config.opt, lr=lr, weight_decay=config.weight_decay, momentum=config.momentum,
+        param_group_fn=lambda model: param_groups(model, config), **options)
+
+
+def build_scheduler(optimizer: Optimizer, config: TrainConfig, updates: int) -> Any:
+    """timm's scheduler, or `OneCycle`; `steps_on_updates` says when it is stepped.
+
+    Args:
+        optimizer: The optimizer.
+        config: The settings.
+        updates: Updates of an epoch.
+    """
+    if config.sched == 'onecycle':
+        return OneCycle(optimizer, updates * config.epochs)
+    scheduler, _ = create_scheduler_v2(
+        optimizer, sched=config.sched, num_epochs=config.epochs, decay_epochs=config.decay_epochs,
+        decay_rate=config.decay_rate, decay_milestones=config.decay_milestones, warmup_epochs=config.warmup_epochs,
+        warmup_lr=config.warmup_lr, min_lr=config.min_lr, step_on_epochs=not steps_on_updates(config),
+        updates_per_epoch=updates)
+    return scheduler
+
+
+def steps_on_updates(config: TrainConfig) -> bool:
+    """Whether the scheduler is stepped with every update, not with every epoch."""
+    return config.sched_on_updates or config.sched == 'onecycle'
+
+
+def build_ema(model: nn.Module, config: TrainConfig) -> Optional[ModelEmaV3]:
+    """Averaged weights, if wanted."""
+    return ModelEmaV3(model, decay=config.model_ema_decay) if config.model_ema_decay else None

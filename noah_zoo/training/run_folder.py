@@ -1,0 +1,152 @@
+"""What a run leaves in its folder: settings, log, the best weights, the summary. Every file is whole or absent."""
+import csv
+import io
+import json
+import os
+import platform
+import shutil
+import subprocess
+from copy import deepcopy
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence
+
+import accelerate
+import timm
+import torch
+import yaml
+from timm.models import save_for_hf
+from torch import nn
+
+from ..config import TrainConfig
+from .builders import model_kwargs
+
+MAY_CHANGE = (  # settings that a run may go on with another value of: they do not change what it leaves
+    'output', 'data_dir', 'resume', 'workers', 'log_with', 'checkpoint_hist', 'device_batch_size')
+
+
+class RunFolder:
+    """The folder of a run.
+
+    Attributes:
+        path: The folder.
+        checkpoints: Where its checkpoints are.
+        log: A line of JSON per epoch.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        self.checkpoints, self.log = self.path / 'checkpoints', self.path / 'log.jsonl'
+
+    def finished(self, config: TrainConfig) -> Optional[Dict[str, Any]]:
+        """The summary of a finished run that is to go on; None for a run to be made.
+
+        Raises:
+            FileExistsError: If there is a run, and `config.resume` does not say to go on with it.
+            ValueError: If it is to go on with other settings.
+        """
+        args, summary = self.path / 'args.yaml', self.path / 'summary.json'
+        if not args.exists():
+            return None
+        if not config.resume:
+            state = 'a finished' if summary.exists() else 'an unfinished'
+            raise FileExistsError(
+                f'{self.path} has {state} run; go on with it by --resume auto, or name another --output')
+        defaults = _plain(TrainConfig(model=config.model, output=config.output))  # of settings that came later
+        before = {**defaults, **yaml.safe_load(args.read_text(encoding='utf-8'))}
+        now = _plain(config)
+        different = [
+            f'{k} was {before[k]!r}, now {v!r}' for k, v in now.items() if before[k] != v and k not in MAY_CHANGE]
+        if different:
+            raise ValueError(f'{self.path} cannot go on with other settings: {"; ".join(different)}')
+        return json.loads(summary.read_text(encoding='utf-8')) if summary.exists() else None
+
+    def damaged(self) -> Optional[Dict[str, str]]:
+        """Where -> reason, of the images that a run left out; it has looked at every one."""
+        file = self.path / 'damaged.json'
+        return json.loads(file.read_text(encoding='utf-8')) if file.exists() else None
+
+    def mend(self) -> None:
+        """Put the best weights in their place, where a run was stopped between two renamings."""
+        best, old = self.path / 'best', self.path / '.best.old'
+        if old.exists() and not best.exists():
+            os.replace(old, best)
+
+    def begin(self, config: TrainConfig, epoch: int, damaged: Dict[str, str]) -> None:
+        """Write down what the run is; drop what the log has of epochs after `epoch`, which are done again."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.write('args.yaml', yaml.safe_dump(_plain(config), sort_keys=False))
+        if config.skip_damaged:
+            self.write('damaged.json', json.dumps(damaged, indent=2) + '\n')
+        if self.log.exists():
+            lines = self.log.read_text(encoding='utf-8').splitlines(keepends=True)
+            self.write(self.log.name, ''.join(
+                line for line in lines if line.endswith('\n') and json.loads(line)['epoch'] <= epoch))
+
+    def add(self, record: Dict[str, Any]) -> None:
+        """Add an epoch to the log."""
+        with self.log.open('a', encoding='utf-8') as log:
+            log.write(json.dumps(record) + '\n')
+
+    def records(self) -> List[Dict[str, Any]]:
+        """The epochs of the log."""
+        return [json.loads(line) for line in self.log.read_text(encoding='utf-8').splitlines()]
+
+    def save_best(self, model: nn.Module, config: TrainConfig, class_names: Sequence[str]) -> None:
+        """Save weights as they were evaluated, in timm's Hub layout, beside their place, and rename."""
+        best, partial, old = (self.path / name for name in ('best', '.best.partial', '.best.old'))
+        for folder in (partial, old):
+            shutil.rmtree(folder, ignore_errors=True)
+        model = deepcopy(model).cpu().to(memory_format=torch.contiguous_format)
+        head = getattr(model, 'noah_cfg', {})
+        head = {name: head[name] for name in ('num_groups', 'key_ratio') if name in head}
+        model_args = {**head, **model_kwargs(config)}
+        for name in ('pretrained_backbone', 'init'):  # it has weights of its own now
+            model_args.pop(name, None)
+        save_for_hf(
+            model, str(partial), safe_serialization=True, model_args=model_args,
+            model_config=dict(label_names=list(class_names)))
+        if best.exists():
+            os.replace(best, old)
+        os.replace(partial, best)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def save_rows(self, rows: Sequence[Dict[str, Any]]) -> None:
+        """Write rows per class, if there are any, as `per_class.csv`."""
+        if rows:
+            text = io.StringIO()
+            writer = csv.DictWriter(text, list(rows[0]), lineterminator='\n')
+            writer.writeheader()
+            writer.writerows(rows)
+            self.write('per_class.csv', text.getvalue())
+
+    def end(self, summary: Dict[str, Any]) -> None:
+        """Write the summary, by which the run is finished."""
+        self.write('summary.json', json.dumps(summary, indent=2) + '\n')
+
+    def write(self, name: str, text: str) -> None:
+        """Write a file beside its place, and rename."""
+        partial = self.path / f'.{name}.partial'
+        partial.write_text(text, encoding='utf-8')
+        os.replace(partial, self.path / name)
+
+
+def settings_of(config: TrainConfig) -> Dict[str, Any]:
+    """The settings that a summary has."""
+    return {name: value for name, value in _plain(config).items() if name not in ('output', 'resume')}
+
+
+def versions() -> Dict[str, Any]:
+    """What a figure depends on: the code's revision, the packages, the processor and its threads."""
+    git = subprocess.run(
+        ['git', '-C', str(Path(__file__).parent), 'rev-parse', 'HEAD'], capture_output=True, text=True, check=False)
+    return {
+        'revision': git.stdout.strip() or None, 'python': platform.python_version(), 'torch': torch.__version__,
+        'timm': timm.__version__, 'accelerate': accelerate.__version__, 'machine': platform.machine(),
+        'device': torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu',
+        'threads': torch.get_num_threads()}
+
+
+def _plain(config: TrainConfig) -> Dict[str, Any]:
+    """Settings as JSON and YAML have them."""
+    return json.loads(json.dumps(asdict(config)))
