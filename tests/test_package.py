@@ -10,8 +10,8 @@ from .scripts import call
 
 ROOT = Path(__file__).resolve().parents[1]
 STOREYS = (  # from the ground up; a room knows those below it
-    {'catalog', 'recipes', 'config', 'layers'}, {'data', 'models'}, {'tasks', 'weights'}, {'inference', 'publish'},
-    {'training'}, {'benchmark'})
+    {'catalog', 'config', 'files', 'layers', 'recipes', 'text'}, {'data', 'models'}, {'tasks', 'weights'},
+    {'inference', 'publish'}, {'training'}, {'benchmark'})
 SOURCES = sorted((ROOT / 'noah_zoo').rglob('*.py')) + sorted((ROOT / 'scripts').glob('*.py'))
 
 

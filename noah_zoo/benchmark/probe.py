@@ -10,7 +10,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub.utils import tqdm
-from timm.data import create_transform, resolve_data_config
 from timm.layers import AttentionPoolLatent
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
@@ -22,7 +21,7 @@ from ..data.factory import create_datasets, split_images
 from ..data.loader import EpochBatches, EvalBatches, seed_everything
 from ..layers.noah_head import NoahHead, fitting_key_ratio, fitting_num_groups
 from ..layers.other_heads import CSRA, EfficientProbing, MLDecoder, SimPool
-from ..models.attach import NoahModel, add_noah_head, begin
+from ..models.attach import NoahModel, add_noah_head, begin, eval_transform
 from ..tasks.multiclass import Metrics
 from ..training.builders import build_model
 from ..training.features import CachedFeatures, cache_features
@@ -283,7 +282,7 @@ def probe(config: ProbeConfig, device: str = 'cpu', quick: bool = False) -> List
     train_images, test_images = create_images(config, quick)
     num_classes = len(train_images.class_names)
     model = create_backbone(config, train_images.class_names, quick).to(device)
-    transform = create_transform(**resolve_data_config({}, model=model))
+    transform = eval_transform(model)
     train_rows, test_rows = (
         Rows(model, cache_features(
             model, images, transform, Path(config.cache_features), BATCH_SIZE, config.workers), device)

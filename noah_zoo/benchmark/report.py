@@ -7,6 +7,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..text import table
+
 Row = Dict[str, Any]
 HEAD_LOOKS = {  # label and colour, after Okabe and Ito, for every kind of colour vision
     'noah': ('NOAH', '#0072B2'), 'plain': ('NOAH, plain form', '#D55E00'), 'linear': ('pooling + linear', '#009E73'),
@@ -29,7 +31,7 @@ def table_head(rows: Sequence[Row]) -> str:
         lines.append([_shape(case).replace('\n', ', '), case['input_fmt'], _step(case), *times, _faster(group[0])])
     labels = [f'{HEAD_LOOKS[row["head"]][0]}, ms' for row in by_case(rows)[0]]
     means = '; '.join(f'{step}: {mean:.2f}' for step, mean in mean_ratios(rows).items())
-    return (f'{_markdown(["features", "layout", "step", *labels, "plain / NOAH"], lines)}\n\n'
+    return (f'{table(["features", "layout", "step", *labels, "plain / NOAH"], lines)}\n\n'
             f'Plain / NOAH, geometric mean over the shapes: {means}.')
 
 
@@ -54,7 +56,7 @@ def table_costs(rows: Sequence[Row]) -> str:
                 *(f'{case[name]:,}' for name in ('num_classes', 'positions', 'batch_size')), STEPS[case['training']],
                 HEAD_LOOKS[row['head']][0], row.get('skipped') or _cell(row, 'seconds'), _faster(row),
                 _cell(row, 'peak_bytes'), _cell(row, 'saved_bytes') + share])
-    return _markdown(
+    return table(
         ['K', 'L', 'batch', 'step', 'head', 'ms', 'plain / this', 'peak memory, MiB', 'kept for backward, MiB'], lines)
 
 
@@ -68,7 +70,7 @@ def table_pairs(rows: Sequence[Row]) -> str:
         'model', 'batch', 'NOAH, images/s', 'vanilla, images/s', 'speed kept, %', "the paper's, %", "lost / paper's"]
     mean = mean_losses(rows)
     return (
-        f'{_markdown(header, lines)}\n\n'
+        f'{table(header, lines)}\n\n'
         f"Below the paper's: {len(mean['below_paper'])} of {len(rows)} ({', '.join(mean['below_paper']) or 'none'}). "
         f"Mean loss of speed: {mean['lost']:.1%}; the paper's on the same pairs: {mean['paper_lost']:.1%}; "
         f"{mean['lost'] / mean['paper_lost']:.2f} of it.")
@@ -153,7 +155,7 @@ def table_probe(rows: Sequence[Row]) -> str:
     rates = ', '.join(f'{rate:g}' for rate in case['lrs'])
     edge = '; (edge): the least or largest that was tried' if any(row['lr_at_edge'] for row in rows) else ''
     return (
-        f'{_markdown(header, lines)}\n\n'
+        f'{table(header, lines)}\n\n'
         f'{_probed(case)}; {case["updates"]:,} updates of {min(case["batch_size"], case["train_images"])} images; '
         f'learning rates {rates}, and beyond where the best is at an end{edge}.')
 
@@ -252,7 +254,3 @@ def _cell(row: Row, key: str) -> str:
         return '-'
     scale = FIGURES[key][2]
     return _quartiles(row[key], scale) if isinstance(row[key], dict) else _number(row[key] * scale)
-
-
-def _markdown(header: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
-    return '\n'.join(f'| {" | ".join(map(str, line))} |' for line in (header, ['---'] * len(header), *lines))

@@ -12,9 +12,8 @@ from typing import Any, Dict, Iterable, List, Sequence, Tuple
 
 import numpy as np
 
-from .base import Files, Multilabel, multi_hot
-
-VALIDATION = ('validation', 'valid', 'val', 'test')
+from ..text import some
+from .base import VALIDATION, Files, Multilabel, multi_hot
 
 
 class Coco(Files, Multilabel):
@@ -183,5 +182,4 @@ def _on_disk(file: Path, paths: Sequence[str]) -> None:
 
 def _refuse(file: Path, what: str, items: Sequence[Any], error: type = ValueError) -> None:
     if items:
-        more = f' and {len(items) - 5} more' if len(items) > 5 else ''
-        raise error(f'{file}: {len(items):,} {what}: {", ".join(map(str, items[:5]))}{more}')
+        raise error(f'{file}: {len(items):,} {what}: {some(items, 5)}')

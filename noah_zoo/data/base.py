@@ -10,7 +10,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..text import some
 from .images import read_image
+
+# Names of splits that say the same, as in timm's reader of folders.
+TRAINING, VALIDATION = ('train', 'training'), ('validation', 'valid', 'val', 'eval', 'evaluation', 'test')
 
 
 class Images(Dataset):
@@ -173,7 +177,6 @@ def multi_hot(
 
 def check_classes(unknown: Sequence[str], known: Sequence[str]) -> None:
     if unknown:
-        more = f' and {len(unknown) - 10} more' if len(unknown) > 10 else ''
         raise ValueError(
             f'the validation split has {len(unknown)} classes that the training split, of {len(known)}, lacks: '
-            f'{", ".join(map(repr, unknown[:10]))}{more}')
+            f'{some(map(repr, unknown), 10)}')

@@ -6,6 +6,7 @@ from typing import Dict, Optional, Tuple, Union
 import numpy as np
 
 from ..config import TrainConfig
+from ..text import some
 from .annotated import ANNOTATED
 from .base import Images, check_classes
 from .damage import find_damaged, leave_out_damaged
@@ -133,11 +134,10 @@ def check_data(config: TrainConfig) -> str:
             raise ValueError(f'{config.dataset}: a stream cannot be checked but by training on it')
         damaged = find_damaged(images, config.workers)
         if damaged:
-            lines = [f'{images.where(i)}{UNREADABLE}{reason}' for i, reason in list(damaged.items())[:10]]
-            more = f' and {len(damaged) - 10} more' if len(damaged) > 10 else ''
+            lines = (f'{images.where(index)}{UNREADABLE}{reason}' for index, reason in damaged.items())
             raise ValueError(
                 f'{len(damaged)} of {len(images):,} {split} images cannot be read; mend them or give --skip-damaged: '
-                f'{"; ".join(lines)}{more}')
+                f'{some(lines, 10, "; ")}')
         parts.append(f'{len(images):,} {split} images')
     return f'{config.dataset}: {" and ".join(parts)} of {len(images.class_names)} classes, all of them readable'
 

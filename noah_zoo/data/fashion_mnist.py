@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from ..catalog import FASHION_MNIST_CLASSES
-from .base import Images
+from .base import TRAINING, VALIDATION, Images
 
 FASHION_MNIST_DIR = Path('/usr/share/datasets/fashion-mnist')  # Debian's package dataset-fashion-mnist
 
@@ -18,7 +18,7 @@ class FashionMnist(Images):
 
     Args:
         root: Folder of the files.
-        split: 'train' (60,000 images) or 'test' (10,000).
+        split: 'train' (60,000 images), or 'test' (10,000) and what else is said for it.
         transform: Applied to the RGB image of 28 x 28 pixels.
 
     Raises:
@@ -27,7 +27,7 @@ class FashionMnist(Images):
     """
 
     def __init__(self, root: Path, split: str, transform: Optional[Callable] = None) -> None:
-        prefixes = {'train': 'train', 'test': 't10k', 'validation': 't10k'}
+        prefixes = {**dict.fromkeys(TRAINING, 'train'), **dict.fromkeys(VALIDATION, 't10k')}
         if split not in prefixes:
             raise ValueError(f"fashion_mnist: split={split!r} is not one of 'train', 'test'")
         self.split = split

@@ -7,12 +7,11 @@ import timm.data
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from .base import Images
+from .base import TRAINING, VALIDATION, Images
 from .images import read_image
 
 _logger = logging.getLogger(__name__)
 
-SPLITS = ('train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation', 'test')
 
 
 class Folder(Images):
@@ -37,7 +36,7 @@ class Folder(Images):
             raise ValueError(f'folder: {error}') from None
         self.reader = dataset.reader
         self.root = Path(self.reader.root)
-        others = [name for name in SPLITS if (self.root / name).is_dir()]
+        others = [name for name in TRAINING + VALIDATION if (self.root / name).is_dir()]
         if self.root == Path(data_dir) and others:  # timm falls back on the whole of it
             raise FileNotFoundError(f'folder: {data_dir} has {"/, ".join(others)}/, but no folder for split {split!r}')
         idx_to_class = {index: name for name, index in self.reader.class_to_idx.items()}

@@ -4,6 +4,7 @@ from typing import Any, List, Optional, Tuple
 import timm.data
 from PIL import Image
 
+from ..text import one_line
 from .base import Images, Multilabel, multi_hot
 from .images import UNREADABLE, DamagedImageError, read_image
 
@@ -26,7 +27,7 @@ class HubRows(Images):
                 f'hfds/{name}', root=data_dir, split=split, input_key=input_key, target_key=target_key)
         except (KeyError, ValueError) as error:
             raise ValueError(
-                f'hfds/{name}: {_one_line(error)} (split {split!r})') from error
+                f'hfds/{name}: {one_line(error)} (split {split!r})') from error
         self.reader = dataset.reader
         columns = self.reader.dataset.column_names
         if self.reader.dataset.data.column(input_key).null_count == len(self.reader) > 0:  # timm adds a lacking one
@@ -100,7 +101,3 @@ class HubLists(HubRows, Multilabel):
             if unknown:
                 raise ValueError(f'{self._where(row)}: the labels {labels!r} are no list of classes')
         super().__init__(*multi_hot([[names[i] for i in x] if names else x for x in lists], names))
-
-
-def _one_line(error: Exception) -> str:
-    return ' '.join(str(error).split()) or type(error).__name__

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import timm.data
+from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
 from .images import DamagedImageError, read_image
@@ -75,20 +76,38 @@ class Stream(IterableDataset):
         self.reader.set_loader_cfg(num_workers)
 
     def __iter__(self) -> Iterator[Tuple[Any, int]]:
+        missing = 0
+        for image, label in self._read():
+            if image is None:
+                missing += 1
+                with self._skipped.get_lock():
+                    self._skipped.value += 1
+            else:
+                yield image if self.transform is None else self.transform(image), label
+        while self.training and missing:  # the epoch has as many images as was said; some come twice
+            before = missing
+            for image, label in self._read(logging.DEBUG):
+                if image is not None and missing:
+                    missing -= 1
+                    yield image if self.transform is None else self.transform(image), label
+                if not missing:
+                    return
+            if missing == before:
+                raise ValueError(f'{self.name}[{self.split}]: all images that this process reads are damaged')
+
+    def _read(self, level: int = logging.WARNING) -> Iterator[Tuple[Optional[Image.Image], int]]:
+        """Images and labels as they come, None for a damaged image that is to be left out."""
         for key, data, label in self._shard_samples() if self.is_wds else self._hub_samples():
             where = f'{self.name}[{self.split}] {key}'
             if label not in range(len(self.class_names)):
                 raise ValueError(f'{where}: the label is {label}, accepted are 0 to {len(self.class_names) - 1}')
             try:
-                image = read_image(data, where)
+                yield read_image(data, where), label
             except DamagedImageError as error:
                 if not self.skip_damaged:
                     raise
-                with self._skipped.get_lock():
-                    self._skipped.value += 1
-                _logger.warning('skipped: %s', error)
-                continue
-            yield image if self.transform is None else self.transform(image), label
+                _logger.log(level, 'skipped: %s', error)
+                yield None, label
 
     def _hub_classes(self) -> List[str]:
         import datasets

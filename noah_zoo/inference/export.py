@@ -10,12 +10,11 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Un
 
 import numpy as np
 import torch
-from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 from torch.export import Dim
 
 from ..data.images import read_image
-from ..models.attach import input_size_of, name_of
+from ..models.attach import data_config_of, eval_transform, name_of
 from .predict import label_names
 
 _logger = logging.getLogger(__name__)
@@ -98,9 +97,10 @@ def describe(model: nn.Module) -> Dict[str, Any]:
     width, then its values, of 0 to 1, are normalised by `mean` and `std`: `crop_mode` 'center' says that, other modes
     are timm's. 'multilabel' among `notes` says that an image may have several classes, each with its sigmoid.
     """
-    config, (_, *size) = resolve_data_config({}, model=model), input_size_of(model)
+    config = data_config_of(model)
+    _, *size = config['input_size']
     return {
-        'architecture': name_of(model), 'input_size': input_size_of(model),
+        'architecture': name_of(model), 'input_size': list(config['input_size']),
         'resize': math.floor(min(size) / config['crop_pct']), 'crop': size, 'crop_pct': config['crop_pct'],
         'crop_mode': config['crop_mode'], 'interpolation': config['interpolation'], 'mean': list(config['mean']),
         'std': list(config['std']), 'notes': list(model.pretrained_cfg.get('notes') or ()),
@@ -127,7 +127,7 @@ def quantize(path: Union[str, Path], images: Sequence[Path], output: Union[str, 
         from onnxruntime.quantization.shape_inference import quant_pre_process
     except ImportError as error:
         raise ImportError(f'{error}; {INSTALL}') from error
-    path, output, transform = Path(path), Path(output), transform_of(ExportedModel(path))
+    path, output, transform = Path(path), Path(output), eval_transform(ExportedModel(path))
     description = json.loads(path.with_suffix('.json').read_text(encoding='utf-8'))
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f'.{output.name}.') as folder:
         prepared, file = Path(folder) / 'prepared.onnx', Path(folder) / output.name
@@ -179,11 +179,6 @@ class ExportedModel(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return self.run(x_BCHW.cpu()).to(x_BCHW.device)
-
-
-def transform_of(model: nn.Module) -> Callable:
-    """timm's preprocessing of the pretrained cfg, at the size that the model was made for."""
-    return create_transform(**dict(resolve_data_config({}, model=model), input_size=input_size_of(model)))
 
 
 def load_exported(path: Path) -> Callable[[Tensor], Tensor]:

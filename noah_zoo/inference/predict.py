@@ -1,5 +1,4 @@
 """Classify image files."""
-import difflib
 import tempfile
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Sequence
@@ -8,11 +7,13 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from timm.data import ImageNetInfo, create_transform, resolve_data_config
+from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
 from ..catalog import CATALOG, SHIPPED, TAG, TWINS
 from ..data.images import DamagedImageError, read_image
+from ..models.attach import eval_transform
+from ..text import near
 from ..weights import WeightsError
 from ..weights.drive import fetch_released
 from ..weights.official import write_folder
@@ -25,8 +26,8 @@ def check_model(name: str) -> None:
     """Raise ValueError, with what comes near, if timm knows no model of this name; 'hf-hub:' and such pass."""
     architecture = name.split('.')[0]
     if ':' not in name and not timm.is_model(architecture):
-        close = difflib.get_close_matches(architecture, timm.list_models(), n=3)
-        raise ValueError(f'unknown model {name!r}' + (f'; did you mean {", ".join(close)}?' if close else ''))
+        close = near(architecture, timm.list_models())
+        raise ValueError(f'unknown model {name!r}' + (f'; did you mean {close}?' if close else ''))
 
 
 def load_model(name: str, device: str = 'cpu') -> nn.Module:
@@ -123,7 +124,7 @@ def predict(model: nn.Module, images: Sequence[Path], top_k: int = 5) -> Iterato
         `{'path', 'predictions': [{'label', 'index', 'probability'}]}` per image, best class first, or
         `{'path', 'error'}` for a file that is no whole image.
     """
-    transform = create_transform(**resolve_data_config({}, model=model))
+    transform = eval_transform(model)
     names = label_names(model)
     parameter = next(model.parameters())
     for path in images:

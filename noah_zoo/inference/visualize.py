@@ -11,10 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure, SubFigure
 from PIL import Image
-from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
-from ..models.attach import name_of
+from ..models.attach import data_config_of, eval_transform, name_of
 from .attention import attention_maps, token_grid
 from .predict import label_names, load_model, load_twin, probabilities
 
@@ -29,8 +28,7 @@ class Seen(NamedTuple):
 
 def as_model_sees(model: nn.Module, image: Image.Image) -> Seen:
     """Resize, crop and normalise an image by the model's pretrained cfg; it is moved to the model's device and type."""
-    config = resolve_data_config({}, model=model)
-    x_CHW = create_transform(**config)(image)
+    config, x_CHW = data_config_of(model), eval_transform(model)(image)
     mean, std = (torch.tensor(config[name]).view(-1, 1, 1) for name in ('mean', 'std'))
     pixels = (x_CHW * std + mean).clamp(0, 1).mul(255).round().byte().expand(3, -1, -1)
     parameter = next(model.parameters())

@@ -2,10 +2,10 @@
 import copy
 import functools
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple, Type
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, Type
 
 import torch
-from timm.data import resolve_data_config
+from timm.data import create_transform, resolve_data_config
 from timm.layers import ClassifierHead
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -402,10 +402,23 @@ def name_of(model: nn.Module) -> str:
     return (getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or type(model).__name__
 
 
+def data_config_of(model: nn.Module) -> Dict[str, Any]:
+    """timm's preprocessing of a model's pretrained cfg, with the image size that the model was made for."""
+    config = resolve_data_config({}, model=model)
+    channels, *size = config['input_size']
+    size = getattr(getattr(model, 'patch_embed', None), 'img_size', None) or size
+    return dict(config, input_size=(channels, *size))
+
+
+def eval_transform(model: nn.Module, img_size: Optional[int] = None) -> Callable:
+    """From an RGB image to what a model takes in evaluation, (C, H, W); square, if another size is wanted."""
+    config = data_config_of(model)
+    return create_transform(**dict(config, input_size=(3, img_size, img_size)) if img_size else config)
+
+
 def input_size_of(model: nn.Module) -> List[int]:
     """Channels, height and width of the images that a timm model was made for; its pretrained cfg may have others."""
-    channels, *size = resolve_data_config({}, model=model)['input_size']
-    return [channels, *(getattr(getattr(model, 'patch_embed', None), 'img_size', None) or size)]
+    return list(data_config_of(model)['input_size'])
 
 
 def set_image_size(model: nn.Module, img_size: int) -> None:

@@ -19,6 +19,7 @@ from timm.models import (
 from torch import Tensor, nn
 
 from ..catalog import CATALOG, SHIPPED
+from ..text import some
 from .attach import (
     Features,
     NoahModel,
@@ -247,7 +248,7 @@ def _whole(variant: str, cfg: PretrainedCfg, filter_fn: Optional[Callable]) -> C
             raise WeightsError(f'{variant}: the weights are not those of this model: {error}{hint}') from error
         problems = _misfits(state_dict, own, heads, first_conv)
         if problems:
-            raise WeightsError(f'{variant}: the weights are not those of this model: {_some(problems)}{hint}')
+            raise WeightsError(f'{variant}: the weights are not those of this model: {some(problems)}{hint}')
         fits = head and all(k in state_dict and state_dict[k].shape == own[k].shape for k in head)
         if fits and model.num_classes != cfg.num_classes:
             raise WeightsError(
@@ -302,7 +303,7 @@ def load_backbone(
     if problems:
         raise ValueError(
             f"{variant}: pretrained_backbone={source!r} does not fit {twin}'s backbone: "
-            f'{_some(problems)}')
+            f'{some(problems)}')
     model.load_state_dict(state_dict, strict=False)
 
 
@@ -318,10 +319,6 @@ def _misfits(
 
 def _names(entry: Union[str, Tuple[str, ...], None]) -> Tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else tuple(entry or ())
-
-
-def _some(problems: List[str]) -> str:
-    return ', '.join(problems[:3]) + (f' and {len(problems) - 3} more' if len(problems) > 3 else '')
 
 
 def _without_class_token(state_dict: Dict[str, Tensor], own: Dict[str, Tensor]) -> Dict[str, Tensor]:

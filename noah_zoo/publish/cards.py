@@ -1,7 +1,5 @@
 """The model cards of the catalog's models, and the table of models in the documentation."""
 import functools
-import os
-import uuid
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
@@ -13,7 +11,9 @@ from timm.models import model_entrypoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..catalog import CATALOG, NAMESPACE, PAPER_TABLES, PUBLISHED, TAG, Model, drive_id, drive_page, released
+from ..files import write
 from ..recipes import RECIPES, REMARKS, Recipe, learning_rate
+from ..text import table
 from ..weights.official import released_model
 
 PAPER = 'https://arxiv.org/abs/2402.02377'
@@ -215,11 +215,6 @@ def _is_thin_deit(name: str) -> bool:
     return _measure(name).params != (row.params if name in CATALOG else row.vanilla_params)
 
 
-def make_table(header: Tuple[str, ...], rows: List[Tuple[str, ...]]) -> str:
-    lines = [header, ('---',) * len(header), *rows]
-    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
-
-
 def _giga(count: int) -> str:
     return f'{count / 1e9:#.3g}'
 
@@ -257,7 +252,7 @@ def _details(row: Model, is_noah: bool) -> str:
         notes += (
             f' The paper prints {paper.params_m:.2f} M parameters; the released code has {params / 1e6:.2f} M, as has '
             f'this model.')
-    return f'{make_table(("property", "value"), rows)}\n\n{notes}'
+    return f'{table(("property", "value"), rows)}\n\n{notes}'
 
 
 def _comparison(row: Model) -> str:
@@ -277,7 +272,7 @@ def _comparison(row: Model) -> str:
         ('images/s, CPU (paper, Table XVII)', f'{vanilla.cpu_fps:.2f}', f'{noah.cpu_fps:.2f}',
          f'{noah.cpu_fps / vanilla.cpu_fps - 1:+.1%}')]
     return (
-        f'{make_table(("", f"`{row.vanilla}`", f"`{row.name}`", "difference"), rows)}\n\n'
+        f'{table(("", f"`{row.vanilla}`", f"`{row.name}`", "difference"), rows)}\n\n'
         "Accuracy is on the validation set of ImageNet-1k. Accuracy and speed are the paper's; noah_zoo has measured "
         'neither on ImageNet. The GPU is an NVIDIA TITAN X at batch size 200, the CPU one core of an Intel E5-2683 v3 '
         'at batch size 1.')
@@ -293,7 +288,7 @@ def _training(row: Model, is_noah: bool) -> str:
     return (
         f"The authors trained from scratch on ImageNet-1k, with [their own code]({RELEASE}); these weights come from "
         f"there. Their settings, from the paper's supplement and the released commands:\n\n"
-        f'{make_table(("setting", "value"), _settings(recipe, head_dropout, row.family))}\n\n'
+        f'{table(("setting", "value"), _settings(recipe, head_dropout, row.family))}\n\n'
         f'{remark + chr(10) * 2 if remark else ""}'
         f'noah_zoo trains the same architecture with these settings. The recipe is chosen by the model; the images lie '
         f'in `/data/imagenet/train` and `/data/imagenet/validation`:\n\n'
@@ -386,7 +381,7 @@ def models_table() -> str:
          pair(f'{row.vanilla_paper.top1:.2f}', f'{row.paper.top1:.2f}'),
          pair(f'{row.vanilla_paper.top5:.2f}', f'{row.paper.top5:.2f}'))
         for row in CATALOG.values()]
-    return make_table(
+    return table(
         ('NOAH model', 'vanilla twin', 'N', 'r', 'parameters, M', 'MACs, G', 'top-1, %', 'top-5, %'), rows)
 
 
@@ -426,7 +421,7 @@ def write_cards(root: Union[str, Path], check: bool = False) -> List[str]:
         if current != content.encode('utf-8'):
             stale.append(f'{path.relative_to(root).as_posix()}: {"is missing" if current is None else "differs"}')
             if not check:
-                _write(path, content)
+                write(path, content)
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path not in wanted and path.suffix in ('.md', '.partial'):
             stale.append(f'{path.relative_to(root).as_posix()}: is left over')
@@ -437,14 +432,3 @@ def write_cards(root: Union[str, Path], check: bool = False) -> List[str]:
 
 def _bytes(path: Path) -> bytes:
     return path.read_bytes().replace(b'\r\n', b'\n')  # git on Windows may have put them there
-
-
-def _write(path: Path, content: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f'.{path.name}.{uuid.uuid4().hex[:8]}.partial')
-    try:
-        partial.write_bytes(content.encode('utf-8'))
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise

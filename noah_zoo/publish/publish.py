@@ -18,7 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..catalog import CATALOG, NAMESPACE, PUBLISHED, RECORD, TAG, Published
+from ..files import write
 from ..models.builder import WeightsError
+from ..text import one_line
 from ..weights.drive import fetch_released
 from ..weights.find import place_on_hub
 from ..weights.head_only import write_head
@@ -77,9 +79,7 @@ def publish_model(
     if published:
         record = json.loads(RECORD.read_text(encoding='utf-8'))
         record[repo_id] = asdict(published)
-        partial = RECORD.with_suffix('.partial')
-        partial.write_text(json.dumps(record, indent=2, sort_keys=True) + '\n', encoding='utf-8')
-        os.replace(partial, RECORD)
+        write(RECORD, json.dumps(record, indent=2, sort_keys=True) + '\n')
         PUBLISHED[repo_id] = published
     return published
 
@@ -329,7 +329,7 @@ def _tag(repo_id: str, revision: str) -> str:
 
 def _explain(error: Exception) -> str:
     """What happened, and what to type next."""
-    reason = ' '.join(str(error).split()) or type(error).__name__
+    reason = one_line(error)
     status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
     if isinstance(error, LocalTokenNotFoundError) or status == 401:
         return 'not logged in, or with a token that is not valid. Run `hf auth login` or set HF_TOKEN'

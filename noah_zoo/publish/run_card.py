@@ -11,9 +11,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..catalog import CATALOG
 from ..tasks import Task, find_task
+from ..text import table
 from ..weights.find import place_on_hub
 from ..weights.head_only import Backbone
-from .cards import BIBTEX, INSTALL, is_ours, make_card, make_table, preprocessing, snippet
+from .cards import BIBTEX, INSTALL, is_ours, make_card, preprocessing, snippet
 
 _DATASETS = {  # train.py's own names: id on the Hub, name, splits
     'fashion_mnist': ('zalando-datasets/fashion_mnist', 'Fashion-MNIST', {'validation': 'test'})}
@@ -102,7 +103,7 @@ def _only_the_head(backbone: Backbone, head_bytes: int) -> str:
     return (
         f'The backbone was frozen in training, so `model.safetensors` has the head alone, {head_bytes / 1e3:,.1f} kB. '
         f'noah_zoo takes the backbone from its own repository, as it was, and refuses another:\n\n'
-        f'{make_table(("backbone", ""), rows)}')
+        f'{table(("backbone", ""), rows)}')
 
 
 def _run_details(config: Dict[str, Any], summary: Dict[str, Any]) -> str:
@@ -121,7 +122,7 @@ def _run_details(config: Dict[str, Any], summary: Dict[str, Any]) -> str:
         rows.append(('parameters', f'{summary["params"]:,}'))
     if all(pretrained_cfg.get(key) for key in ('input_size', 'crop_pct', 'interpolation', 'mean', 'std')):
         rows += preprocessing(pretrained_cfg)
-    return make_table(('property', 'value'), rows)
+    return table(('property', 'value'), rows)
 
 
 def _run_versions(summary: Dict[str, Any]) -> str:
@@ -129,7 +130,7 @@ def _run_versions(summary: Dict[str, Any]) -> str:
     versions = {**summary, **(nested if isinstance(nested, dict) else {})}
     keys = ('python', 'torch', 'timm', 'accelerate', 'device', 'machine', 'threads')
     rows = [(key, str(versions[key])) for key in keys if versions.get(key) is not None]
-    return make_table(('version', 'value'), rows) if rows else ''
+    return table(('version', 'value'), rows) if rows else ''
 
 
 def _read(path: Path, key: str) -> Dict[str, Any]:

@@ -10,6 +10,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from ..config import TrainConfig
 from ..data.base import Images
+from ..text import some
 from .base import Task
 
 
@@ -47,7 +48,7 @@ def class_weights(images: Images) -> Tensor:
     counts = np.bincount(images.labels[images.rows], minlength=len(images.class_names))
     empty = [name for name, count in zip(images.class_names, counts) if not count]
     if empty:
-        raise ValueError(f'class_weights: no training images of {", ".join(map(repr, empty[:10]))}')
+        raise ValueError(f'class_weights: no training images of {some(map(repr, empty), 10)}')
     return torch.from_numpy(counts.sum() / (len(counts) * counts)).float()
 
 

@@ -17,6 +17,7 @@ from torchmetrics.classification import MultilabelAveragePrecision, MultilabelSt
 
 from ..config import TrainConfig
 from ..data.base import Images
+from ..text import some
 from .base import Task
 
 LOSSES = {  # of logits and targets (B, K)
@@ -60,7 +61,7 @@ def positive_weights(images: Images) -> Tensor:
     positives = labels.sum(axis=0, dtype=np.int64)
     empty = [name for name, count in zip(images.class_names, positives) if not count]
     if empty:
-        raise ValueError(f'class_weights: no training images of {", ".join(map(repr, empty[:10]))}')
+        raise ValueError(f'class_weights: no training images of {some(map(repr, empty), 10)}')
     return torch.from_numpy((len(labels) - positives) / positives).float()
 
 

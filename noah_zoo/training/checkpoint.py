@@ -6,6 +6,8 @@ from typing import Any, Dict, List, Optional
 
 from accelerate import Accelerator
 
+from ..text import one_line
+
 PREFIX = 'update-'
 
 
@@ -76,7 +78,7 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, update: int, keep: i
 
 def _reason(error: Exception, folder: Path) -> str:
     free = shutil.disk_usage(folder).free
-    return f'{" ".join(str(error).split())}; {free / 1e6:.0f} MB are free'
+    return f'{one_line(error)}; {free / 1e6:.0f} MB are free'
 
 
 def checkpoints(folder: Path) -> List[Path]:

@@ -3,7 +3,6 @@ import errno
 import hashlib
 import json
 import logging
-import os
 import shutil
 import warnings
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch.utils.data import Sampler
 
 from ..data.base import Images
 from ..data.loader import EvalBatches, create_loader
+from ..files import beside, write
 from ..weights.hub import sha256_of
 
 _logger = logging.getLogger(__name__)
@@ -160,10 +160,12 @@ def _compute(
 ) -> Tuple[int, ...]:
     loader = create_loader(images, transform, EvalBatches(len(images), batch_size, 1, 0), workers, batch_size)
     device, digest, shape = next(model.parameters()).device, hashlib.sha256(), None
-    partial, record = path.with_suffix('.partial'), path.with_suffix('.json')
-    record.unlink(missing_ok=True)
+    record = path.with_suffix('.json')
+    for old in (record, *path.parent.glob(f'.{path.name}.*.partial')):  # of a process that was killed
+        old.unlink(missing_ok=True)
+    bar = tqdm(total=len(images), desc='features', unit='img', leave=False)
     try:
-        with partial.open('wb') as file, tqdm(total=len(images), desc='features', unit='img', leave=False) as bar:
+        with bar, beside(path) as partial, partial.open('wb') as file:
             for x, _ in loader:
                 rows = model.forward_features(x.to(device)).to(torch.bfloat16).cpu()
                 if shape is None:
@@ -174,18 +176,14 @@ def _compute(
                 file.write(data)
                 digest.update(data)
                 bar.update(len(rows))
-        os.replace(partial, path)
-        partial.write_text(json.dumps({
+        write(record, json.dumps({
             'shape': shape, 'dtype': 'bfloat16', 'sha256': digest.hexdigest(), 'model': type(model).__name__,
-            'transform': str(transform), 'first_image': images.where(0)}, indent=2) + '\n', encoding='utf-8')
-        os.replace(partial, record)
+            'transform': str(transform), 'first_image': images.where(0)}, indent=2) + '\n')
     except OSError as error:
         if error.errno not in FULL:  # an image's file, say
             raise
         reason = error.strerror
         raise OSError(f'the features of {len(images):,} images cannot be kept at {path}: {reason}') from error
-    finally:
-        partial.unlink(missing_ok=True)
     return shape
 
 

@@ -7,6 +7,7 @@ from typing import Any, Dict, Sequence, Tuple
 
 from ..models.builder import HEAD_ARGS
 from ..tasks import find_task
+from ..text import table
 
 
 def report(folders: Sequence[str]) -> str:
@@ -32,18 +33,16 @@ def report(folders: Sequence[str]) -> str:
     if len(tasks) > 1:
         raise ValueError(f'the runs are of the tasks {", ".join(sorted(tasks))}; compare runs of one')
     task = find_task(*tasks)
-    lines = [
-        f'| model | parameters | seeds | test {task.figures[task.metric]}, mean ± standard deviation | each seed '
-        '| seconds a run |',
-        '| --- | --- | --- | --- | --- | --- |']
+    rows = []
     for model, found in sorted(runs.items()):
         found.sort(key=lambda summary: summary['config']['seed'])
         figures = [summary[task.metric] for summary in found]
         spread = f' ± {statistics.stdev(figures):.2f}' if len(figures) > 1 else ''
-        lines.append(
-            f'| {model} | {found[0]["params"]:,} | {len(found)} | {statistics.mean(figures):.2f}{spread} | '
-            f'{", ".join(f"{x:.2f}" for x in figures)} | {statistics.mean(s["seconds"] for s in found):.0f} |')
-    return '\n'.join(lines)
+        rows.append((
+            model, f'{found[0]["params"]:,}', str(len(found)), f'{statistics.mean(figures):.2f}{spread}',
+            ', '.join(f'{x:.2f}' for x in figures), f'{statistics.mean(s["seconds"] for s in found):.0f}'))
+    mean = f'test {task.figures[task.metric]}, mean ± standard deviation'
+    return table(('model', 'parameters', 'seeds', mean, 'each seed', 'seconds a run'), rows)
 
 
 def _split(config: Dict[str, Any]) -> Tuple[str, str, Dict[str, Any], Dict[str, Any]]:

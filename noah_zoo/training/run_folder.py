@@ -19,6 +19,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 from ..config import TrainConfig
+from ..files import write
 from .builders import model_kwargs
 
 MAY_CHANGE = (  # settings that a run may go on with another value of: they do not change what it leaves
@@ -75,12 +76,12 @@ class RunFolder:
     def begin(self, config: TrainConfig, epoch: int, damaged: Dict[str, str]) -> None:
         """Write down what the run is; drop what the log has of epochs after `epoch`, which are done again."""
         self.path.mkdir(parents=True, exist_ok=True)
-        self.write('args.yaml', yaml.safe_dump(_plain(config), sort_keys=False))
+        write(self.path / 'args.yaml', yaml.safe_dump(_plain(config), sort_keys=False))
         if config.skip_damaged:
-            self.write('damaged.json', json.dumps(damaged, indent=2) + '\n')
+            write(self.path / 'damaged.json', json.dumps(damaged, indent=2) + '\n')
         if self.log.exists():
             lines = self.log.read_text(encoding='utf-8').splitlines(keepends=True)
-            self.write(self.log.name, ''.join(
+            write(self.log, ''.join(
                 line for line in lines if line.endswith('\n') and json.loads(line)['epoch'] <= epoch))
 
     def add(self, record: Dict[str, Any]) -> None:
@@ -118,17 +119,11 @@ class RunFolder:
             writer = csv.DictWriter(text, list(rows[0]), lineterminator='\n')
             writer.writeheader()
             writer.writerows(rows)
-            self.write('per_class.csv', text.getvalue())
+            write(self.path / 'per_class.csv', text.getvalue())
 
     def end(self, summary: Dict[str, Any]) -> None:
         """Write the summary, by which the run is finished."""
-        self.write('summary.json', json.dumps(summary, indent=2) + '\n')
-
-    def write(self, name: str, text: str) -> None:
-        """Write a file beside its place, and rename."""
-        partial = self.path / f'.{name}.partial'
-        partial.write_text(text, encoding='utf-8')
-        os.replace(partial, self.path / name)
+        write(self.path / 'summary.json', json.dumps(summary, indent=2) + '\n')
 
 
 def settings_of(config: TrainConfig) -> Dict[str, Any]:

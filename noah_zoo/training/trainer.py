@@ -14,17 +14,19 @@ from typing import Any, Callable, Dict, Iterator, Optional, Tuple
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, tqdm
-from timm.data import Mixup, resolve_data_config
+from timm.data import Mixup
 from timm.layers import convert_sync_batchnorm
 from timm.utils import distribute_bn
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from ..config import TrainConfig
 from ..data.factory import create_datasets
 from ..data.loader import EpochBatches, EvalBatches, create_loader, seed_everything
+from ..data.streams import Stream
 from ..data.transforms import create_transforms
+from ..models.attach import data_config_of
 from ..tasks import find_task
 from .builders import (
     build_ema,
@@ -106,14 +108,15 @@ class Trainer:
         seed_everything(config.seed)
         train_set, val_set = create_datasets(config, self.folder.damaged(), self.task.reads)
         self.class_names = train_set.class_names
+        self.streams = [images for images in (train_set, val_set) if isinstance(images, Stream)]
         self.damaged = {**getattr(train_set, 'damaged', {}), **getattr(val_set, 'damaged', {})}
         model = build_model(config, self.class_names)
         rank, size = accelerator.process_index, plan.per_device
-        train_transform, val_transform = create_transforms(config, resolve_data_config({}, model=model))
-        self.sampler = None if isinstance(train_set, IterableDataset) else EpochBatches(
+        train_transform, val_transform = create_transforms(config, data_config_of(model))
+        self.sampler = None if isinstance(train_set, Stream) else EpochBatches(
             len(train_set), size, plan.processes, rank, config.seed, config.aug_repeats,
             config.epoch_updates * plan.accumulation)
-        val_sampler = None if isinstance(val_set, IterableDataset) else EvalBatches(
+        val_sampler = None if isinstance(val_set, Stream) else EvalBatches(
             len(val_set), size, plan.processes, rank)
         self.train_loader = create_loader(
             train_set, train_transform, self.sampler, config.workers, size, config.seed, rank)
@@ -184,6 +187,7 @@ class Trainer:
         with self._sigterm():
             while progress.epoch < (min(config.epochs, 2) if config.smoke else config.epochs):
                 began, done = time.perf_counter(), progress.seconds
+                skipped = sum(stream.skipped for stream in self.streams)
                 self.train_epoch(lambda: done + time.perf_counter() - began)  # noqa: B023  called in this epoch only
                 model = self.evaluated_model()
                 train_seconds = time.perf_counter() - began
@@ -194,6 +198,9 @@ class Trainer:
                     'epoch': progress.epoch, 'train_loss': progress.loss / max(progress.updates_in_epoch, 1),
                     'lr': self.optimizer.param_groups[0]['lr'], **figures, 'train_seconds': round(train_seconds, 1),
                     'seconds': round(progress.seconds, 1)}
+                if self.streams:
+                    skipped = torch.tensor(sum(stream.skipped for stream in self.streams) - skipped)
+                    record['damaged'] = accelerator.reduce(skipped.to(accelerator.device), 'sum').item()
                 if not self.on_updates:
                     self.scheduler.step(progress.epoch)
                 if figures[self.task.metric] > progress.best:
@@ -366,9 +373,8 @@ class Trainer:
         progress, records = self.progress, self.folder.records()
         return {
             'config': settings_of(self.config), 'batch': self.plan._asdict(),
-            'params': sum(p.numel() for p in self.model.parameters()), **records[-1],
-            'best': records[progress.best_epoch - 1], 'skipped_updates': progress.skipped,
-            'damaged': len(self.damaged), **versions()}
+            'params': sum(p.numel() for p in self.model.parameters()), 'damaged': len(self.damaged), **records[-1],
+            'best': records[progress.best_epoch - 1], 'skipped_updates': progress.skipped, **versions()}
 
     @contextmanager
     def _sigterm(self) -> Iterator[None]:

@@ -4,7 +4,6 @@ from typing import Any, Dict, Optional
 
 import timm
 from accelerate import Accelerator
-from timm.data import create_transform, resolve_data_config
 from torch.utils.data import IterableDataset
 
 from ..catalog import TAG, released_figures
@@ -12,7 +11,7 @@ from ..data.factory import create_dataset
 from ..data.loader import EvalBatches, create_loader
 from ..inference.export import SUFFIXES, ExportedModel
 from ..inference.predict import check_model
-from ..models.attach import set_image_size
+from ..models.attach import eval_transform, set_image_size
 from ..tasks import find_task
 from .trainer import evaluate
 
@@ -68,7 +67,7 @@ def validate(
         set_image_size(net, img_size)
     images = judge.match(model, net, images)
     stream = isinstance(images, IterableDataset)
-    transform = create_transform(**resolve_data_config(dict(img_size=img_size) if img_size else {}, model=net))
+    transform = eval_transform(net, img_size)
     sampler = None if stream else EvalBatches(
         len(images), batch_size, accelerator.num_processes, accelerator.process_index)
     loader = create_loader(images, transform, sampler, workers, batch_size)

@@ -23,6 +23,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import tqdm
 
 from ..models.builder import WeightsError
+from ..text import one_line
 
 _logger = logging.getLogger(__name__)
 
@@ -137,7 +138,7 @@ def disk_trouble(error: BaseException, folder: Union[str, Path]) -> Optional[str
     if number in (errno.ENOSPC, errno.EDQUOT) or 'No space left' in str(error):
         return f'the disk of {folder} is full. Free some space, or {elsewhere}'
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f'{folder} cannot be written ({_one_line(error)}). To use another folder, {elsewhere}'
+        return f'{folder} cannot be written ({one_line(error)}). To use another folder, {elsewhere}'
     return None
 
 
@@ -157,7 +158,7 @@ def _fetch(
         if path is None or pinned or not unanswered or _damaged(name, path, sha256):
             raise
         level = logging.INFO if constants.HF_HUB_OFFLINE else logging.WARNING
-        _logger.log(level, '%s: %s does not answer (%s); taking %s', name, constants.ENDPOINT, _one_line(error), path)
+        _logger.log(level, '%s: %s does not answer (%s); taking %s', name, constants.ENDPOINT, one_line(error), path)
         return path
     if sha256 and re.fullmatch('[0-9a-f]{64}', remote.etag or '') and remote.etag != sha256:
         raise WeightsError(
@@ -224,7 +225,7 @@ def _retried(name: str, function: Callable[[], Any], again: Callable[[Exception]
                 wait = float(asked)
             if wait is None or wait > LONGEST_WAIT or not again(error):
                 raise
-            _logger.warning('%s: %s; trying again in %g s', name, _one_line(error), wait)
+            _logger.warning('%s: %s; trying again in %g s', name, one_line(error), wait)
             time.sleep(wait)
 
 
@@ -251,10 +252,6 @@ def _broken(error: BaseException) -> bool:
         and not isinstance(error, (HFValidationError, LocalEntryNotFoundError)) and not disk_trouble(error, ''))
 
 
-def _one_line(error: BaseException) -> str:
-    return ' '.join(str(error).split()) or type(error).__name__
-
-
 def _explain(
         error: BaseException, repo_id: str, filename: str, revision: Optional[str],
         cache_dir: Union[str, Path, None]) -> str:
@@ -262,7 +259,7 @@ def _explain(
     folder = cache_dir or constants.HF_HUB_CACHE
     trouble = disk_trouble(error, folder)
     if trouble or isinstance(error, HFValidationError):
-        return trouble or _one_line(error)
+        return trouble or one_line(error)
     for link in _chain(error):
         if isinstance(link, GatedRepoError):
             return (
@@ -281,11 +278,11 @@ def _explain(
             f'HF_HUB_OFFLINE is set, and {state}. Unset it once to download, or run `hf download {repo_id}` where '
             f'there is a network and copy the cache')
     if _status(error) in (401, 403):
-        return f'access refused ({_one_line(error)}). Log in again with `hf auth login` or renew HF_TOKEN'
+        return f'access refused ({one_line(error)}). Log in again with `hf auth login` or renew HF_TOKEN'
     if _busy(error):
         return f'{constants.ENDPOINT} is busy (HTTP status {_status(error)}), and {state}. Try again later'
     return (
-        f'{constants.ENDPOINT} cannot be reached ({_one_line(error)}), and {state}. Check the network and the proxy '
+        f'{constants.ENDPOINT} cannot be reached ({one_line(error)}), and {state}. Check the network and the proxy '
         f'(HTTPS_PROXY), or wait longer for an answer with HF_HUB_ETAG_TIMEOUT=30. Without a network: '
         f'`hf download {repo_id}` elsewhere and copy the cache, or load a folder with '
         f"timm.create_model('local-dir:FOLDER', pretrained=True)")

@@ -1,7 +1,6 @@
 """The authors' release, 25 NOAH models and their vanilla twins: read, checked, converted to timm's format."""
 import argparse
 import dataclasses
-import difflib
 import functools
 import logging
 import os
@@ -10,7 +9,7 @@ import shutil
 import uuid
 import warnings
 from pathlib import Path
-from typing import Any, Dict, Iterable, Mapping, NamedTuple, Optional, Union
+from typing import Any, Dict, Mapping, NamedTuple, Optional, Union
 
 import torch
 from safetensors import SafetensorError
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from ..catalog import TAG, Model, find_row, released
 from ..models.noah_deit import ThinDeit
+from ..text import near, some
 from .names import released_names
 
 _logger = logging.getLogger(__name__)
@@ -192,8 +192,8 @@ def released_model(name: str) -> Model:
     row = find_row(name)
     if row is not None:
         return row
-    close = difflib.get_close_matches(name, released(), cutoff=0.5) or released()
-    raise ValueError(f'{name!r} is not a model of the release; choose from {", ".join(close)}')
+    close = near(name, released(), 0.5) or ', '.join(released())
+    raise ValueError(f'{name!r} is not a model of the release; choose from {close}')
 
 
 def weights_in(checkpoint: Any, name: str, ema: bool = False) -> Dict[str, Any]:
@@ -204,7 +204,7 @@ def weights_in(checkpoint: Any, name: str, ema: bool = False) -> Dict[str, Any]:
     weights = next((checkpoint[place] for place in places if isinstance(checkpoint.get(place), Mapping)), None)
     if weights is None and ema:
         raise ValueError(
-            f'{name}: the file has no averaged weights: expected {" or ".join(places)}, found {_some(checkpoint)}')
+            f'{name}: the file has no averaged weights: expected {" or ".join(places)}, found {some(checkpoint)}')
     weights = checkpoint if weights is None else weights
     stripped = {re.sub(r'^module\.', '', str(key)): value for key, value in weights.items()}
     if len(stripped) < len(weights):
@@ -237,12 +237,7 @@ def _mismatch(given: Dict[str, Any], expected: Dict[str, _Target]) -> Optional[s
             wrong.append(f'{key} has shape {list(value.shape)}, expected {list(target.shape)}')
         elif value.is_floating_point() != target.is_floating_point():
             wrong.append(f'{key} has type {value.dtype}, expected {target.dtype}')
-    parts = [f'missing keys ({len(missing)} of {len(expected)}): {_some(missing)}'] if missing else []
-    parts += [f'surplus keys ({len(surplus)}): {_some(surplus)}'] if surplus else []
-    parts += [_some(wrong)] if wrong else []
+    parts = [f'missing keys ({len(missing)} of {len(expected)}): {some(missing)}'] if missing else []
+    parts += [f'surplus keys ({len(surplus)}): {some(surplus)}'] if surplus else []
+    parts += [some(wrong)] if wrong else []
     return '; '.join(parts) or None
-
-
-def _some(items: Iterable[Any]) -> str:
-    texts = [' '.join(str(item).split()) for item in items]
-    return ', '.join(texts[:3]) + (f' and {len(texts) - 3} more' if len(texts) > 3 else '')

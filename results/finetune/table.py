@@ -6,7 +6,7 @@ import argparse
 import statistics
 from pathlib import Path
 
-from noah_zoo.publish.cards import make_table
+from noah_zoo.text import table
 
 HEADS = {
     'logistic': 'logistic regression', 'linear-frozen': 'linear, frozen', 'noah-frozen': 'NOAH, frozen',
@@ -27,7 +27,7 @@ def main() -> None:
         seeds = set.intersection(*map(set, rows.values()))  # of all heads, as a seed draws the images
         means = (f'{statistics.mean(rows[head][s] for s in seeds):.2f}' if head in rows else '-' for head in heads)
         lines.append((data, str(len(seeds)), *means))
-    print(make_table(('data', 'seeds', *(HEADS[head] for head in heads)), lines))
+    print(table(('data', 'seeds', *(HEADS[head] for head in heads)), lines))
 
 
 if __name__ == '__main__':

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from noah_zoo.publish.cards import make_table
+from noah_zoo.text import table
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
             cells.append('-' if row is None else f'{row["mean"]:.2f}' + (
                 f' ({row["mean"] - linear["mean"]:+.2f})' if groups else ''))
         lines.append((f'NOAH, N = {groups}, {head}' if groups else 'pooling + linear', *cells))
-    print(make_table(('head', *(f'K = {k}' for k in classes)), lines))
+    print(table(('head', *(f'K = {k}' for k in classes)), lines))
 
 
 if __name__ == '__main__':

@@ -22,10 +22,14 @@ from torch.utils.data import DataLoader
 
 from noah_zoo.catalog import FASHION_MNIST_CLASSES
 from noah_zoo.config import TrainConfig
+from noah_zoo.data.base import VALIDATION
 from noah_zoo.data.damage import find_damaged, leave_out_damaged
 from noah_zoo.data.factory import create_dataset, create_datasets, split_images
 from noah_zoo.data.fashion_mnist import FashionMnist, read_idx
 from noah_zoo.data.images import DamagedImageError, read_image
+from noah_zoo.training import train
+
+from ..pictures import make_coco
 
 GREYS = np.random.default_rng(0).integers(0, 65536, (9, 7)).astype(np.uint16)
 COLOURS = np.random.default_rng(1).integers(0, 256, (9, 7, 4)).astype(np.uint8)
@@ -367,6 +371,7 @@ def test_nothing_but_damage(tmp_path):
 SHARES = """
 import sys, torch
 from noah_zoo.data.factory import create_dataset
+from noah_zoo.data.base import VALIDATION
 from noah_zoo.data.damage import find_damaged
 rank, root, port = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 torch.distributed.init_process_group('gloo', init_method=f'file://{port}', rank=rank, world_size=2)
@@ -539,6 +544,24 @@ def test_damage_in_hfids(tmp_path, caplog):
     assert len(pixels(stream, num_workers=2)[0]) == 7 and stream.skipped == 2
 
 
+@pytest.mark.parametrize('workers', [0, 2])
+def test_an_epoch_of_a_damaged_stream_is_whole(workers, tmp_path):
+    rows = pngs(8)
+    rows[5] = rows[5][:100]
+    make_hub(tmp_path / 'hub', rows)
+    stream = create_dataset(
+        f'hfids/{tmp_path / "hub"}', str(tmp_path / 'cache'), 'train', training=True, skip_damaged=True)
+    for epoch in (0, 1):
+        stream.set_epoch(epoch)
+        found, order = pixels(stream, num_workers=workers)
+        assert len(order) == len(stream) == 8 and len(found) == 7 and stream.skipped == epoch + 1
+    make_hub(tmp_path / 'broken', [b'no image'] * 4)
+    stream = create_dataset(
+        f'hfids/{tmp_path / "broken"}', str(tmp_path / 'cache'), 'train', training=True, skip_damaged=True)
+    with pytest.raises(ValueError, match='all images that this process reads are damaged'):
+        pixels(stream)
+
+
 def test_16_bit_in_hfids_and_no_class_names(tmp_path):
     data = png(7, 9, 16, 0, b''.join(b'\0' + row.astype('>u2').tobytes() for row in GREYS))
     make_hub(tmp_path / 'hub', [data])
@@ -640,6 +663,29 @@ def test_damage_in_wds(tmp_path, webdataset, caplog):
             pixels(create_dataset('wds/', root, 'train', skip_damaged=True))
 
 
+def test_a_run_says_what_its_stream_left_out(tmp_path, webdataset):
+    shards = [samples(0, 4), samples(4, 8)]
+    shards[1][2] = ('broken', b'', 0)
+    root = make_shards(tmp_path, shards)
+    summary = train(TrainConfig(
+        model='mobilenetv2_035_noah', output=str(tmp_path / 'run'), dataset='wds/', data_dir=root, val_split='train',
+        img_size=32, epochs=2, batch_size=2, lr=1e-5, workers=0, cpu=True, skip_damaged=True))
+    records = [json.loads(line) for line in (tmp_path / 'run' / 'log.jsonl').open()]
+    assert [record['damaged'] for record in records] == [2, 2]  # one, in training and in evaluation
+    assert summary['damaged'] == 2
+
+
+@pytest.mark.parametrize('name', ['train', 'training'])
+def test_splits_have_one_vocabulary(name, idx_dir, tmp_path):
+    assert len(create_dataset('fashion_mnist', str(idx_dir), name)) == 40
+    make_coco(tmp_path)
+    (tmp_path / 'validation.csv').write_text('file_name,labels\nval2014/COCO_val2014_000000000000.jpg,a\n')
+    for other in VALIDATION:
+        assert len(create_dataset('fashion_mnist', str(idx_dir), other)) == 10
+        assert len(create_dataset('coco', str(tmp_path), other)) == 4
+        assert len(create_dataset('csv', str(tmp_path), other)) == 1
+
+
 def test_wds_that_is_refused(tmp_path, webdataset):
     root = make_shards(tmp_path, [samples(0, 2)], names=None)
     with pytest.raises(ValueError, match='no readable classnames.txt'):
@@ -717,8 +763,8 @@ def test_fashion_mnist(idx_dir):
 
 
 def test_idx_damage(idx_dir, tmp_path):
-    with pytest.raises(ValueError, match="split='val' is not one of 'train', 'test'"):
-        FashionMnist(idx_dir, 'val')
+    with pytest.raises(ValueError, match="split='dev' is not one of 'train', 'test'"):
+        FashionMnist(idx_dir, 'dev')
     with pytest.raises(FileNotFoundError, match='hfds/zalando-datasets/fashion_mnist'):
         FashionMnist(idx_dir / 'nowhere', 'train')
     whole = gzip.decompress((idx_dir / 'train-labels-idx1-ubyte.gz').read_bytes())

@@ -16,8 +16,9 @@ from noah_zoo import NoahHead, add_noah_head
 from noah_zoo.catalog import CATALOG
 from noah_zoo.data.images import DamagedImageError, read_image
 from noah_zoo.inference import export as module
-from noah_zoo.inference.export import SUFFIXES, ExportedModel, describe, export, load_exported, quantize, transform_of
+from noah_zoo.inference.export import SUFFIXES, ExportedModel, describe, export, load_exported, quantize
 from noah_zoo.inference.predict import DEFAULT_MODEL, SAMPLES, load_model, predict
+from noah_zoo.models.attach import eval_transform
 from noah_zoo.training.validate import validate
 
 from ..scripts import call
@@ -117,9 +118,9 @@ def test_description(shipped):
     assert description['label_names'][8] == 'Bag' and description['input_size'] == [3, 64, 64]
     again = ExportedModel(exported.path)
     image = read_image(SAMPLES / '0018_bag.png')
-    assert torch.equal(transform_of(again)(image), transform_of(model)(image))
+    assert torch.equal(eval_transform(again)(image), eval_transform(model)(image))
     other = timm.create_model('deit_tiny_050_patch16_224_noah', img_size=(64, 96))
-    assert describe(other)['crop'] == [64, 96] and transform_of(other)(image).shape == (3, 64, 96)
+    assert describe(other)['crop'] == [64, 96] and eval_transform(other)(image).shape == (3, 64, 96)
 
 
 def test_8_bits(shipped, tmp_path):
@@ -129,7 +130,7 @@ def test_8_bits(shipped, tmp_path):
     assert small.path.stat().st_size < exported.path.stat().st_size / 2
     types = {node.op_type for node in onnx.load(small.path).graph.node}
     assert {'QuantizeLinear', 'DequantizeLinear'} <= types
-    x_BCHW = torch.stack([transform_of(model)(read_image(image)) for image in images])
+    x_BCHW = torch.stack([eval_transform(model)(read_image(image)) for image in images])
     with torch.no_grad():
         logits, expected = load_exported(small.path)(x_BCHW), model(x_BCHW)
     assert (logits.argmax(1) == expected.argmax(1)).sum() >= 11
