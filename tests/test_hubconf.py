@@ -130,8 +130,8 @@ with torch.no_grad():
     assert isinstance(model.classifier, noah_zoo.NoahHead) and model(images).shape == (4, 3)
     model.reset_classifier(0)
     assert model(images).shape == (4, model.head_hidden_size)
-from noah_zoo.weights import official
-assert official.__file__.startswith(os.path.dirname(noah_zoo.__file__))
+from noah_zoo.weights import released
+assert released.__file__.startswith(os.path.dirname(noah_zoo.__file__))
 
 # Another copy comes second: what is imported stays.
 other = load('resnet18_noah', repo=os.path.abspath('../other'), num_classes=2)

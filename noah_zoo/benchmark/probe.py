@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..config import TrainConfig
 from ..data.base import Images
 from ..data.factory import create_datasets, split_images
-from ..data.loader import EpochBatches, EvalBatches, seed_everything
+from ..data.loader import EpochBatchSampler, EvalBatchSampler, seed_everything
 from ..layers.noah_head import NoahHead, fitting_key_ratio, fitting_num_groups
 from ..layers.other_heads import CSRA, EfficientProbing, MLDecoder, SimPool
 from ..models.attach import NoahModel, add_noah_head, begin, eval_transform
@@ -241,7 +241,7 @@ def train_head(
     scheduler = CosineLRScheduler(
         optimizer, updates - warmup, warmup_t=warmup, warmup_lr_init=lr / 10, warmup_prefix=True, t_in_epochs=False)
     scheduler.step_update(0)
-    sampler, update = EpochBatches(len(indices), min(BATCH_SIZE, len(indices)), 1, 0, seed), 0
+    sampler, update = EpochBatchSampler(len(indices), min(BATCH_SIZE, len(indices)), 1, 0, seed), 0
     synchronize(rows.device)
     start = time.perf_counter()
     while update < updates:
@@ -264,7 +264,7 @@ def train_head(
 def evaluate_head(head: nn.Module, rows: Rows, indices: Sequence[int], num_classes: int) -> Dict[str, float]:
     """Figures of `Metrics` on some images."""
     metrics = Metrics(num_classes, torch.device(rows.device))
-    for keys in EvalBatches(len(indices), EVAL_BATCH_SIZE, 1, 0):
+    for keys in EvalBatchSampler(len(indices), EVAL_BATCH_SIZE, 1, 0):
         x_BLC, targets = rows.batch(indices[[index for _, _, index in keys]])
         metrics.update(head(x_BLC), targets)
     return metrics.compute()

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 import noah_zoo
 
 from ..catalog import CATALOG, find_row
+from ..layers.ablations import PocaVariant
 from ..layers.noah_head import NoahHead
 from ..layers.other_heads import CSRA, MLDecoder
-from ..layers.poca import poca_reference
 from . import report
 from .measure import MIN_SECONDS, kib, peak_memory, ratio, saved_bytes, summary, time_in_turn
 from .probe import ProbeConfig, probe
@@ -38,15 +38,6 @@ from .probe import ProbeConfig, probe
 _logger = logging.getLogger(__name__)
 PLAIN_MAPS = {False: 5, True: 8}  # maps (B, N, K, L) that the plain form may hold at once: forward, with backward
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
-
-
-class PlainNoahHead(NoahHead):
-    """`NoahHead` as grouped convolutions, a softmax and a sum, one PyTorch operator after the other."""
-
-    def classify(self, x_BCHW: Tensor) -> Tensor:
-        return poca_reference(
-            x_BCHW, self.key.weight, self.key.bias, self.value.weight, self.value.bias, self.num_groups,
-            self.conv_groups, self.drop_rate, self.training)
 
 
 @dataclass(frozen=True)
@@ -79,7 +70,7 @@ def _linear(case: Case) -> nn.Module:
 
 HEADS: Dict[str, Callable[[Case], nn.Module]] = {  # all without dropout
     'noah': functools.partial(_noah, NoahHead),
-    'plain': functools.partial(_noah, PlainNoahHead),
+    'plain': functools.partial(_noah, PocaVariant),
     'linear': _linear,
     'ml_decoder': lambda case: MLDecoder(case.in_features, case.num_classes, input_fmt=case.input_fmt),
     'csra': lambda case: CSRA(case.in_features, case.num_classes, input_fmt=case.input_fmt),

@@ -59,7 +59,7 @@ class TransformedStream(IterableDataset):
             yield self.transform(image), label
 
 
-class EpochBatches(Sampler):
+class EpochBatchSampler(Sampler):
     """The batches of one process in one epoch, in training: the same images at the same place on any number of them.
 
     The epoch's order is cut into steps of `per_device` x `processes`, of which each process takes its part; what does
@@ -104,7 +104,7 @@ class EpochBatches(Sampler):
         return np.repeat(order[:-(-self.count // self.repeats)], self.repeats)[:self.count].tolist()
 
 
-class EvalBatches(Sampler):
+class EvalBatchSampler(Sampler):
     """The batches of one process in evaluation: every image once, over all processes."""
 
     def __init__(self, count: int, per_device: int, processes: int, rank: int) -> None:

@@ -16,7 +16,7 @@ from ..models.attach import eval_transform
 from ..text import near
 from ..weights import WeightsError
 from ..weights.drive import fetch_released
-from ..weights.official import write_folder
+from ..weights.released import write_folder
 
 SAMPLES = Path(__file__).parents[1] / 'samples'
 DEFAULT_MODEL = 'mobilenetv2_035_noah.fashion_mnist'

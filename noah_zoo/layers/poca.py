@@ -83,6 +83,7 @@ def poca(
 
     Raises:
         RuntimeError: If features and weights differ in type, or a gradient is differentiated again.
+        ValueError: If features and weights do not fit.
     """
     if not torch.jit.is_scripting():
         if not (torch.jit.is_tracing() or torch.compiler.is_exporting()):
@@ -103,6 +104,14 @@ def _poca(
         raise RuntimeError(
             f'poca: features of {x_BCHW.dtype}, weights of {key_weight.dtype} and {value_weight.dtype}; expected one '
             f'type')
+    maps, channels = key_weight.shape[0], x_BCHW.shape[1]
+    if value_weight.shape[0] != maps or maps % conv_groups or maps % num_groups:
+        raise ValueError(
+            f'poca: weights of {maps} and {value_weight.shape[0]} maps; expected the same multiple of '
+            f'num_groups={num_groups} and conv_groups={conv_groups}')
+    read = [conv_groups * weight.shape[1] for weight in (key_weight, value_weight)]
+    if max(read) > channels:
+        raise ValueError(f'poca: key and value read {read[0]} and {read[1]} channels of {channels}')
     seed = torch.randint(2 ** 63 - 1, (), device=x_BCHW.device) if drop_rate else None
     out_BM, _ = poca_op(
         x_BCHW.flatten(2).transpose(1, 2), key_weight, key_bias, value_weight, value_bias, conv_groups, drop_rate, seed)
@@ -123,16 +132,11 @@ def poca_op(
 ) -> Tuple[Tensor, Tensor]:
     """Attended values of every map, (B, M), in float32 or more, without bias unless there is dropout; on CUDA also the
     logarithms of the softmax's sums, (B, M), for backward. `seed` gives the dropout mask; without it there is none."""
-    kernels = _kernels(x_BLC)
-    if kernels:
-        try:
-            return kernels.forward(
+    for backend in (_triton(), poca_cpu):
+        if backend and backend.supports(x_BLC, key_weight, value_weight, conv_groups, seed):
+            return backend.forward(
                 x_BLC, key_weight.flatten(1), value_weight.flatten(1), value_bias, conv_groups, drop_rate, seed)
-        except Exception as error:  # no C compiler, say
-            _give_up_kernels(error)
     out_BM, lse_BM = _empty(x_BLC, key_weight)
-    if seed is None and poca_cpu.forward(x_BLC, key_weight, value_weight, conv_groups, out_BM):
-        return out_BM, lse_BM
     out_GBM = _of_maps(out_BM, conv_groups)
     for block in _blocks(x_BLC, key_weight, value_weight, value_bias, conv_groups, drop_rate, seed):
         sums_GBM = block.exp_GBLM.mul_(block.value_GBLM).sum(dim=2)
@@ -155,15 +159,12 @@ def poca_backward_op(
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `x_BLC`, `key_weight`, `value_weight` and, with dropout, `value_bias`; empty where not needed."""
     grads = _empty_grads(grad_BM, x_BLC, key_weight, value_weight, value_bias, need_x=need_x, need_weights=need_weights)
-    kernels = _kernels(x_BLC)
-    if kernels:
-        try:
-            found = kernels.backward(
-                grad_BM, x_BLC, key_weight.flatten(1), value_weight.flatten(1), value_bias, out_BM, lse_BM,
-                conv_groups, drop_rate, seed, need_x, need_weights)
-            return tuple(empty if grad is None else grad.view_as(empty) for grad, empty in zip(found, grads))
-        except Exception as error:
-            _give_up_kernels(error)
+    kernels = _triton()
+    if kernels and kernels.supports(x_BLC, key_weight, value_weight, conv_groups, seed):
+        found = kernels.backward(
+            grad_BM, x_BLC, key_weight.flatten(1), value_weight.flatten(1), value_bias, out_BM, lse_BM,
+            conv_groups, drop_rate, seed, need_x, need_weights)
+        return tuple(empty if grad is None else grad.view_as(empty) for grad, empty in zip(found, grads))
     totals = dx_BLC, dkey_weight, dvalue_weight, dvalue_bias = [
         grad.new_zeros(grad.shape, dtype=grad_BM.dtype) for grad in grads]
     grad_GBM = _of_maps(grad_BM, conv_groups)
@@ -330,25 +331,12 @@ def _blocks(
 
 @functools.cache
 def _triton() -> Optional[ModuleType]:
+    """The kernels for CUDA, where they can be of use."""
+    if not torch.cuda.is_available():
+        return None
     try:
         from . import poca_triton
-    except ImportError:
+    except ImportError as error:
+        _logger.warning('NOAH heads will be slow on a GPU, as Triton is missing: %s', error)
         return None
     return poca_triton
-
-
-_broken = []  # why the kernels failed, once they have
-
-
-def _kernels(x_BLC: Tensor) -> Optional[ModuleType]:
-    """The Triton kernels, where they are there and do these features."""
-    if _broken or not x_BLC.is_cuda or torch.version.hip or x_BLC.dtype == torch.float64 or not x_BLC.numel():
-        return None
-    return _triton() if torch.cuda.get_device_capability(x_BLC.device) >= (8, 0) else None
-
-
-def _give_up_kernels(error: Exception) -> None:
-    if isinstance(error, torch.cuda.OutOfMemoryError):
-        raise error
-    _logger.info('the Triton kernels cannot be used, the blocked form is: %s', error)
-    _broken.append(error)

@@ -2,7 +2,7 @@
 import ctypes
 import functools
 import importlib.util
-from typing import Callable, Optional
+from typing import Callable, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -31,18 +31,30 @@ def compiled() -> Optional[Callable]:
         return None
 
 
-def forward(x_BLC: Tensor, key_weight: Tensor, value_weight: Tensor, conv_groups: int, out_BM: Tensor) -> bool:
-    """Fill `out_BM`, as `noah_zoo.layers.poca.poca_op` does, and say True; or leave it to others, and say False."""
-    key_weight, value_weight = key_weight.flatten(1), value_weight.flatten(1)
-    tensors = x_BLC, key_weight, value_weight
+def supports(
+        x_BLC: Tensor, key_weight: Tensor, value_weight: Tensor, conv_groups: int, seed: Optional[Tensor]) -> bool:
+    """Whether `forward` does it: float32 that fits, on a processor that has what it was compiled for; no dropout."""
+    tensors, maps = (x_BLC, key_weight, value_weight), len(key_weight)
+    return (
+        seed is None and all(t.device.type == 'cpu' and t.dtype == torch.float32 and t.numel() for t in tensors)
+        and maps == len(value_weight) and maps % conv_groups == 0
+        and conv_groups * max(key_weight.shape[1], value_weight.shape[1]) <= x_BLC.shape[2]
+        and compiled() is not None)
+
+
+def forward(
+        x_BLC: Tensor, key_weight: Tensor, value_weight: Tensor, value_bias: Optional[Tensor], conv_groups: int,
+        drop_rate: float, seed: Optional[Tensor],
+) -> Tuple[Tensor, Tensor]:
+    """What `noah_zoo.layers.poca.poca_op` gives, where `supports` says so.
+
+    Raises:
+        MemoryError: If there is no memory for the buffers of its threads.
+    """
+    key_weight, value_weight = key_weight.flatten(1).contiguous(), value_weight.flatten(1).contiguous()
     batch, length, channels = x_BLC.shape
     (maps, key_depth), (_, value_depth) = key_weight.shape, value_weight.shape
-    if not (
-            all(t.device.type == 'cpu' and t.dtype == torch.float32 and t.numel() for t in tensors)
-            and maps == len(value_weight) and maps % conv_groups == 0
-            and conv_groups * max(key_depth, value_depth) <= channels and compiled()):
-        return False
-    key_weight, value_weight = key_weight.contiguous(), value_weight.contiguous()
+    out_BM = x_BLC.new_empty(batch, maps)
     flop = 2 * batch * length * maps * (key_depth + value_depth)
     threads = min(torch.get_num_threads(), max(int(flop / FLOP_PER_THREAD), 1))
     call = _Call(
@@ -50,4 +62,4 @@ def forward(x_BLC: Tensor, key_weight: Tensor, value_weight: Tensor, conv_groups
         length, channels, conv_groups, maps // conv_groups, key_depth, value_depth, threads)
     if compiled()(ctypes.byref(call)):
         raise MemoryError('poca: no memory for the buffers of its threads')
-    return True
+    return out_BM, out_BM.new_empty(0)

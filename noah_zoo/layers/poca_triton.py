@@ -8,12 +8,18 @@ Tensor names say their shape: B batch, L positions, C channels, M maps (N groups
 In the kernels `maps`, `key_width` and `value_width` are those of one convolution group, `x_left` is how many of x there
 are from the start of the tile on.
 """
+import functools
+import logging
 from typing import Optional, Tuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from ..text import one_line
+
+_logger = logging.getLogger(__name__)
 
 WANTED_PROGRAMS = 1024  # of the kernel for the weights: a few for each multiprocessor of a large GPU
 WORKSPACE_BYTES = 64 * 2 ** 20  # that splits of the batch may take for sums of their own
@@ -232,6 +238,35 @@ def _weight_grad_kernel(
         if not KEY:
             m_idx = tl.arange(0, BLOCK_M)
             tl.store(dbias_ptr + row + m_idx, dbias_M, mask=(m_idx < m_left) & (d_start == 0))
+
+
+def supports(
+        x_BLC: Tensor, key_weight: Tensor, value_weight: Tensor, conv_groups: int, seed: Optional[Tensor]) -> bool:
+    """Whether `forward` and `backward` do it: on an NVIDIA GPU from Ampere on, up to float32, where they are known to
+    work."""
+    return (
+        x_BLC.is_cuda and not torch.version.hip and x_BLC.dtype != torch.float64 and x_BLC.numel() > 0
+        and torch.cuda.get_device_capability(x_BLC.device) >= (8, 0) and works(x_BLC.device))
+
+
+@functools.cache
+def works(device: torch.device) -> bool:
+    """Try the kernels on a tiny problem, once for a device; a warning says why they cannot be used."""
+    x_BLC, grad_BM = torch.ones(1, 2, 2, device=device), torch.ones(1, 1, device=device)
+    weight = torch.ones(1, 1, device=device)
+    common = x_BLC, weight, weight, None
+    try:
+        out_BM, lse_BM = forward(*common, 1, 0., None)
+        dx_BLC, *_ = backward(grad_BM, *common, out_BM, lse_BM, 1, 0., None, True, True)
+        if out_BM.item() != 1 or dx_BLC.sum().item() != 1:  # the average of ones, and how it follows them
+            raise RuntimeError(f'they give {out_BM.item()} where 1 is right')
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:  # no C compiler, say; a driver that is too old
+        _logger.warning(
+            'NOAH heads will be slow on %s, as the Triton kernels cannot be used there: %s', device, one_line(error))
+        return False
+    return True
 
 
 def forward(

@@ -221,7 +221,7 @@ def build_model(
     try:
         model = build_model_with_cfg(
             model_cls, variant, pretrained, pretrained_cfg=cfg, feature_cfg=dict(feature_cfg or {}),
-            pretrained_filter_fn=_whole(variant, cfg, filter_fn), cache_dir=cache_dir, **kwargs)
+            pretrained_filter_fn=_checking(variant, cfg, filter_fn), cache_dir=cache_dir, **kwargs)
     except SafetensorError as error:
         raise WeightsError(f'{variant}: {cfg.file} is damaged or not in the safetensors format: {error}') from None
     for module in model.modules():  # of features_only, the model inside has it too
@@ -231,7 +231,7 @@ def build_model(
     return model
 
 
-def _whole(variant: str, cfg: PretrainedCfg, filter_fn: Optional[Callable]) -> Callable:
+def _checking(variant: str, cfg: PretrainedCfg, filter_fn: Optional[Callable]) -> Callable:
     """timm's checkpoint filter, and a check: once the classes differ, timm misses no keys and drops any head."""
     heads = tuple(f'{name}.' for name in _names(cfg.classifier))
     first_conv = f'{cfg.first_conv}.weight'  # timm adapts it to the number of channels, or refuses

@@ -10,11 +10,11 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import model_entrypoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..catalog import CATALOG, NAMESPACE, PAPER_TABLES, PUBLISHED, TAG, Model, drive_id, drive_page, released
+from ..catalog import CATALOG, NAMESPACE, PAPER_TABLES, PUBLISHED, TAG, Pair, drive_id, drive_page, released
 from ..files import write
 from ..recipes import RECIPES, REMARKS, Recipe, learning_rate
 from ..text import table
-from ..weights.official import released_model
+from ..weights.released import released_model
 
 PAPER = 'https://arxiv.org/abs/2402.02377'
 RELEASE = 'https://github.com/OSVAI/NOAH'
@@ -126,11 +126,11 @@ def make_card(data: ModelCardData, sections: Tuple[str, ...]) -> ModelCard:
     return ModelCard(f'---\n{data.to_yaml()}\n---\n\n{body}\n')
 
 
-def _twin_head(row: Model) -> str:
+def _twin_head(row: Pair) -> str:
     return f'{"a class token" if row.family in ("deit", "pvt") else "global average pooling"} and a linear layer'
 
 
-def _introduction(row: Model, is_noah: bool) -> str:
+def _introduction(row: Pair, is_noah: bool) -> str:
     label = _LABELS[row.family]
     if is_noah:
         text = (
@@ -230,7 +230,7 @@ def preprocessing(cfg: Dict[str, Any]) -> List[Tuple[str, ...]]:
         ('interpolation', cfg['interpolation']), ('mean', numbers(cfg['mean'])), ('std', numbers(cfg['std']))]
 
 
-def _details(row: Model, is_noah: bool) -> str:
+def _details(row: Pair, is_noah: bool) -> str:
     name, params = (row.name, row.params) if is_noah else (row.vanilla, row.vanilla_params)
     paper = row.paper if is_noah else row.vanilla_paper
     measures = _measure(name)
@@ -255,7 +255,7 @@ def _details(row: Model, is_noah: bool) -> str:
     return f'{table(("property", "value"), rows)}\n\n{notes}'
 
 
-def _comparison(row: Model) -> str:
+def _comparison(row: Pair) -> str:
     table = PAPER_TABLES[row.family]
     vanilla, noah = row.vanilla_paper, row.paper
     ours, twins = macs(row.name), macs(row.vanilla)
@@ -278,7 +278,7 @@ def _comparison(row: Model) -> str:
         'at batch size 1.')
 
 
-def _training(row: Model, is_noah: bool) -> str:
+def _training(row: Pair, is_noah: bool) -> str:
     recipe, remark = RECIPES[row.family], REMARKS.get(row.family)
     name, head_dropout = (row.name, row.drop_rate) if is_noah else (row.vanilla, 0.)
     thin = '`--model-kwargs pre_logits=True` adds the layer named above. ' if _is_thin_deit(name) else ''
@@ -340,7 +340,7 @@ def _present(*items: Tuple[Any, Any]) -> List[Any]:
     return [item for condition, item in items if condition]
 
 
-def _provenance(row: Model, is_noah: bool, sha256: Optional[str]) -> str:
+def _provenance(row: Pair, is_noah: bool, sha256: Optional[str]) -> str:
     name = row.name if is_noah else row.vanilla
     ema = ' `--ema` takes the averaged weights, where the file has them.' if RECIPES[row.family].model_ema_decay else ''
     known = f'`{sha256}`' if sha256 else 'recorded here when the weights are published'
@@ -351,7 +351,7 @@ def _provenance(row: Model, is_noah: bool, sha256: Optional[str]) -> str:
         f'SHA-256 of `model.safetensors`: {known}.')
 
 
-def _limitations(row: Model) -> str:
+def _limitations(row: Pair) -> str:
     return (
         "The figures are the authors' and were not measured again. What noah_zoo has checked is the conversion: the "
         "logits of the authors' code and of this model agree in float64 on substitute weights; whether the released "

@@ -25,7 +25,7 @@ from ..weights.drive import fetch_released
 from ..weights.find import place_on_hub
 from ..weights.head_only import write_head
 from ..weights.hub import damage, fetch, sha256_of
-from ..weights.official import convert_file, released_model, write_folder
+from ..weights.released import convert_file, released_model, write_folder
 from .cards import model_card
 from .run_card import run_card, start_of
 

@@ -48,7 +48,7 @@ class Task:
         """
         raise NotImplementedError
 
-    def evaluated(self, model: nn.Module) -> nn.Module:
+    def eval_model(self, model: nn.Module) -> nn.Module:
         """What of the model is evaluated."""
         return model
 

@@ -30,7 +30,7 @@ class Reid(Multiclass):
         if config.cache_features:
             raise ValueError('cache_features does not go with the task reid, whose embedding is to be trained')
 
-    def evaluated(self, model: nn.Module) -> nn.Module:
+    def eval_model(self, model: nn.Module) -> nn.Module:
         return Embedding(model)
 
     def create_metrics(self, num_classes: int, device: torch.device) -> 'Metrics':

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 
 from ..data.base import Images
-from ..data.loader import EvalBatches, create_loader
+from ..data.loader import EvalBatchSampler, create_loader
 from ..files import beside, write
 from ..weights.hub import sha256_of
 
@@ -158,7 +158,7 @@ def _recorded(path: Path) -> Optional[Tuple[int, ...]]:
 def _compute(
         model: nn.Module, images: Images, transform: Callable, path: Path, batch_size: int, workers: int,
 ) -> Tuple[int, ...]:
-    loader = create_loader(images, transform, EvalBatches(len(images), batch_size, 1, 0), workers, batch_size)
+    loader = create_loader(images, transform, EvalBatchSampler(len(images), batch_size, 1, 0), workers, batch_size)
     device, digest, shape = next(model.parameters()).device, hashlib.sha256(), None
     record = path.with_suffix('.json')
     for old in (record, *path.parent.glob(f'.{path.name}.*.partial')):  # of a process that was killed

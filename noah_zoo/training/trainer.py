@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from ..config import TrainConfig
 from ..data.factory import create_datasets
-from ..data.loader import EpochBatches, EvalBatches, create_loader, seed_everything
+from ..data.loader import EpochBatchSampler, EvalBatchSampler, create_loader, seed_everything
 from ..data.streams import Stream
 from ..data.transforms import create_transforms
 from ..models.attach import data_config_of
@@ -113,10 +113,10 @@ class Trainer:
         model = build_model(config, self.class_names)
         rank, size = accelerator.process_index, plan.per_device
         train_transform, val_transform = create_transforms(config, data_config_of(model))
-        self.sampler = None if isinstance(train_set, Stream) else EpochBatches(
+        self.sampler = None if isinstance(train_set, Stream) else EpochBatchSampler(
             len(train_set), size, plan.processes, rank, config.seed, config.aug_repeats,
             config.epoch_updates * plan.accumulation)
-        val_sampler = None if isinstance(val_set, Stream) else EvalBatches(
+        val_sampler = None if isinstance(val_set, Stream) else EvalBatchSampler(
             len(val_set), size, plan.processes, rank)
         self.train_loader = create_loader(
             train_set, train_transform, self.sampler, config.workers, size, config.seed, rank)
@@ -140,7 +140,7 @@ class Trainer:
         self.model = model.to(accelerator.device, memory_format=self.memory_format)
         # Found before a checkpoint is loaded: a norm that learns its statistics goes on doing so.
         self.frozen_norms = frozen_norms_of(self.model, config)
-        self.whole = deepcopy(self.model) if self.is_sharded else None  # takes the weights together for evaluation
+        self.unsharded = deepcopy(self.model) if self.is_sharded else None  # takes the weights together for evaluation
         lr, reason = learning_rate(config)
         _logger.info('learning rate: %s; batch: %s', reason, plan)
         optimizer = build_optimizer(self.model, config, lr)
@@ -148,7 +148,7 @@ class Trainer:
             _tell_deepspeed(accelerator, config, plan.per_device * plan.processes, size)
         trained = HeadOnly(self.model) if config.cache_features else self.model
         # timm's scheduler is stepped by hand, so Accelerate is not told of it.
-        self.trained, self.optimizer = accelerator.prepare(
+        self.prepared, self.optimizer = accelerator.prepare(
             torch.compile(trained) if config.torchcompile else trained, optimizer)
         self.on_updates = steps_on_updates(config)
         self.scheduler = build_scheduler(optimizer, config, updates)
@@ -189,7 +189,7 @@ class Trainer:
                 began, done = time.perf_counter(), progress.seconds
                 skipped = sum(stream.skipped for stream in self.streams)
                 self.train_epoch(lambda: done + time.perf_counter() - began)  # noqa: B023  called in this epoch only
-                model = self.evaluated_model()
+                model = self.model_to_keep()
                 train_seconds = time.perf_counter() - began
                 figures, metrics = self.evaluate(model)
                 progress.epoch += 1
@@ -234,7 +234,7 @@ class Trainer:
             elapsed: Gives the seconds that the run has taken.
         """
         config, plan, progress = self.config, self.plan, self.progress
-        self.trained.train()
+        self.prepared.train()
         if config.freeze or progress.epoch < config.freeze_epochs:
             self.model.eval()
             self.model.get_classifier().train()
@@ -287,9 +287,9 @@ class Trainer:
             if self.mixup is not None:
                 images, targets = self.mixup(images, targets)
             accelerator.sync_gradients = last = micro == window - 1
-            with nullcontext() if last else accelerator.no_sync(self.trained):
+            with nullcontext() if last else accelerator.no_sync(self.prepared):
                 with accelerator.autocast():
-                    loss = self.criterion(self.trained(images), targets) / window
+                    loss = self.criterion(self.prepared(images), targets) / window
                 accelerator.backward(loss)
             total += loss.detach()
         value = accelerator.reduce(total, 'mean').item()  # this waits for the device
@@ -303,7 +303,7 @@ class Trainer:
                 if parameter not in head:
                     parameter.grad = None
         if config.clip_grad:
-            accelerator.clip_grad_norm_(self.trained.parameters(), config.clip_grad)
+            accelerator.clip_grad_norm_(self.prepared.parameters(), config.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.ema is not None:
@@ -326,12 +326,12 @@ class Trainer:
             buffer.copy_(kept)
         _logger.info('update %d: the loss is %s; left out', progress.update, loss)
 
-    def evaluated_model(self) -> nn.Module:
+    def model_to_keep(self) -> nn.Module:
         """The model to evaluate and to keep, with all of its weights on every process."""
         if self.is_sharded:
             options = StateDictOptions(full_state_dict=True)
-            self.whole.load_state_dict(get_model_state_dict(self.trained, options=options))
-            model = self.whole
+            self.unsharded.load_state_dict(get_model_state_dict(self.prepared, options=options))
+            model = self.unsharded
         else:
             model = self.ema.module if self.ema else self.model
         if self.accelerator.num_processes > 1:
@@ -341,7 +341,7 @@ class Trainer:
     def evaluate(self, model: nn.Module) -> Tuple[Dict[str, float], Any]:
         """Figures of a model on the validation images, and the task's metrics that gave them."""
         metrics = self.task.create_metrics(len(self.class_names), self.accelerator.device)
-        model = self.task.evaluated(HeadOnly(model) if self.config.cache_features else model)
+        model = self.task.eval_model(HeadOnly(model) if self.config.cache_features else model)
         figures = evaluate(self.accelerator, model, self.val_loader, metrics, self.config.smoke or None)
         return figures, metrics
 

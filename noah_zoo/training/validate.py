@@ -6,9 +6,9 @@ import timm
 from accelerate import Accelerator
 from torch.utils.data import IterableDataset
 
-from ..catalog import TAG, released_figures
+from ..catalog import TAG, paper_results
 from ..data.factory import create_dataset
-from ..data.loader import EvalBatches, create_loader
+from ..data.loader import EvalBatchSampler, create_loader
 from ..inference.export import SUFFIXES, ExportedModel
 from ..inference.predict import check_model
 from ..models.attach import eval_transform, set_image_size
@@ -68,11 +68,11 @@ def validate(
     images = judge.match(model, net, images)
     stream = isinstance(images, IterableDataset)
     transform = eval_transform(net, img_size)
-    sampler = None if stream else EvalBatches(
+    sampler = None if stream else EvalBatchSampler(
         len(images), batch_size, accelerator.num_processes, accelerator.process_index)
     loader = create_loader(images, transform, sampler, workers, batch_size)
     metrics = judge.create_metrics(net.num_classes, accelerator.device)
-    figures = evaluate(accelerator, judge.evaluated(net.to(accelerator.device)), loader, metrics)
+    figures = evaluate(accelerator, judge.eval_model(net.to(accelerator.device)), loader, metrics)
     if picture:
         judge.draw(metrics, images, picture, pictured)
     result: Dict[str, Any] = {'model': model, 'dataset': dataset, 'split': split, **figures}
@@ -82,7 +82,7 @@ def validate(
     if not stream:
         result['images'] = len(images)
     architecture = net.pretrained_cfg.get('architecture', '')
-    paper = released_figures(architecture)
+    paper = paper_results(architecture)
     if paper and net.pretrained_cfg.get('tag') == TAG and net.num_classes == 1000:
         result['paper'] = {'top1': paper.top1, 'top5': paper.top5}
     return result

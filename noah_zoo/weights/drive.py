@@ -15,7 +15,7 @@ from safetensors.torch import save
 from ..catalog import TAG, drive_id, drive_page
 from ..models.builder import WeightsError
 from .hub import damage, disk_trouble, patience, sha256_of, within
-from .official import convert_official, read_official
+from .released import convert_released, read_released
 
 _logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def _make(name: str, folder: Path) -> Path:
         released, converted = work / 'released', work / 'converted'
         _download(name, released)
         try:
-            checkpoint = read_official(released)
+            checkpoint = read_released(released)
             if zipfile.is_zipfile(released):
                 with zipfile.ZipFile(released) as archive:
                     spoilt = archive.testzip()
@@ -82,7 +82,7 @@ def _make(name: str, folder: Path) -> Path:
                     raise ValueError(f'{released}: damaged on the way: the checksum of {spoilt} is wrong')
             weights = {
                 key: value.clone(memory_format=torch.contiguous_format)
-                for key, value in convert_official(checkpoint, name).items()}
+                for key, value in convert_released(checkpoint, name).items()}
         except ValueError as error:
             raise _refused(name, error) from error
         converted.write_bytes(save(weights, metadata={'format': 'pt'}))

@@ -14,7 +14,7 @@ from ..models.builder import WEIGHT_PLACES, WeightsError
 from .drive import fetch_released
 from .head_only import whole_weights
 from .hub import MissingFileError, fetch
-from .official import read_official, weights_in
+from .released import read_released, weights_in
 
 _logger = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ def _given(variant: str, cfg: PretrainedCfg, cache_dir: Optional[str]) -> Pretra
     if file.suffix == '.safetensors':
         return _completed(variant, replace(cfg, file=str(file), source=None), file, cache_dir)
     try:
-        return replace(cfg, state_dict=weights_in(read_official(file), variant), source=None)
+        return replace(cfg, state_dict=weights_in(read_released(file), variant), source=None)
     except ValueError as error:
         raise WeightsError(f'{variant}: {repo_id} on the Hub has no safetensors, only a pickle: {error}') from None
 

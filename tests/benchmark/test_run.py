@@ -18,8 +18,9 @@ from PIL import Image
 from noah_zoo import NoahHead
 from noah_zoo.benchmark.measure import peak_memory, ratio, saved_bytes, summary, time_in_turn
 from noah_zoo.benchmark.report import mean_losses, mean_ratios, table_pairs
-from noah_zoo.benchmark.run import HEADS, SHAPES, Case, PlainNoahHead, Run, benchmark, head_step
+from noah_zoo.benchmark.run import HEADS, SHAPES, Case, Run, benchmark, head_step
 from noah_zoo.catalog import CATALOG
+from noah_zoo.layers.ablations import PocaVariant
 from noah_zoo.layers.other_heads import CSRA, EfficientProbing, MLDecoder, SimPool
 
 from ..scripts import interrupt
@@ -185,7 +186,7 @@ def test_heads_take_every_shape(case):
     torch.testing.assert_close(logits['noah'], logits['plain'], rtol=1e-3, atol=1e-3)
     pooled = x.mean(dim=(2, 3) if x.ndim == 4 else 1)
     torch.testing.assert_close(logits['linear'], heads['linear'][1](pooled), rtol=1e-4, atol=1e-4)
-    assert type(heads['plain']) is PlainNoahHead and type(heads['noah']) is NoahHead
+    assert type(heads['plain']) is PocaVariant and type(heads['noah']) is NoahHead
 
 
 # Time
@@ -233,7 +234,7 @@ def test_saved_bytes_of_known_functions():
 
 
 def test_saved_bytes_of_the_heads():
-    head = PlainNoahHead(64, 10, 4, 0.5)
+    head = PocaVariant(64, 10, 4, 0.5)
     x = torch.randn(3, 64, 5, 5, requires_grad=True)
     maps = 3 * 4 * 10 * 25 * 4  # the softmax and the value
     plain = saved_bytes(lambda: head(x), [x, *head.parameters()])

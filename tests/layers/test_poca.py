@@ -299,18 +299,48 @@ def test_flops_are_those_of_the_formula():
     assert counts[0] == counts[1] == 2 * 2 * 49 * 20 * (3 + 3)
 
 
-def test_kernels_that_fail_are_left_alone(monkeypatch, caplog):
-    def fail(*args):
-        raise OSError('no C compiler')
+def test_kernels_that_do_not_work_are_told_of_once(monkeypatch, caplog):
+    poca_triton = pytest.importorskip('noah_zoo.layers.poca_triton')
+    device, one = torch.device('cpu'), torch.ones(1, 1)
 
-    monkeypatch.setattr(poca_module, '_broken', [])
-    monkeypatch.setattr(poca_module, '_kernels', lambda x: None if poca_module._broken else types.SimpleNamespace(
-        forward=fail, backward=fail))
+    def fail(*args):
+        raise OSError('no C\ncompiler')
+
+    for forward, reason in ((fail, 'no C compiler'), (lambda *args: (2 * one, one), 'they give 2.0 where 1 is right')):
+        monkeypatch.setattr(poca_triton, 'forward', forward)
+        monkeypatch.setattr(poca_triton, 'backward', lambda *args: (torch.ones(1, 1, 1), None, None, None))
+        poca_triton.works.cache_clear()
+        caplog.clear()
+        assert not poca_triton.works(device) and not poca_triton.works(device)
+        assert [(r.levelname, r.getMessage()) for r in caplog.records] == [(
+            'WARNING', f'NOAH heads will be slow on cpu, as the Triton kernels cannot be used there: {reason}')]
+    monkeypatch.setattr(poca_triton, 'forward', lambda *args: (one, one))
+    poca_triton.works.cache_clear()
+    assert poca_triton.works(device)
+    poca_triton.works.cache_clear()
+
+
+def test_an_error_of_a_kernel_is_the_callers(monkeypatch):
+    def fail(*args):
+        raise ValueError('what is wrong')
+
+    monkeypatch.setattr(poca_module, '_triton', lambda: types.SimpleNamespace(
+        supports=lambda *args: True, forward=fail, backward=fail))
     args = make()
     x = torch.randn(2, 24, 3, 3, dtype=torch.float64, requires_grad=True)
-    with caplog.at_level('INFO'):
-        logits = poca(x, *args)
-        torch.testing.assert_close(logits, poca_reference(x, *args), rtol=1e-12, atol=1e-12)
-        logits.sum().backward()
-    assert [r.getMessage() for r in caplog.records] == [
-        'the Triton kernels cannot be used, the blocked form is: no C compiler']
+    for _ in range(2):  # nothing remembers it
+        with pytest.raises(ValueError, match='what is wrong'):
+            poca(x, *args)
+    monkeypatch.undo()
+    torch.testing.assert_close(poca(x, *args), poca_reference(x, *args), rtol=1e-12, atol=1e-12)
+
+
+def test_what_does_not_fit():
+    key, key_bias, value, value_bias, *groups = make(dtype=torch.float32)
+    x = torch.randn(2, 24, 3, 3)
+    for given, message in (
+            ((x[:, :8], key, key_bias, value, value_bias), 'key and value read 12 and 12 channels of 8'),
+            ((x, key, key_bias, value[:-1], value_bias), 'weights of 20 and 19 maps; expected the same multiple of'),
+            ((x, key[:18], key_bias, value[:18], value_bias), 'weights of 18 and 18 maps; .* num_groups=4')):
+        with pytest.raises(ValueError, match=f'poca: {message}'):
+            poca(*given, *groups)

@@ -110,6 +110,10 @@ def compare(got, expected, forward_bound, gradient_bound=None):
     return errors
 
 
+def check_they_are_found_to_work(kernels, device):
+    assert kernels.works(torch.device(device))
+
+
 def check_float32(kernels, device):
     for case in CASES:
         tensors = make(*case, device)

@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load
 
-from noah_zoo.weights import convert_official
+from noah_zoo.weights import convert_released
 
 from ..hub_server import HubServer
 from ..released import released_state_dict
@@ -80,7 +80,7 @@ def test_from_the_released_files_to_pretrained(project):
         files = project.hub.files(repo_id)
         assert set(files) == FILES
         assert project.hub.tags(repo_id) == {'v1': record[repo_id]['revision']}
-        expected = convert_official(released_state_dict(name), name)
+        expected = convert_released(released_state_dict(name), name)
         weights = load(files['model.safetensors'])
         assert weights.keys() == expected.keys() and all(torch.equal(weights[k], expected[k]) for k in expected)
         card = ModelCard(files['README.md'].decode())
@@ -117,7 +117,7 @@ print(timm.create_model({NOAH!r}, pretrained=True).state_dict()['classifier.key.
 timm.create_model('hf-hub:noah-zoo/{TWIN}.osvai_in1k', pretrained=True)
 '''
     printed = project.run('-c', code, token=None)
-    total = convert_official(released_state_dict(NOAH), NOAH)['classifier.key.weight'].double().sum().item()
+    total = convert_released(released_state_dict(NOAH), NOAH)['classifier.key.weight'].double().sum().item()
     assert str(total) in printed
     assert f"weights from noah-zoo/{NOAH}.osvai_in1k@{record[f'noah-zoo/{NOAH}.osvai_in1k']['revision']}" in printed
     assert all(request.token in (TOKEN, None) for request in project.hub.requests)

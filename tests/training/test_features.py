@@ -18,7 +18,7 @@ from timm.data import create_transform, resolve_data_config
 
 from noah_zoo import add_noah_head
 from noah_zoo.data import create_dataset
-from noah_zoo.data.loader import EpochBatches, create_loader
+from noah_zoo.data.loader import EpochBatchSampler, create_loader
 from noah_zoo.training import configure, features, train
 from noah_zoo.training.features import CachedFeatures, FeatureBatches, HeadOnly, cache_features, feature_key
 
@@ -40,7 +40,7 @@ def cached(parts, folder, **kwargs):
 
 def test_features_and_their_batches(parts, tmp_path):
     found = cached(parts, tmp_path)
-    sampler = EpochBatches(len(parts.images), 8, 1, 0, seed=3)
+    sampler = EpochBatchSampler(len(parts.images), 8, 1, 0, seed=3)
     sampler.epoch = 2
     batches = list(FeatureBatches(found, sampler))
     assert len(batches) == len(sampler) == 5
@@ -248,7 +248,7 @@ def test_thousands_of_images_a_second():
         seconds = []
         for _ in range(4):
             start = time.perf_counter()
-            for x, targets in FeatureBatches(cached, EpochBatches(images, 256, 1, 0, seed=0)):
+            for x, targets in FeatureBatches(cached, EpochBatchSampler(images, 256, 1, 0, seed=0)):
                 torch.nn.functional.cross_entropy(HeadOnly(model)(x), targets).backward()
                 optimizer.step()
                 optimizer.zero_grad()

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from timm.models import save_for_hf
 
 import noah_zoo  # noqa: F401
-from noah_zoo.data.loader import EpochBatches
+from noah_zoo.data.loader import EpochBatchSampler
 from noah_zoo.recipes import RECIPES
 from noah_zoo.training import TrainConfig, configure
 from noah_zoo.training.builders import build_model, is_convolutional, param_groups
@@ -120,7 +120,7 @@ def order_of(sampler):
 
 
 def test_an_epoch_of_few_images_passes_over_them_several_times():
-    plain, several = EpochBatches(10, 4, 1, 0, seed=3), EpochBatches(10, 4, 1, 0, seed=3, least=5)
+    plain, several = EpochBatchSampler(10, 4, 1, 0, seed=3), EpochBatchSampler(10, 4, 1, 0, seed=3, least=5)
     assert (plain.passes, len(plain), several.passes, len(several)) == (1, 2, 2, 5)
     flat = [index for batch in order_of(several) for index in batch]
     assert flat[:8] == [index for batch in order_of(plain) for index in batch]
@@ -128,11 +128,11 @@ def test_an_epoch_of_few_images_passes_over_them_several_times():
     assert sorted(first) == sorted(second) == list(range(10)) and first != second
     assert [position for batch in several for _, position, _ in batch] == list(range(20))  # augmented anew
     several.start = 3  # it goes on where it was
-    assert order_of(several) == order_of(EpochBatches(10, 4, 1, 0, seed=3, least=5))[3:]
-    parts = [EpochBatches(10, 2, 2, rank, seed=3, least=5) for rank in (0, 1)]
-    assert [a + b for a, b in zip(*map(order_of, parts))] == order_of(EpochBatches(10, 4, 1, 0, seed=3, least=5))
-    assert len(EpochBatches(3, 64, 1, 0, seed=0, least=20)) == 20  # fewer images than a batch has
-    assert EpochBatches(10_000, 64, 1, 0, seed=0, least=20).passes == 1
+    assert order_of(several) == order_of(EpochBatchSampler(10, 4, 1, 0, seed=3, least=5))[3:]
+    parts = [EpochBatchSampler(10, 2, 2, rank, seed=3, least=5) for rank in (0, 1)]
+    assert [a + b for a, b in zip(*map(order_of, parts))] == order_of(EpochBatchSampler(10, 4, 1, 0, seed=3, least=5))
+    assert len(EpochBatchSampler(3, 64, 1, 0, seed=0, least=20)) == 20  # fewer images than a batch has
+    assert EpochBatchSampler(10_000, 64, 1, 0, seed=0, least=20).passes == 1
 
 
 def test_epoch_updates_of_a_recipe_and_of_a_run(idx_dir, tmp_path):

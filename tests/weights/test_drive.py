@@ -11,7 +11,7 @@ import requests
 import torch
 
 from noah_zoo.catalog import drive_id
-from noah_zoo.weights import WeightsError, convert_official
+from noah_zoo.weights import WeightsError, convert_released
 from noah_zoo.weights.drive import fetch_released
 from tests.client import Client, SmallDisk, bound, digest
 from tests.drive_server import HOSTS, DriveServer
@@ -44,7 +44,7 @@ def data(released):
 
 @pytest.fixture(scope='module')
 def expected(released):
-    return digest(convert_official(released[NAME], NAME))
+    return digest(convert_released(released[NAME], NAME))
 
 
 @pytest.fixture(scope='module')
@@ -112,7 +112,7 @@ def test_downloaded_and_converted_once(drive, client, expected, cache):
 def test_other_models(drive, client, released, cache, case):
     name = case.replace('.plain', '')
     drive.put(drive_id(name), file_of(released[case]))
-    load(client, digest(convert_official(released[case], name)), cache, name)
+    load(client, digest(convert_released(released[case], name)), cache, name)
 
 
 def test_its_layer_before_the_head_comes_with_it(drive, client, released, cache):

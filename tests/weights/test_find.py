@@ -8,7 +8,7 @@ from safetensors.torch import save, save_file
 from timm.models import get_pretrained_cfg, save_for_hf
 
 from noah_zoo.catalog import CATALOG, SHIPPED, TAG, TWINS, drive_id
-from noah_zoo.weights import convert_official
+from noah_zoo.weights import convert_released
 from tests.client import Client, digest
 from tests.drive_server import DriveServer
 from tests.hub_server import HubServer
@@ -101,7 +101,7 @@ def test_order(room, tmp_path, name, kwargs, env, place, log):
     drive.requests.clear()
     answer = client.create(filled(name), env=env, cache_dir=str(tmp_path), **filled(kwargs))
     assert answer.error is None, answer.error
-    expected = convert_official(cheap_state_dict(OTHER), OTHER) if place == 'drive' else weights(place)
+    expected = convert_released(cheap_state_dict(OTHER), OTHER) if place == 'drive' else weights(place)
     assert answer.value == digest(expected)
     assert filled(log) in answer.log
     overridden = 'checkpoint_path' in kwargs  # timm loads it after the others
@@ -159,7 +159,7 @@ def test_no_weights_no_model(room, name, kwargs, message):
 
 @pytest.mark.parametrize('name, place', [(NAME, 'recorded'), (OTHER, 'drive')])
 def test_adapted(client, tmp_path, name, place):
-    given = convert_official(cheap_state_dict(OTHER), OTHER) if place == 'drive' else weights(place)
+    given = convert_released(cheap_state_dict(OTHER), OTHER) if place == 'drive' else weights(place)
     torch.save(given, tmp_path / 'given.pth')
     answer = client.run('''
 given = torch.load(path)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from timm.models import create_model, get_pretrained_cfg, save_for_hf
 from torch import Tensor
 
-from ..catalog import TAG, Model, find_row, released
+from ..catalog import TAG, Pair, find_row, released
 from ..models.noah_deit import ThinDeit
 from ..text import near, some
 from .names import released_names
@@ -30,7 +30,7 @@ class _Target(NamedTuple):
     tensor: Tensor
 
 
-def read_official(path: Union[str, Path]) -> Any:
+def read_released(path: Union[str, Path]) -> Any:
     """Read a released checkpoint on the CPU, without executing anything in it.
 
     Only tensors, plain containers and `argparse.Namespace` are accepted.
@@ -39,7 +39,7 @@ def read_official(path: Union[str, Path]) -> Any:
         path: A file written by `torch.save`.
 
     Returns:
-        What the file holds, for `convert_official`.
+        What the file holds, for `convert_released`.
 
     Raises:
         OSError: If the file cannot be opened.
@@ -76,7 +76,7 @@ def _describe(head: bytes) -> str:
     return f'it starts with {head[:16]!r}'
 
 
-def convert_official(state_dict: Mapping[str, Any], name: str, ema: bool = False) -> Dict[str, Tensor]:
+def convert_released(state_dict: Mapping[str, Any], name: str, ema: bool = False) -> Dict[str, Tensor]:
     """Rename the weights of a released checkpoint to those of the timm model, after checking that they fit.
 
     Args:
@@ -124,10 +124,10 @@ def convert_file(path: Union[str, Path], name: str, output: Union[str, Path], em
 
     Raises:
         OSError: If the file cannot be read, or the folder cannot be written or is not empty.
-        ValueError: See `read_official` and `convert_official`.
+        ValueError: See `read_released` and `convert_released`.
     """
     _check_empty(Path(output))
-    weights = convert_official(read_official(path), name, ema)
+    weights = convert_released(read_released(path), name, ema)
     output = write_folder(weights, name, output)
     _logger.info('%s: converted %s to %s', name, path, output)
     return output
@@ -137,7 +137,7 @@ def write_folder(weights: Dict[str, Tensor], name: str, output: Union[str, Path]
     """Write converted weights as a folder; see `convert_file`.
 
     Args:
-        weights: A state dict of `convert_official`.
+        weights: A state dict of `convert_released`.
         name: The timm name of a NOAH model or of its vanilla twin.
         output: The folder, absent or empty. Parents are made.
 
@@ -183,7 +183,7 @@ def _check_empty(output: Path) -> None:
         raise FileExistsError(f'{output}: exists and is not an empty folder; nothing was written')
 
 
-def released_model(name: str) -> Model:
+def released_model(name: str) -> Pair:
     """The row of the catalog for a NOAH model or its vanilla twin.
 
     Raises:

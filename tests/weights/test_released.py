@@ -8,7 +8,7 @@ import timm
 import torch
 
 from noah_zoo.catalog import CATALOG
-from noah_zoo.weights import convert_official, read_official
+from noah_zoo.weights import convert_released, read_released
 from tests.released import SHAPES, calibrate, cheap_state_dict, golden_logits, images, released_state_dict
 
 ROWS = {name: row for row in CATALOG.values() for name in (row.name, row.vanilla)}
@@ -28,7 +28,7 @@ def create(name, case, **kwargs):
 
 def refusal(state_dict, name=NAME, **kwargs):
     with pytest.raises(ValueError) as info:
-        convert_official(state_dict, name, **kwargs)
+        convert_released(state_dict, name, **kwargs)
     message = str(info.value)
     assert '\n' not in message and len(message) < 2000
     return message
@@ -42,7 +42,7 @@ def refusal(state_dict, name=NAME, **kwargs):
 def test_logits_are_the_authors(case):
     name = case.replace('.plain', '')
     model = create(name, case)
-    model.load_state_dict(convert_official(released_state_dict(case), name), strict=True)
+    model.load_state_dict(convert_released(released_state_dict(case), name), strict=True)
     calibrate(model.double(), images(11))
     with torch.no_grad():
         logits = model(images(7)).numpy()
@@ -63,7 +63,7 @@ def test_goldens_are_full_for_every_family():
 def test_every_released_file_loads_strictly(case):
     name = case.replace('.plain', '')
     row = ROWS[name]
-    converted = convert_official(cheap_state_dict(case), name)
+    converted = convert_released(cheap_state_dict(case), name)
     with torch.device('meta'):
         model = create(name, case)
     model.load_state_dict(converted, strict=True, assign=True)
@@ -109,14 +109,14 @@ def test_containers(family, kind, tmp_path):
     name = SMALL[family]
     weights = cheap_state_dict(name)
     averaged = {key: 2 * value for key, value in weights.items()}
-    expected = convert_official(weights, name)
+    expected = convert_released(weights, name)
     torch.save(container(kind, weights, averaged), tmp_path / 'file.pth')
-    checkpoint = read_official(tmp_path / 'file.pth')
-    converted = convert_official(checkpoint, name)
+    checkpoint = read_released(tmp_path / 'file.pth')
+    converted = convert_released(checkpoint, name)
     assert converted.keys() == expected.keys()
     assert all(torch.equal(converted[key], expected[key]) for key in expected)
     if kind in ('model', 'saver'):
-        converted = convert_official(checkpoint, name, ema=True)
+        converted = convert_released(checkpoint, name, ema=True)
         assert all(torch.equal(converted[key], 2 * expected[key]) for key in expected)
     else:
         assert 'no averaged weights' in refusal(checkpoint, name, ema=True)
@@ -126,16 +126,16 @@ def test_older_file_format(tmp_path):
     weights = released_state_dict(NAME)
     args = argparse.Namespace(lr=0.1)
     torch.save(dict(model=weights, args=args), tmp_path / 'old.pth', _use_new_zipfile_serialization=False)
-    checkpoint = read_official(tmp_path / 'old.pth')
+    checkpoint = read_released(tmp_path / 'old.pth')
     assert checkpoint['args'] == args
     assert torch.equal(
-        convert_official(checkpoint, NAME)['classifier.key.weight'], weights['head.query.weight'])
+        convert_released(checkpoint, NAME)['classifier.key.weight'], weights['head.query.weight'])
 
 
 def test_averaged_weights_wrapped_again():
     weights = cheap_state_dict(NAME)
     wrapped = {f'module.{key}': value for key, value in weights.items()}
-    converted = convert_official(dict(state_dict=weights, state_dict_ema=wrapped), NAME, ema=True)
+    converted = convert_released(dict(state_dict=weights, state_dict_ema=wrapped), NAME, ema=True)
     assert torch.equal(converted['conv_stem.weight'], weights['features.0.0.weight'])
 
 
@@ -212,7 +212,7 @@ def test_weights_that_do_not_fit(state_dict, wanted):
 def test_state_dict_is_left_as_it_was():
     weights = cheap_state_dict(NAME)
     before = dict(weights)
-    convert_official(weights, NAME)
+    convert_released(weights, NAME)
     assert weights.keys() == before.keys() and all(weights[key] is before[key] for key in before)
 
 

@@ -18,7 +18,8 @@ import timm
 import torch
 
 from noah_zoo.catalog import CATALOG
-from noah_zoo.weights import convert_file, convert_official, official, read_official
+from noah_zoo.weights import convert_file, convert_released, read_released
+from noah_zoo.weights import released as module
 
 from ..released import cheap_state_dict, images, released_state_dict
 from ..scripts import call
@@ -58,7 +59,7 @@ class Touch:
 
 def refused(path):
     with pytest.raises(ValueError) as info:
-        read_official(path)
+        read_released(path)
     message = str(info.value)
     assert message.startswith(f'{path}: ') and '\n' not in message
     return message
@@ -125,15 +126,15 @@ def test_zip_of_something_else(tmp_path):
 
 def test_no_file(tmp_path):
     with pytest.raises(FileNotFoundError, match='absent.pth'):
-        read_official(tmp_path / 'absent.pth')
+        read_released(tmp_path / 'absent.pth')
     with pytest.raises(IsADirectoryError, match='is a folder'):
-        read_official(tmp_path)
+        read_released(tmp_path)
 
 
 def test_reading_allows_no_other_global_afterwards(released):
-    read_official(released)
+    read_released(released)
     buffer = io.BytesIO()
-    torch.save(official.argparse.Namespace(lr=0.1), buffer)
+    torch.save(module.argparse.Namespace(lr=0.1), buffer)
     buffer.seek(0)
     with pytest.raises(pickle.UnpicklingError, match='Namespace'):
         torch.load(buffer, weights_only=True)
@@ -157,7 +158,7 @@ def test_folder_rebuilds_the_model(tmp_path, case):
     assert [p.name for p in folder.parent.iterdir()] == [name]
 
     expected = timm.create_model(name, **({'pre_logits': not case.endswith('.plain')} if thin else {})).eval()
-    expected.load_state_dict(convert_official(weights, name))
+    expected.load_state_dict(convert_released(weights, name))
     model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
     assert type(model) is type(expected)
     batch = images(7).float()
@@ -234,7 +235,7 @@ def test_failed_write_leaves_nothing(tmp_path, released, monkeypatch, failure):
         (Path(folder) / 'model.safetensors').write_bytes(b'half')
         raise failure
 
-    monkeypatch.setattr(official, 'save_for_hf', save_half)
+    monkeypatch.setattr(module, 'save_for_hf', save_half)
     (tmp_path / 'empty').mkdir()
     for output in ('absent', 'empty'):
         with pytest.raises(type(failure)):
