@@ -2,7 +2,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Pair:
     Attributes:
         name: The timm name.
         vanilla: The timm name of the twin: same backbone, the usual head.
-        family: 'resnet', 'mobilenet', 'shufflenet', 'deit', 'pvt', 'mixer' or 'gmlp'.
+        family: A name of `FAMILIES`.
         num_groups: N, number of POCA blocks.
         key_ratio: Share of the channels that go to the key.
         drop_rate: Dropout probability on the value map in training.
@@ -53,6 +53,43 @@ class Pair:
     vanilla_params: int
     vanilla_paper: PaperResults
     vanilla_drive_id: str
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the models of a backbone have in common.
+
+    Attributes:
+        label: What the family is called in prose.
+        table: The paper's table with their parameters and accuracy.
+        recipe: The paper's training settings, a name of `noah_zoo.recipes.RECIPES`.
+        released_names: Patterns in timm's names of parameters, and what the release has in their place; in this order.
+    """
+    label: str
+    table: str
+    recipe: str
+    released_names: Tuple[Tuple[str, Union[str, Callable]], ...]
+
+
+_CNN_HEAD = (
+    (r'^(fc|classifier)\.key\.', 'head.query.'),
+    (r'^(fc|classifier)\.value\.', 'head.value.'),
+    (r'^(fc|classifier)\.', 'head.2.'),
+)
+_TOKEN_HEAD = ((r'^head\.key\.', 'head.query.'),)
+FAMILIES: Dict[str, Family] = {
+    'resnet': Family('ResNet', 'I', 'resnet', _CNN_HEAD),
+    'mobilenet': Family('MobileNetV2', 'I', 'mobilenet', _CNN_HEAD),
+    'shufflenet': Family('ShuffleNetV2', 'I', 'shufflenet', _CNN_HEAD),
+    'deit': Family('DeiT', 'II', 'deit', ((r'^representation\.', 'pre_logits.'), *_TOKEN_HEAD)),
+    'pvt': Family('Pyramid Vision Transformer', 'II', 'pvt', (
+        (r'^stages\.(\d)\.(patch_embed|pos_embed)', lambda match: f'{match[2]}{int(match[1]) + 1}'),
+        (r'^stages\.(\d)\.blocks', lambda match: f'block{int(match[1]) + 1}'),
+        (r'^stages\.3\.cls_token', 'cls_token'),
+        *_TOKEN_HEAD)),
+    'mixer': Family('MLP-Mixer', 'III', 'mixer', _TOKEN_HEAD),
+    'gmlp': Family('gMLP', 'III', 'gmlp', _TOKEN_HEAD),
+}
 
 
 CATALOG: Dict[str, Pair] = {model.name: model for model in (
@@ -248,10 +285,6 @@ SHIPPED: Dict[str, Shipped] = {
         ASSETS / 'mobilenetv2_035_noah.fashion_mnist.safetensors', ASSETS / 'mobilenetv2_035.fashion_mnist',
         dict(output_stride=16), (3, 64, 64), (4, 4), 1.0, FASHION_MNIST_CLASSES, 90.36),
 }
-
-
-PAPER_TABLES: Dict[str, str] = {  # the table with a family's parameters and accuracy
-    'resnet': 'I', 'mobilenet': 'I', 'shufflenet': 'I', 'deit': 'II', 'pvt': 'II', 'mixer': 'III', 'gmlp': 'III'}
 
 
 TWINS = (  # vanilla twins that timm lacks

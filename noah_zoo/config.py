@@ -7,17 +7,18 @@ from .recipes import Recipe, setting
 
 @dataclass(kw_only=True)
 class TrainConfig(Recipe):
-    """One run: a recipe's hyper-parameters, and what follows. Names and meanings are those of timm's train.py.
+    """One run: a recipe's hyper-parameters, and what follows. What timm's train.py has is called as it is there.
 
     `fields(TrainConfig)` say in their metadata what each means.
     """
-    model: str = setting(MISSING, 'A timm name.')
+    model: str = setting(MISSING, "A timm name, 'hf-hub:USER/MODEL' or 'local-dir:DIR'.")
     output: str = setting(MISSING, 'Folder of the run.')
     noah_variant: Optional[str] = setting(None,
         "A head of the paper's ablations instead of NOAH's: a name of `noah_zoo.layers.ablations.VARIANTS`.")
-    task: str = setting('multiclass', "'multiclass', one class per image, 'multilabel', or 'reid', re-identification.")
+    task: str = setting('multiclass',
+        "'multiclass', one class per image, 'multilabel', 'reid', re-identification, or one that was registered.")
     dataset: str = setting('fashion_mnist',
-        "'fashion_mnist', 'folder', 'inaturalist', a name of `timm.data.create_dataset`; 'coco', 'csv'; 'market1501'.")
+        "'fashion_mnist', 'folder', 'hfds/NAME', 'hfids/NAME', 'wds/', 'inaturalist'; 'coco', 'csv'; 'market1501'.")
     data_dir: Optional[str] = setting(None, 'Folder of the data.')
     input_key: Optional[str] = setting(None, "Column of the images, of 'hfds/' and 'hfids/'; 'image' if None.")
     target_key: Optional[str] = setting(None, "Column of the labels; 'label' if None.")

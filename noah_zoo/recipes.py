@@ -2,7 +2,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Dict, Optional, Tuple
 
-from .catalog import find_row
+from .catalog import FAMILIES, find_row
 
 
 def setting(default: Any, help: str) -> Any:
@@ -169,4 +169,4 @@ def learning_rate(recipe: Recipe) -> Tuple[float, str]:
 def recipe_of(model: str) -> Optional[str]:
     """The recipe's name of a NOAH model or of a vanilla twin of the catalog, with or without tag; None for others."""
     row = find_row(model.partition('.')[0])
-    return row and row.family
+    return row and FAMILIES[row.family].recipe

@@ -119,9 +119,6 @@ class Csv(Files, Multilabel):
         super().__init__(*multi_hot([[label for label in labels if label] for _, labels in table]))
 
 
-ANNOTATED = {'coco': Coco, 'csv': Csv, 'inaturalist': INaturalist}
-
-
 def _read(file: Path) -> Dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding='utf-8'))

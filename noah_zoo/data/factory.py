@@ -1,13 +1,12 @@
 """From a name to the images of a run."""
 import logging
-from pathlib import Path
-from typing import Dict, Optional, Tuple, Union
+from typing import Callable, Dict, Optional, Tuple, Union
 
 import numpy as np
 
 from ..config import TrainConfig
 from ..text import some
-from .annotated import ANNOTATED
+from .annotated import Coco, Csv, INaturalist
 from .base import Images, check_classes
 from .damage import find_damaged, leave_out_damaged
 from .fashion_mnist import FASHION_MNIST_DIR, FashionMnist
@@ -19,7 +18,10 @@ from .streams import Stream
 
 _logger = logging.getLogger(__name__)
 
-DATASETS = 'fashion_mnist, folder, hfds/NAME, hfids/NAME, wds/, coco, inaturalist, csv, market1501'
+FOLDERS: Dict[str, Callable[..., Images]] = {  # what is read from a folder, of folder and split
+    'fashion_mnist': FashionMnist, 'folder': Folder, 'inaturalist': INaturalist, 'coco': Coco, 'csv': Csv,
+    'market1501': Market}
+DATASETS = ', '.join((*FOLDERS, 'hfds/NAME', 'hfids/NAME', 'wds/'))
 
 
 def create_dataset(
@@ -47,18 +49,12 @@ def create_dataset(
         ValueError: If the name, split or labels are not as described, or a folder has to be named and is not.
     """
     prefix, slash, rest = name.partition('/')
-    if name in (*ANNOTATED, 'market1501'):
+    if name in FOLDERS:
+        data_dir = data_dir or (str(FASHION_MNIST_DIR) if name == 'fashion_mnist' else None)
         if not data_dir:
-            raise ValueError(f'{name}: name the folder of the annotations with --data-dir')
-        if name == 'coco':
-            return ANNOTATED[name](data_dir, split, without_labels)
-        return ANNOTATED.get(name, Market)(data_dir, split)
-    if name == 'fashion_mnist':
-        return FashionMnist(Path(data_dir) if data_dir else FASHION_MNIST_DIR, split)
-    if name == 'folder':
-        if not data_dir:
-            raise ValueError('folder: name the folder that has train/ and validation/ with --data-dir')
-        return Folder(data_dir, split)
+            raise ValueError(f'{name}: name the folder of the data with --data-dir')
+        options = dict(without_labels=without_labels) if name == 'coco' else {}
+        return FOLDERS[name](data_dir, split, **options)
     if prefix.lower() == 'hfds' and rest:
         return (HubLists if task == 'multilabel' else HubImages)(rest, data_dir, split, input_key, target_key)
     if prefix.lower() == 'hfids' and rest or prefix.lower() == 'wds' and slash:

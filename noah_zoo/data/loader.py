@@ -122,7 +122,7 @@ def create_loader(
         images: Dataset, transform: Callable, sampler: Optional[Sampler], workers: int, per_device: int,
         seed: Optional[int] = None, rank: int = 0,
 ) -> DataLoader:
-    """A loader of (B, C, H, W) images and (B,) labels.
+    """A loader of images (B, C, H, W) and what the dataset has as their labels, stacked.
 
     Args:
         images: A dataset, or a stream.

@@ -10,9 +10,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import model_entrypoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..catalog import CATALOG, NAMESPACE, PAPER_TABLES, PUBLISHED, TAG, Pair, drive_id, drive_page, released
+from ..catalog import CATALOG, FAMILIES, NAMESPACE, PUBLISHED, TAG, Pair, drive_id, drive_page, released
 from ..files import write
-from ..recipes import RECIPES, REMARKS, Recipe, learning_rate
+from ..recipes import RECIPES, REMARKS, Recipe, learning_rate, recipe_of
 from ..text import table
 from ..weights.released import released_model
 
@@ -30,9 +30,7 @@ BIBTEX = '''\
 FIX = 'python scripts/cards.py'
 MARKERS = ('<!-- models:begin -->', '<!-- models:end -->')
 INSTALL = 'Install `noah_zoo` from a checkout of its repository, `pip install .`, then:'
-_LABELS = {
-    'resnet': 'ResNet', 'mobilenet': 'MobileNetV2', 'shufflenet': 'ShuffleNetV2', 'deit': 'DeiT',
-    'pvt': 'Pyramid Vision Transformer', 'mixer': 'MLP-Mixer', 'gmlp': 'gMLP'}
+
 
 
 def is_ours(name: str) -> bool:
@@ -106,7 +104,7 @@ def model_card(name: str, repo_id: Optional[str] = None, sha256: Optional[str] =
             EvalResult(
                 task_type='image-classification', task_name='Image Classification', dataset_type='imagenet-1k',
                 dataset_name='ImageNet-1k', dataset_split='validation', metric_type='accuracy', metric_value=value,
-                metric_name=f'{label} accuracy (paper, Table {PAPER_TABLES[row.family]})',
+                metric_name=f'{label} accuracy (paper, Table {FAMILIES[row.family].table})',
                 source_name='NOAH paper', source_url=PAPER)
             for label, value in (('Top-1', paper.top1), ('Top-5', paper.top5))])
     sections = (
@@ -131,7 +129,7 @@ def _twin_head(row: Pair) -> str:
 
 
 def _introduction(row: Pair, is_noah: bool) -> str:
-    label = _LABELS[row.family]
+    label = FAMILIES[row.family].label
     if is_noah:
         text = (
             f'`{row.name}` is the {label} `{row.vanilla}` for image classification, with NOAH (Non-glObal Attentive '
@@ -256,16 +254,16 @@ def _details(row: Pair, is_noah: bool) -> str:
 
 
 def _comparison(row: Pair) -> str:
-    table = PAPER_TABLES[row.family]
+    number = FAMILIES[row.family].table
     vanilla, noah = row.vanilla_paper, row.paper
     ours, twins = macs(row.name), macs(row.vanilla)
     parameters = 'parameters, with the layer named above' if _is_thin_deit(row.name) else 'parameters'
     rows = [
         (parameters, f'{row.vanilla_params:,}', f'{row.params:,}', f'{row.params - row.vanilla_params:+,}'),
         ('multiply-accumulates, G', _giga(twins), _giga(ours), f'{ours / twins - 1:+.1%}'),
-        (f'top-1, % (paper, Table {table})', f'{vanilla.top1:.2f}', f'{noah.top1:.2f}',
+        (f'top-1, % (paper, Table {number})', f'{vanilla.top1:.2f}', f'{noah.top1:.2f}',
          f'{noah.top1 - vanilla.top1:+.2f}'),
-        (f'top-5, % (paper, Table {table})', f'{vanilla.top5:.2f}', f'{noah.top5:.2f}',
+        (f'top-5, % (paper, Table {number})', f'{vanilla.top5:.2f}', f'{noah.top5:.2f}',
          f'{noah.top5 - vanilla.top5:+.2f}'),
         ('images/s, GPU (paper, Table XVII)', f'{vanilla.gpu_fps:.2f}', f'{noah.gpu_fps:.2f}',
          f'{noah.gpu_fps / vanilla.gpu_fps - 1:+.1%}'),
@@ -279,7 +277,7 @@ def _comparison(row: Pair) -> str:
 
 
 def _training(row: Pair, is_noah: bool) -> str:
-    recipe, remark = RECIPES[row.family], REMARKS.get(row.family)
+    recipe, remark = RECIPES[recipe_of(row.name)], REMARKS.get(recipe_of(row.name))
     name, head_dropout = (row.name, row.drop_rate) if is_noah else (row.vanilla, 0.)
     thin = '`--model-kwargs pre_logits=True` adds the layer named above. ' if _is_thin_deit(name) else ''
     command = (
@@ -342,7 +340,8 @@ def _present(*items: Tuple[Any, Any]) -> List[Any]:
 
 def _provenance(row: Pair, is_noah: bool, sha256: Optional[str]) -> str:
     name = row.name if is_noah else row.vanilla
-    ema = ' `--ema` takes the averaged weights, where the file has them.' if RECIPES[row.family].model_ema_decay else ''
+    averaged = RECIPES[recipe_of(row.name)].model_ema_decay
+    ema = ' `--ema` takes the averaged weights, where the file has them.' if averaged else ''
     known = f'`{sha256}`' if sha256 else 'recorded here when the weights are published'
     return (
         f"The authors' file on Google Drive: [{drive_id(name)}]({drive_page(name)}). Converted with\n\n"

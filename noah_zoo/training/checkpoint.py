@@ -20,7 +20,7 @@ class Progress:
         batch: Batches of a process done in the epoch under way.
         updates_in_epoch: Updates done in it.
         loss: Sum of the losses of the epoch's updates so far.
-        best: The best top-1 accuracy so far.
+        best: The best of the task's first figure so far.
         best_epoch: Its epoch.
         skipped: Updates left out, as their loss was not finite.
         seconds: Time that the run took.

@@ -2,26 +2,7 @@
 import re
 from typing import Dict, Iterable, List
 
-_CNN_HEAD = (
-    (r'^(fc|classifier)\.key\.', 'head.query.'),
-    (r'^(fc|classifier)\.value\.', 'head.value.'),
-    (r'^(fc|classifier)\.', 'head.2.'),
-)
-_TOKEN_HEAD = ((r'^head\.key\.', 'head.query.'),)
-_RULES = {
-    'resnet': _CNN_HEAD,
-    'mobilenet': _CNN_HEAD,
-    'shufflenet': _CNN_HEAD,
-    'deit': ((r'^representation\.', 'pre_logits.'), *_TOKEN_HEAD),
-    'pvt': (
-        (r'^stages\.(\d)\.(patch_embed|pos_embed)', lambda match: f'{match[2]}{int(match[1]) + 1}'),
-        (r'^stages\.(\d)\.blocks', lambda match: f'block{int(match[1]) + 1}'),
-        (r'^stages\.3\.cls_token', 'cls_token'),
-        *_TOKEN_HEAD,
-    ),
-    'mixer': _TOKEN_HEAD,
-    'gmlp': _TOKEN_HEAD,
-}
+from ..catalog import FAMILIES
 
 
 def released_names(keys: Iterable[str], family: str) -> Dict[str, str]:
@@ -37,7 +18,7 @@ def released_names(keys: Iterable[str], family: str) -> Dict[str, str]:
     for key in keys:
         layer, _, leaf = key.rpartition('.')
         name = f'{layers[layer]}.{leaf}' if layer in layers else key
-        for pattern, replacement in _RULES[family]:
+        for pattern, replacement in FAMILIES[family].released_names:
             name = re.sub(pattern, replacement, name)
         names[key] = name
     return names

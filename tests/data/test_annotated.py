@@ -171,7 +171,7 @@ def test_files_that_are_not_there_or_no_json(tmp_path):
     (tmp_path / 'train2017.json').write_text('{"images": [')
     with pytest.raises(ValueError, match='train2017.json: not JSON'):
         create_dataset('inaturalist', str(tmp_path), 'train')
-    with pytest.raises(ValueError, match='coco: name the folder of the annotations with --data-dir'):
+    with pytest.raises(ValueError, match='coco: name the folder of the data with --data-dir'):
         create_dataset('coco', None, 'train')
 
 

@@ -271,7 +271,7 @@ def test_validation_classes_are_those_of_training(tmp_path):
 
 def test_unknown_datasets():
     for name in ('imagenet', 'torch/cifar10', 'tfds/mnist', 'hfds/', 'hfids', 'wds'):
-        with pytest.raises(ValueError, match='accepted are fashion_mnist, folder, hfds/NAME'):
+        with pytest.raises(ValueError, match='accepted are fashion_mnist, folder, inaturalist, .*, hfds/NAME'):
             create_dataset(name, None, 'train')
     with pytest.raises(ValueError, match='--data-dir'):
         create_dataset('wds/', None, 'train')

@@ -18,7 +18,7 @@ import torch
 from huggingface_hub import ModelCard
 from timm.models import save_for_hf
 
-from noah_zoo.catalog import CATALOG, PAPER_TABLES, released
+from noah_zoo.catalog import CATALOG, FAMILIES, released
 from noah_zoo.publish import cards
 from noah_zoo.publish.cards import macs, model_card, models_table, write_cards
 from noah_zoo.publish.run_card import run_card
@@ -82,7 +82,7 @@ def test_front_matter_survives_the_hub_library(name):
     assert data.datasets == ['imagenet-1k'] and data.base_model is None
     assert ('noah' in data.tags) == name.endswith('_noah')
     assert data.model_name == name and len(data.eval_results) == 2
-    paper, table = figures(name), PAPER_TABLES[ROWS[name].family]
+    paper, table = figures(name), FAMILIES[ROWS[name].family].table
     for result, label, value in zip(data.eval_results, ('Top-1', 'Top-5'), (paper.top1, paper.top5)):
         assert result.metric_name == f'{label} accuracy (paper, Table {table})' and result.metric_value == value
         assert (result.metric_type, result.dataset_name, result.dataset_split) == (
@@ -91,13 +91,13 @@ def test_front_matter_survives_the_hub_library(name):
 
 
 def test_tables_of_the_paper():
-    assert Counter(PAPER_TABLES[row.family] for row in CATALOG.values()) == {'I': 9, 'II': 8, 'III': 8}
+    assert Counter(FAMILIES[row.family].table for row in CATALOG.values()) == {'I': 9, 'II': 8, 'III': 8}
 
 
 @pytest.mark.parametrize('name', ROWS)
 def test_figures_are_the_catalogs(name):
     row, is_noah, text = ROWS[name], name.endswith('_noah'), card(name).text
-    table, head = PAPER_TABLES[row.family], text[:text.index('## NOAH and its vanilla twin')]
+    table, head = FAMILIES[row.family].table, text[:text.index('## NOAH and its vanilla twin')]
     own = table_rows(head)
     assert own['parameters'] == [f'{row.params if is_noah else row.vanilla_params:,}']
     assert own['multiply-accumulates, G'] == [f'{macs(name) / 1e9:#.3g}']
