@@ -6,21 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from timm.data import resolve_data_config
 from timm.models import save_for_hf
-from torch import nn
 
-from noah_zoo.data import create_dataset
-from noah_zoo.data.transforms import create_transforms
-from noah_zoo.tasks.multiclass import Multiclass, class_weights
-from noah_zoo.training import TrainConfig, configure, train
-from noah_zoo.training.schedule import OneCycle
+from noah_zoo.training import configure, train
 
 from ..hub_server import HubServer
 
@@ -137,9 +130,6 @@ def test_help_and_errors():
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith('finetune.py: error: ')
 
 
-# Heads alone, for ever or at first
-
-
 def test_the_backbone_waits_for_its_epochs(photos, tmp_path):
     summaries = [train(settings(photos, tmp_path / str(n), freeze_epochs=n, model_ema_decay=None)) for n in (0, 1, 2)]
     assert [s['config']['freeze_epochs'] for s in summaries] == [0, 1, 2]
@@ -158,55 +148,6 @@ def test_the_backbone_waits_for_its_epochs(photos, tmp_path):
     assert not c1['classifier.key.weight'].equal(c2['classifier.key.weight'])
 
 
-# The loss
-
-
-def test_class_weights(photos):
-    images = create_dataset('folder', str(photos), 'train')
-    weights = class_weights(images)
-    counts = dict(zip(images.class_names, weights.tolist()))
-    assert counts == pytest.approx({'red': 42 / 3 / 24, 'blue': 42 / 3 / 12, 'green': 42 / 3 / 6})
-    torch.manual_seed(0)
-    logits, labels = torch.randn(6, 3), torch.tensor([0, 1, 2, 2, 1, 0])
-    config = TrainConfig(model='', output='', class_weights=True, smoothing=0.1)
-    expected = nn.functional.cross_entropy(logits, labels, weights, label_smoothing=0.1)
-    torch.testing.assert_close(Multiclass().create_criterion(config, images)(logits, labels), expected)
-    config.mixup = 0.2  # soft targets, smoothed by timm's Mixup
-    soft = torch.rand(6, 3).softmax(1)
-    expected = -(soft * weights * logits.log_softmax(1)).sum(1).mean()
-    torch.testing.assert_close(Multiclass().create_criterion(config, images)(logits, soft), expected)
-    with pytest.raises(ValueError, match="class_weights: no training images of 'red'"):
-        class_weights(images.take(np.flatnonzero(images.labels != images.class_names.index('red'))))
-
-
-# What images go through
-
-
-def test_crops():
-    config = TrainConfig(model='', output='', train_crop='squash', hflip=0)
-    data_config = dict(
-        input_size=(3, 32, 32), interpolation='bilinear', mean=(0.,) * 3, std=(1.,) * 3, crop_pct=1.,
-        crop_mode='squash')
-    image = np.zeros((64, 128, 3), np.uint8)
-    image[:, :8] = 255  # a white edge on the left
-    image = Image.fromarray(image)
-    for transform in create_transforms(config, data_config):
-        x = transform(image)
-        assert x.shape == (3, 32, 32) and x[:, :, 0].min() > 0.9 and x[:, :, 4:].max() < 0.1
-    config.train_crop, data_config['crop_mode'], data_config['crop_pct'] = 'random', 'center', 0.5
-    train_transform, val_transform = create_transforms(config, data_config)
-    torch.manual_seed(0)
-    white = [train_transform(image)[0, 0].mean().item() for _ in range(60)]
-    assert max(white) > 0.1 and min(white) == 0  # crops of 32 x 32 of 64 x 128, some at the edge
-    assert val_transform(image).max() == 0
-    config.train_crop = 'whole'
-    with pytest.raises(ValueError, match="train_crop='whole' is not one of rrc, random, squash"):
-        create_transforms(config, data_config)
-    config.no_aug = config.train_crop = 'rrc'
-    same = create_transforms(config, data_config)
-    assert same[0] is same[1]
-
-
 def test_the_crop_goes_with_the_model(photos, tmp_path):
     train(settings(photos, tmp_path, smoke=1, train_crop='squash', crop_mode='squash', crop_pct=1.))
     model = timm.create_model(f'local-dir:{tmp_path / "best"}', pretrained=True)
@@ -214,41 +155,9 @@ def test_the_crop_goes_with_the_model(photos, tmp_path):
     assert config['crop_mode'] == 'squash' and config['crop_pct'] == 1
 
 
-# The one-cycle schedule
-
-
-def test_one_cycle_is_pytorchs_and_goes_on():
-    def optimizer():
-        groups = [{'params': [nn.Parameter(torch.zeros(1))], 'lr_scale': scale} for scale in (1., 10.)]
-        return torch.optim.SGD(groups, lr=0.1, momentum=0.9)
-
-    ours, theirs = optimizer(), optimizer()
-    schedule = OneCycle(ours, 10)
-    reference = torch.optim.lr_scheduler.OneCycleLR(theirs, [0.1, 1.], total_steps=10)
-    rates = []
-    for update in range(10):
-        schedule.step_update(update)
-        rates.append([group['lr'] for group in ours.param_groups])
-        assert rates[-1] == [group['lr'] for group in theirs.param_groups]
-        ours.step()
-        theirs.step()
-        if update < 9:
-            reference.step()
-        if update == 4:  # goes on in another process
-            state = (ours.state_dict(), schedule.state_dict())
-            ours = optimizer()
-            schedule = OneCycle(ours, 10)
-            ours.load_state_dict(state[0])
-            schedule.load_state_dict(state[1])
-    assert max(rate[0] for rate in rates) == pytest.approx(0.1) and rates[0][1] == pytest.approx(1 / 25)
-
-
 def test_a_run_with_one_cycle(photos, tmp_path):
     summary = train(settings(photos, tmp_path, sched='onecycle'))
     assert summary['lr'] < 0.01 / 100  # its end
-
-
-# Data alone
 
 
 def test_check_data(photos, tmp_path):

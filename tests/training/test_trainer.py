@@ -1,44 +1,19 @@
-"""Options of the engine: parameter groups, freezing, precision, trackers, recipes for a few steps."""
+"""Options of a run: freezing, precision, trackers, averages, recipes for a few steps."""
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 from safetensors.torch import load_file
-from timm.models import save_for_hf
 
 import noah_zoo  # noqa: F401
-from noah_zoo.data.loader import EpochBatchSampler
 from noah_zoo.recipes import RECIPES
 from noah_zoo.training import TrainConfig, configure
-from noah_zoo.training.builders import build_model, is_convolutional, param_groups
 from noah_zoo.training.trainer import Trainer, precision, with_precision
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def groups_of(model, **settings):
-    config = TrainConfig(model='', output='', **settings)
-    names = {id(p): name for name, p in model.named_parameters()}
-    groups = param_groups(model, config)
-    return {names[id(p)]: (group['lr_scale'], group['weight_decay']) for group in groups for p in group['params']}
-
-
-def test_parameter_groups():
-    model = timm.create_model('resnet18_noah', num_classes=5)
-    groups = groups_of(model, weight_decay=0.1, head_lr_factor=10.)
-    assert groups.keys() == dict(model.named_parameters()).keys()
-    assert groups['fc.key.weight'] == (10, 0.1) and groups['fc.value.bias'] == (10, 0)
-    assert groups['conv1.weight'] == (1, 0.1) and groups['bn1.weight'] == (1, 0)
-    assert set(groups_of(model, weight_decay=0.1, decay_norms=True).values()) == {(1, 0.1)}
-    layers = groups_of(model, weight_decay=0.1, layer_decay=0.5)
-    assert layers['conv1.weight'][0] < layers['layer1.0.conv1.weight'][0] < layers['layer4.0.conv1.weight'][0] < 1
-    assert layers['fc.key.weight'][0] == 1
-    both = groups_of(model, layer_decay=0.5, head_lr_factor=10.)
-    assert both['fc.key.weight'][0] == 10 and both['conv1.weight'][0] == layers['conv1.weight'][0]
 
 
 def train(idx_dir, output, *args):
@@ -112,29 +87,6 @@ def test_the_recipe_of_every_family_runs(idx_dir, tmp_path, name):
     assert len((tmp_path / 'run' / 'log.jsonl').read_text().splitlines()) == 2
 
 
-# Epochs of few images, memory layout, precision
-
-
-def order_of(sampler):
-    return [[index for _, _, index in batch] for batch in sampler]
-
-
-def test_an_epoch_of_few_images_passes_over_them_several_times():
-    plain, several = EpochBatchSampler(10, 4, 1, 0, seed=3), EpochBatchSampler(10, 4, 1, 0, seed=3, least=5)
-    assert (plain.passes, len(plain), several.passes, len(several)) == (1, 2, 2, 5)
-    flat = [index for batch in order_of(several) for index in batch]
-    assert flat[:8] == [index for batch in order_of(plain) for index in batch]
-    first, second = flat[:10], flat[10:]
-    assert sorted(first) == sorted(second) == list(range(10)) and first != second
-    assert [position for batch in several for _, position, _ in batch] == list(range(20))  # augmented anew
-    several.start = 3  # it goes on where it was
-    assert order_of(several) == order_of(EpochBatchSampler(10, 4, 1, 0, seed=3, least=5))[3:]
-    parts = [EpochBatchSampler(10, 2, 2, rank, seed=3, least=5) for rank in (0, 1)]
-    assert [a + b for a, b in zip(*map(order_of, parts))] == order_of(EpochBatchSampler(10, 4, 1, 0, seed=3, least=5))
-    assert len(EpochBatchSampler(3, 64, 1, 0, seed=0, least=20)) == 20  # fewer images than a batch has
-    assert EpochBatchSampler(10_000, 64, 1, 0, seed=0, least=20).passes == 1
-
-
 def test_epoch_updates_of_a_recipe_and_of_a_run(idx_dir, tmp_path):
     assert configure('resnet18', 'x', 'finetune').epoch_updates == 20
     assert configure('resnet18', 'x', 'finetune', epochs=3).epoch_updates == 0  # 3 passes, as asked for
@@ -147,16 +99,6 @@ def test_epoch_updates_of_a_recipe_and_of_a_run(idx_dir, tmp_path):
     assert len((tmp_path / 'log.jsonl').read_text().splitlines()) == 2
     checkpoints = sorted(path.name for path in (tmp_path / 'checkpoints').iterdir())
     assert checkpoints == ['update-000000006', 'update-000000012']
-
-
-@pytest.mark.parametrize('name, convolutional', [
-    ('resnet18_noah', True), ('mobilenetv2_035', True), ('mobilenetv2_035_noah', True), ('shufflenetv2_100_noah', True),
-    ('tf_efficientnet_lite0', True), ('deit_tiny_050_patch16_224_noah', False), ('pvt_tiny_050_noah', False),
-    ('mixer_s16_050_224', False), ('gmlp_ti16_050_224_noah', False), ('deit_tiny_distilled_patch16_224', False)])
-def test_channels_last_is_for_convolutions(name, convolutional):
-    with torch.device('meta'):
-        model = timm.create_model(name, num_classes=1000)
-    assert is_convolutional(model) is convolutional
 
 
 @pytest.mark.parametrize('given, kept', [(None, True), (False, False), (True, True)])
@@ -188,17 +130,3 @@ def test_precision_is_of_the_recipe_and_recorded(idx_dir):
     settings = dict(data_dir=str(idx_dir), img_size=32, batch_size=16, workers=0, cpu=True)
     run = Trainer(with_precision(configure('mobilenetv2_035_noah', 'x', 'finetune', **settings)))
     assert run.config.mixed_precision is None  # as it is written down, and compared when it goes on
-
-
-def test_new_classifiers_do_not_start_by_their_fan_out(tmp_path):
-    torch.manual_seed(0)
-    for name, place, kwargs, std in (  # the last as timm has it
-            ('efficientnet_lite0', 'classifier', {}, (3 * 1280) ** -0.5), ('resnet18', 'fc', {}, (3 * 512) ** -0.5),
-            ('dla34', 'fc', {}, (3 * 512) ** -0.5), ('test_convnext', 'head.fc', dict(head_init_scale=0.001), 2e-5)):
-        folder = str(tmp_path / name)
-        save_for_hf(timm.create_model(name, num_classes=3), folder, safe_serialization=True)
-        config = TrainConfig(model=f'local-dir:{folder}', output='', pretrained=True, model_kwargs=kwargs)
-        model = build_model(config, tuple('abcde'))
-        assert model.get_submodule(place).weight.std().item() == pytest.approx(std, rel=0.2), name
-        kept = build_model(config, tuple('abc')).get_submodule(place).weight  # the same classes: that of the file
-        assert torch.equal(kept, load_file(f'{folder}/model.safetensors')[f'{place}.weight'])

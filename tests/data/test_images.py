@@ -1,0 +1,116 @@
+"""Reading image files: modes, depths, damage."""
+import io
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from noah_zoo.data.damage import find_damaged
+from noah_zoo.data.factory import create_dataset
+from noah_zoo.data.images import DamagedImageError, read_image
+
+from .files import DAMAGED, GREYS, encode, make_folder, photo, png
+
+COLOURS = np.random.default_rng(1).integers(0, 256, (9, 7, 4)).astype(np.uint8)
+
+
+def array(data):
+    image = read_image(data)
+    assert image.mode == 'RGB'
+    return np.asarray(image)
+
+
+@pytest.mark.parametrize('mode', ['1', 'L', 'LA', 'P', 'RGB', 'RGBA'])
+@pytest.mark.parametrize('kind', ['png', 'tiff'])
+def test_modes_that_pillow_converts(mode, kind):
+    image = Image.fromarray(COLOURS).convert(mode)
+    data = encode(image, kind)
+    assert Image.open(io.BytesIO(data)).mode == mode
+    assert np.array_equal(array(data), np.asarray(image.convert('RGB')))
+
+
+def test_alpha_is_dropped_and_not_composited():
+    assert np.array_equal(array(encode(Image.fromarray(COLOURS), 'png')), COLOURS[..., :3])
+
+
+@pytest.mark.parametrize('transparency', [3, bytes(range(256))])
+def test_palette_with_transparency(transparency):
+    image = Image.fromarray(COLOURS[..., :3]).quantize(16)
+    data = encode(image, 'png', transparency=transparency)
+    assert 'transparency' in Image.open(io.BytesIO(data)).info
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert np.array_equal(array(data), np.asarray(image.convert('RGB')))
+
+
+@pytest.mark.parametrize('kind', ['jpeg', 'tiff'])
+def test_cmyk(kind):
+    colours = np.zeros((16, 16, 4), np.uint8)
+    colours[:, :8] = (0, 255, 255, 0)  # red
+    colours[:, 8:] = (0, 0, 0, 255)  # black
+    data = encode(Image.fromarray(colours, 'CMYK'), kind)
+    assert Image.open(io.BytesIO(data)).mode == 'CMYK'
+    rgb = array(data).astype(int)
+    assert np.abs(rgb[:, :8] - (255, 0, 0)).max() <= 3  # JPEG loses a little
+    assert np.abs(rgb[:, 8:]).max() <= 3
+
+
+def test_16_bit_grey_is_scaled():
+    files = {
+        'png': png(7, 9, 16, 0, b''.join(b'\0' + row.astype('>u2').tobytes() for row in GREYS)),
+        'tiff': encode(Image.fromarray(GREYS), 'tiff'),
+        'pgm': b'P5 7 9 65535\n' + GREYS.astype('>u2').tobytes(),
+        'int32': encode(Image.fromarray(GREYS.astype(np.int32)), 'tiff')}
+    for name, data in files.items():
+        assert Image.open(io.BytesIO(data)).mode.startswith('I'), name
+        rgb = array(data)
+        assert all(np.array_equal(rgb[..., c], GREYS // 256) for c in range(3)), name
+    assert {Image.open(io.BytesIO(data)).mode for data in files.values()} == {'I', 'I;16'}
+    with pytest.raises(DamagedImageError, match='mode I with values from 0 to 65536, accepted are 0 to 65535'):
+        read_image(encode(Image.fromarray(np.array([[0, 65536]], np.int32)), 'tiff'), 'x')
+
+
+def test_floating_point():
+    def tiff(values):
+        return encode(Image.fromarray(np.asarray(values, np.float32)), 'tiff')
+    assert array(tiff([[0, 0.5, 1]]))[0, :, 1].tolist() == [0, 128, 255]
+    assert array(tiff([[0, 2.9, 100, 255]]))[0, :, 2].tolist() == [0, 2, 100, 255]
+    for values in ([[-1, 0]], [[0, 256]], [[0, np.nan]]):
+        with pytest.raises(DamagedImageError, match='mode F with values'):
+            read_image(tiff(values), 'x')
+
+
+def test_exif_orientation_is_not_applied():
+    exif = Image.Exif()
+    exif[0x112] = 6
+    data = encode(photo().crop((0, 0, 24, 10)), 'png', exif=exif)
+    assert Image.open(io.BytesIO(data)).getexif()[0x112] == 6
+    assert read_image(data).size == (24, 10)
+
+
+@pytest.mark.parametrize('name', DAMAGED)
+def test_damaged_file(name, tmp_path):
+    content, reason = DAMAGED[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DamagedImageError) as error:
+        read_image(tmp_path / name)
+    where, _, told = str(error.value).partition(': not a readable image: ')
+    assert where == str(tmp_path / name) and reason.lower() in told.lower() and '0x' not in told
+    assert str(type(error.value)('as torch makes it')) == 'as torch makes it'
+
+
+def test_an_image_between_pillows_two_limits_is_read():
+    side = 9600  # Pillow warns from 89 million pixels and refuses from 179 million
+    with pytest.warns(Image.DecompressionBombWarning):
+        assert read_image(png(side, side, 1, 0, bytes((1 + side // 8) * side))).size == (side, side)
+
+
+def test_a_file_that_cannot_be_opened_is_not_called_damaged(tmp_path):
+    make_folder(tmp_path, {'a': 2}, ['train'])
+    images = create_dataset('folder', str(tmp_path), 'train')
+    (tmp_path / 'train/a/1.png').unlink()
+    with pytest.raises(FileNotFoundError, match='1.png'):
+        images.read(1)
+    with pytest.raises(FileNotFoundError, match='1.png'):
+        find_damaged(images)

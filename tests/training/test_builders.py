@@ -1,0 +1,55 @@
+"""Models, parameter groups and layouts of a run."""
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from timm.models import save_for_hf
+
+import noah_zoo  # noqa: F401
+from noah_zoo.training import TrainConfig
+from noah_zoo.training.builders import build_model, is_convolutional, param_groups
+
+
+def groups_of(model, **settings):
+    config = TrainConfig(model='', output='', **settings)
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = param_groups(model, config)
+    return {names[id(p)]: (group['lr_scale'], group['weight_decay']) for group in groups for p in group['params']}
+
+
+def test_parameter_groups():
+    model = timm.create_model('resnet18_noah', num_classes=5)
+    groups = groups_of(model, weight_decay=0.1, head_lr_factor=10.)
+    assert groups.keys() == dict(model.named_parameters()).keys()
+    assert groups['fc.key.weight'] == (10, 0.1) and groups['fc.value.bias'] == (10, 0)
+    assert groups['conv1.weight'] == (1, 0.1) and groups['bn1.weight'] == (1, 0)
+    assert set(groups_of(model, weight_decay=0.1, decay_norms=True).values()) == {(1, 0.1)}
+    layers = groups_of(model, weight_decay=0.1, layer_decay=0.5)
+    assert layers['conv1.weight'][0] < layers['layer1.0.conv1.weight'][0] < layers['layer4.0.conv1.weight'][0] < 1
+    assert layers['fc.key.weight'][0] == 1
+    both = groups_of(model, layer_decay=0.5, head_lr_factor=10.)
+    assert both['fc.key.weight'][0] == 10 and both['conv1.weight'][0] == layers['conv1.weight'][0]
+
+
+@pytest.mark.parametrize('name, convolutional', [
+    ('resnet18_noah', True), ('mobilenetv2_035', True), ('mobilenetv2_035_noah', True), ('shufflenetv2_100_noah', True),
+    ('tf_efficientnet_lite0', True), ('deit_tiny_050_patch16_224_noah', False), ('pvt_tiny_050_noah', False),
+    ('mixer_s16_050_224', False), ('gmlp_ti16_050_224_noah', False), ('deit_tiny_distilled_patch16_224', False)])
+def test_channels_last_is_for_convolutions(name, convolutional):
+    with torch.device('meta'):
+        model = timm.create_model(name, num_classes=1000)
+    assert is_convolutional(model) is convolutional
+
+
+def test_new_classifiers_do_not_start_by_their_fan_out(tmp_path):
+    torch.manual_seed(0)
+    for name, place, kwargs, std in (  # the last as timm has it
+            ('efficientnet_lite0', 'classifier', {}, (3 * 1280) ** -0.5), ('resnet18', 'fc', {}, (3 * 512) ** -0.5),
+            ('dla34', 'fc', {}, (3 * 512) ** -0.5), ('test_convnext', 'head.fc', dict(head_init_scale=0.001), 2e-5)):
+        folder = str(tmp_path / name)
+        save_for_hf(timm.create_model(name, num_classes=3), folder, safe_serialization=True)
+        config = TrainConfig(model=f'local-dir:{folder}', output='', pretrained=True, model_kwargs=kwargs)
+        model = build_model(config, tuple('abcde'))
+        assert model.get_submodule(place).weight.std().item() == pytest.approx(std, rel=0.2), name
+        kept = build_model(config, tuple('abc')).get_submodule(place).weight  # the same classes: that of the file
+        assert torch.equal(kept, load_file(f'{folder}/model.safetensors')[f'{place}.weight'])
