@@ -54,7 +54,7 @@ def create_page(models: Sequence[str] = (), device: str = 'cpu') -> gr.Blocks:
     """
     models = list(models) or [DEFAULT_MODEL, *(f'{name}.{TAG}' for name in CATALOG)]
     samples = sorted(SAMPLES.glob('*.png'))
-    load = functools.lru_cache(maxsize=3)(functools.partial(load_pair, device=device))
+    load = functools.lru_cache(maxsize=3)(functools.partial(make_pair, device=device))
 
     def classify(image: Optional[str], name: str) -> Tuple[Any, ...]:
         if not image:
@@ -113,7 +113,7 @@ def create_page(models: Sequence[str] = (), device: str = 'cpu') -> gr.Blocks:
     return page
 
 
-def load_pair(name: str, device: str = 'cpu') -> Pair:
+def make_pair(name: str, device: str = 'cpu') -> Pair:
     """A model and its twin.
 
     Raises:

@@ -7,12 +7,13 @@ from typing import Optional
 
 import torch
 import torch.nn.functional as F
+from timm.layers import Format, nchw_to
 from torch import Tensor, nn
 
 
 def to_tokens(x: Tensor, input_fmt: str) -> Tensor:
     """(B, L, C) of a map (B, C, H, W) or of tokens, 'NCHW' or 'NLC'."""
-    return x.flatten(2).transpose(1, 2) if input_fmt == 'NCHW' else x
+    return nchw_to(x, Format.NLC) if input_fmt == 'NCHW' else x
 
 
 class MLDecoder(nn.Module):

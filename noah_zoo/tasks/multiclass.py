@@ -3,7 +3,7 @@ from typing import Dict
 
 import numpy as np
 import torch
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.loss import create_classification_loss
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
@@ -26,12 +26,10 @@ class Multiclass(Task):
         Raises:
             ValueError: If classes are to be weighted by their images, and nobody knows how many those are.
         """
-        soft = config.mixup or config.cutmix  # timm's Mixup smooths the labels itself
+        soft = bool(config.mixup or config.cutmix)  # timm's Mixup smooths the labels itself
         if config.class_weights:
             return nn.CrossEntropyLoss(class_weights(images), label_smoothing=0. if soft else config.smoothing)
-        if soft:
-            return SoftTargetCrossEntropy()
-        return LabelSmoothingCrossEntropy(config.smoothing) if config.smoothing else nn.CrossEntropyLoss()
+        return create_classification_loss('ce', smoothing=config.smoothing, soft_targets=soft)
 
     def create_metrics(self, num_classes: int, device: torch.device) -> 'Metrics':
         return Metrics(num_classes, device)

@@ -5,12 +5,11 @@ classes, CP and CR are the means over classes of TP / P and TP / T, and F1 is 2 
 recall) of either pair. AP is not interpolated. A class without positives is left out of mAP, CR and CP, and the
 precision of one without predictions counts as 0.
 """
-import functools
 from typing import Any, Dict, List, Sequence
 
 import numpy as np
 import torch
-from timm.loss import AsymmetricLossMultiLabel, BinaryCrossEntropy
+from timm.loss import create_classification_loss
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MultilabelAveragePrecision, MultilabelStatScores
@@ -20,9 +19,7 @@ from ..data.base import Images
 from ..text import some
 from .base import Task
 
-LOSSES = {  # of logits and targets (B, K)
-    'bce': functools.partial(BinaryCrossEntropy, smooth_dense=True),  # averaged over images and classes
-    'asl': AsymmetricLossMultiLabel}  # averaged over images, summed over classes
+LOSSES = ('bce', 'asl')  # binary cross-entropy, averaged over images and classes; asymmetric, summed over classes
 
 
 class Multilabel(Task):
@@ -41,8 +38,9 @@ class Multilabel(Task):
 
     def create_criterion(self, config: TrainConfig, images: Images) -> nn.Module:
         """timm's loss of logits and targets (B, K), by `config.loss`; smoothing moves targets towards 1/2."""
-        return LOSSES[config.loss](
-            smoothing=config.smoothing, pos_weight=positive_weights(images) if config.class_weights else None)
+        return create_classification_loss(
+            config.loss, multi_label=True, smoothing=config.smoothing,
+            pos_weight=positive_weights(images) if config.class_weights else None)
 
     def create_metrics(self, num_classes: int, device: torch.device) -> 'Metrics':
         return Metrics(num_classes, device)

@@ -28,7 +28,8 @@ from noah_zoo.benchmark.probe import (
     without_classifier,
 )
 from noah_zoo.benchmark.report import draw_probe, table_probe
-from noah_zoo.benchmark.run import Run, benchmark
+from noah_zoo.benchmark.run import benchmark
+from noah_zoo.benchmark.settings import Run
 from noah_zoo.data.base import Images
 from noah_zoo.training.features import cache_features
 

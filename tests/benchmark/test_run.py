@@ -16,9 +16,11 @@ import torch.nn.functional as F
 from PIL import Image
 
 from noah_zoo import NoahHead
+from noah_zoo.benchmark.heads import HEADS, SHAPES, Case, head_step
 from noah_zoo.benchmark.measure import peak_memory, ratio, saved_bytes, summary, time_in_turn
 from noah_zoo.benchmark.report import mean_losses, mean_ratios, table_pairs
-from noah_zoo.benchmark.run import HEADS, SHAPES, Case, Run, benchmark, head_step
+from noah_zoo.benchmark.run import benchmark
+from noah_zoo.benchmark.settings import Run
 from noah_zoo.catalog import CATALOG
 from noah_zoo.layers.ablations import PocaVariant
 from noah_zoo.layers.other_heads import CSRA, EfficientProbing, MLDecoder, SimPool
@@ -378,7 +380,7 @@ def test_ctrl_c_leaves_nothing(tmp_path):
 
 
 def test_too_large_for_the_plain_form(monkeypatch, tmp_path, caplog):
-    monkeypatch.setattr('noah_zoo.benchmark.run.kib', lambda file, field: 10)
+    monkeypatch.setattr('noah_zoo.benchmark.heads.kib', lambda file, field: 10)
     text, = benchmark(['training'], quick=True, output=str(tmp_path))
     assert '| needs up to 0.0 GiB, 0.0 GiB are free | - | - | - |' in text and 'plain form' in caplog.text
     rows = json.loads((tmp_path / 'training-cpu.json').read_text())['rows']

@@ -7,8 +7,8 @@ import pytest
 import timm
 import torch
 
+from noah_zoo.benchmark.heads import Case, head_step
 from noah_zoo.benchmark.measure import peak_memory
-from noah_zoo.benchmark.run import Case, head_step
 from noah_zoo.data import create_dataset
 from noah_zoo.data.factory import create_datasets, split_images
 from noah_zoo.training import TrainConfig

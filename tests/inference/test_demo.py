@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 
 from noah_zoo.data.images import read_image
-from noah_zoo.inference.demo import create_page, distinct, guess, load_pair, look_for
+from noah_zoo.inference.demo import create_page, distinct, guess, look_for, make_pair
 from noah_zoo.inference.predict import DEFAULT_MODEL, SAMPLES, predict
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,7 +24,7 @@ BAG = SAMPLES / '0018_bag.png'
 
 @pytest.fixture(scope='module')
 def pair():
-    return load_pair(DEFAULT_MODEL)
+    return make_pair(DEFAULT_MODEL)
 
 
 def test_guesses_are_those_of_predict(pair):
@@ -46,7 +46,7 @@ def test_where_it_looked(pair):
 
 def test_a_model_without_twin_or_head(tmp_path):
     timm.models.save_for_hf(timm.create_model('test_resnet', num_classes=3), tmp_path / 'plain')
-    plain = load_pair(f'local-dir:{tmp_path / "plain"}')
+    plain = make_pair(f'local-dir:{tmp_path / "plain"}')
     assert plain.twin is None and plain.reason.startswith('Without its vanilla twin. local-dir:')
     with pytest.raises(ValueError, match='no NOAH head'):
         look_for(plain, read_image(BAG), 0)
