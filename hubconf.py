@@ -1,4 +1,4 @@
-"""Torch.hub. Every model that noah_zoo registers with timm is an entry point: `torch.hub.load(REPO, NAME)`.
+"""Entry points of torch.hub: every model that noah_zoo registers with timm: `torch.hub.load(REPO, NAME)`.
 
     torch.hub.list('OWNER/noah_zoo')
     torch.hub.help('OWNER/noah_zoo', 'resnet50_noah')

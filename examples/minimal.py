@@ -3,6 +3,7 @@
     python examples/minimal.py photos --backbone resnet18 --pretrained
 """
 import argparse
+from pathlib import Path
 
 import timm
 import torch
@@ -20,14 +21,15 @@ def main() -> None:
     parser.add_argument('--pretrained', action='store_true', help='start from its ImageNet weights')
     parser.add_argument('--epochs', type=int, default=10)
     args = parser.parse_args()
+    if not Path(args.folder).is_dir() or not timm.is_model(args.backbone.split('.')[0]):
+        parser.error(f'{args.folder} has to be a folder, and {args.backbone} a model of timm.list_models()')
     torch.manual_seed(0)
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 
     # The backbone is timm's; only its classifier becomes a NOAH head.
     train_set, test_set = (create_dataset('', root=args.folder) for _ in range(2))
-    classes = train_set.reader.class_to_idx
-    model = timm.create_model(args.backbone, pretrained=args.pretrained)
-    noah_zoo.add_noah_head(model, num_classes=len(classes), init=None if args.pretrained else 'random').to(device)
+    model = timm.create_model(args.backbone, pretrained=args.pretrained, num_classes=len(train_set.reader.class_to_idx))
+    noah_zoo.add_noah_head(model, init='pooling' if args.pretrained else 'random').to(device)
 
     # Every fifth image is held out. timm's transforms follow from the model.
     config = resolve_model_data_config(model)
@@ -57,10 +59,10 @@ def main() -> None:
             hits = sum((model(x.to(device)).argmax(1).cpu() == y).sum().item() for x, y in test_loader)
         print(f'epoch {epoch + 1}: loss {loss.item():.3f}, top-1 {100 * hits / len(held_out):.1f} %', flush=True)
 
-    # Where it looked, on one image: (1, blocks, classes, H, W).
+    # Where it looked, on one image.
     images, _ = next(iter(test_loader))
     maps = noah_zoo.attention_maps(model, images[:1].to(device))
-    print(f'attention of {len(classes)} classes in {maps.attention.shape[1]} blocks: {tuple(maps.attention.shape)}')
+    print(f'attention (images, blocks, classes, height, width): {tuple(maps.attention.shape)}')
 
 
 if __name__ == '__main__':

@@ -9,7 +9,7 @@ from .recipes import Recipe, setting
 class TrainConfig(Recipe):
     """One run: a recipe's hyper-parameters, and what follows. What timm's train.py has is called as it is there.
 
-    `fields(TrainConfig)` say in their metadata what each means.
+    The meanings are in the metadata of its fields, which --help and the reference show.
     """
     model: str = setting(MISSING, "A timm name, 'hf-hub:USER/MODEL' or 'local-dir:DIR'.")
     output: str = setting(MISSING, 'Folder of the run.')

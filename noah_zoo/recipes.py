@@ -13,7 +13,10 @@ def setting(default: Any, help: str) -> Any:
 
 @dataclass
 class Recipe:
-    """Hyper-parameters of a run. `fields(Recipe)` say in their metadata what each means."""
+    """Hyper-parameters of a run.
+
+    The meanings are in the metadata of its fields, which --help and the reference show.
+    """
     epochs: int = setting(100, 'Epochs.')
     epoch_updates: int = setting(0,
         'Updates that an epoch has at least: where there are few images, it passes over them several times. Where '

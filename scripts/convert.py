@@ -1,4 +1,4 @@
-"""Python scripts/convert.py resnet50_noah.pth.tar --model resnet50_noah --output weights/resnet50_noah
+"""python scripts/convert.py resnet50_noah.pth.tar --model resnet50_noah --output weights/resnet50_noah
 
 Converts a checkpoint of the authors' release into a folder that timm loads.
 """

@@ -10,6 +10,7 @@ evaluate   rank-1, -5, -10 and mAP of the queries in the gallery, and a picture 
 """
 import argparse
 import logging
+import os
 import sys
 
 from train import main as train
@@ -30,6 +31,8 @@ def parse_evaluate():
 
 def evaluate() -> None:
     parser, args = parse_evaluate()
+    from accelerate import PartialState
+
     from noah_zoo.training.validate import validate
 
     logging.basicConfig(level=logging.WARNING, format='%(message)s')
@@ -39,6 +42,9 @@ def evaluate() -> None:
         parser.exit(2, f'reid.py: error: {error}\n')
     except KeyboardInterrupt:
         parser.exit(130, '\nreid.py: interrupted\n')
+    PartialState().destroy_process_group()
+    if os.environ.get('RANK', '0') != '0':
+        return
     print('; '.join(f'{name} {figures[name]:.2f} %' for name in ('rank1', 'rank5', 'rank10', 'mAP')) +
           f' of {figures["queries"]} queries')
 

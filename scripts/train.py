@@ -108,7 +108,8 @@ def main(prog: str = 'train.py', description: str = __doc__, **defaults: Any) ->
     try:
         if getattr(args, 'check_data', False):
             del args.check_data
-            print(check_data(configure(**{'model': '', 'output': '', **vars(args), 'recipe': 'none'})))
+            config = configure(**{'model': '', 'output': '', **vars(args), 'recipe': 'none'})
+            print(check_data(config, find_task(config.task).reads))
             return
         summary = train(configure(**vars(args)))
     except (OSError, ValueError, RuntimeError, FloatingPointError) as error:
@@ -117,7 +118,7 @@ def main(prog: str = 'train.py', description: str = __doc__, **defaults: Any) ->
         has = f'; {args.output} has the log so far and no finished run' if hasattr(args, 'output') else ''
         parser.exit(130, f'\n{prog}: interrupted{has}\n')
     if is_main:
-        task = find_task(summary['config']['task'])
+        task = find_task(summary['config'].get('task', 'multiclass'))  # runs from before there were tasks
         figure = f'{task.figures[task.metric]} {summary[task.metric]:.2f}'
         print(f'{args.model}: test {figure} after {summary["epoch"]} epochs, {summary["seconds"]:.0f} s')
 

@@ -54,7 +54,7 @@ def main() -> None:
     labels = find_task(settings.get('task', 'multiclass')).figures
     for key, value in result.items():
         if isinstance(value, float) and key != 'val_loss' and not key.endswith('_top3'):
-            more = f'   paper, on ImageNet-1k: {result["paper"][key]:.2f} %' if 'paper' in result else ''
+            more = f'   paper, on ImageNet-1k: {result["paper"][key]:.2f} %' if key in result.get('paper', ()) else ''
             more += f'   of the top 3: {result[f"{key}_top3"]:.2f} %' if f'{key}_top3' in result else ''
             print(f'{labels.get(key, key)}: {value:.2f} %{more}')
     for row in result.get('per_class', ()):

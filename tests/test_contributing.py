@@ -120,5 +120,5 @@ def test_the_example(tmp_path):
     make_photos(tmp_path / 'photos')
     printed = run(ROOT, 'examples/minimal.py', tmp_path / 'photos', '--epochs', 2).splitlines()
     assert printed[0].startswith('epoch 1: loss ') and printed[1].endswith(' %')
-    assert printed[2] == 'attention of 3 classes in 8 blocks: (1, 8, 3, 7, 7)'
+    assert printed[2] == 'attention (images, blocks, classes, height, width): (1, 8, 3, 7, 7)'
     assert len((ROOT / 'examples' / 'minimal.py').read_text().splitlines()) < 70

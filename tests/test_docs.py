@@ -1,4 +1,5 @@
 """The documentation: it builds strictly, asks nothing of other hosts, and its snippets run."""
+import dataclasses
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ from PIL import Image
 from safetensors.torch import save
 
 import noah_zoo  # noqa: F401
+from noah_zoo.config import TrainConfig
 from noah_zoo.inference.predict import SAMPLES
 
 from .hub_server import HubServer
@@ -55,6 +57,9 @@ def test_the_site(tmp_path):
         assert len(loaded.addresses) >= 3
         for address in loaded.addresses:
             assert '//' not in address and (page.parent / address.partition('?')[0]).resolve().is_file(), address
+    reference = (tmp_path / 'reference' / 'index.html').read_text(encoding='utf-8')
+    for field in dataclasses.fields(TrainConfig):
+        assert f'<code>{field.name}</code>' in reference, field.name
     assert 'Where a NOAH model looks' in (tmp_path / 'reference' / 'index.html').read_text(encoding='utf-8')
 
 

@@ -13,7 +13,7 @@ from typing import Any, Dict, Iterable, List, Sequence, Tuple
 import numpy as np
 
 from ..text import some
-from .base import VALIDATION, Files, Multilabel, multi_hot
+from .base import VALIDATION, Files, Multilabel, multi_hot, synonyms
 
 
 class Coco(Files, Multilabel):
@@ -33,7 +33,8 @@ class Coco(Files, Multilabel):
 
     def __init__(self, data_dir: str, split: str, without_labels: bool = False) -> None:
         name = 'val' if split in VALIDATION else split
-        found = sorted(Path(data_dir).glob(f'annotations/instances_{name}20??.json'))
+        folders = (sorted(Path(data_dir).glob(f'annotations/instances_{other}20??.json')) for other in synonyms(split))
+        found = next(filter(None, folders), [])
         if len(found) != 1:
             raise FileNotFoundError(
                 f'coco: {data_dir}/annotations has {", ".join(path.name for path in found) or "no file"} for split '
@@ -69,7 +70,8 @@ class INaturalist(Files):
     """
 
     def __init__(self, data_dir: str, split: str) -> None:
-        file = Path(data_dir) / f'{"val" if split in VALIDATION else split}2017.json'
+        files = [Path(data_dir) / f'{name}2017.json' for name in synonyms(split)]
+        file = next(filter(Path.is_file, files), Path(data_dir) / f'{"val" if split in VALIDATION else split}2017.json')
         content = _read(file)
         names, categories = _categories(file, content)
         images = _unique(file, 'images', content['images'])
@@ -101,7 +103,7 @@ class Csv(Files, Multilabel):
     """
 
     def __init__(self, data_dir: str, split: str) -> None:
-        candidates = [Path(data_dir) / f'{name}.csv' for name in (VALIDATION if split in VALIDATION else (split,))]
+        candidates = [Path(data_dir) / f'{name}.csv' for name in synonyms(split)]
         file = next(filter(Path.is_file, candidates), None)
         if file is None:
             raise FileNotFoundError(f'csv: {data_dir} has none of {", ".join(path.name for path in candidates)}')

@@ -13,8 +13,12 @@ from torch.utils.data import Dataset
 from ..text import some
 from .images import read_image
 
-# Names of splits that say the same, as in timm's reader of folders.
 TRAINING, VALIDATION = ('train', 'training'), ('validation', 'valid', 'val', 'eval', 'evaluation', 'test')
+
+
+def synonyms(split: str) -> Tuple[str, ...]:
+    """The name of a split, and those that stand for it where there is none of that name; as timm's folders have it."""
+    return tuple(dict.fromkeys((split, *next((names for names in (TRAINING, VALIDATION) if split in names), ()))))
 
 
 class Images(Dataset):

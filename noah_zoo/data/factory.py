@@ -115,8 +115,10 @@ def create_datasets(
     return train_set, val_set
 
 
-def check_data(config: TrainConfig) -> str:
+def check_data(config: TrainConfig, reads: Optional[str] = None) -> str:
     """Look at everything of the training and the validation split that could stop a run, and read every image once.
+
+    Arguments are those of `create_datasets`.
 
     Returns:
         A line on what is there.
@@ -125,7 +127,7 @@ def check_data(config: TrainConfig) -> str:
         FileNotFoundError, ValueError: As `create_datasets`; or with the images that cannot be read.
     """
     parts = []
-    for split, images in zip(('training', 'validation'), create_datasets(config)):
+    for split, images in zip(('training', 'validation'), create_datasets(config, reads=reads)):
         if isinstance(images, Stream):
             raise ValueError(f'{config.dataset}: a stream cannot be checked but by training on it')
         damaged = find_damaged(images, config.workers)

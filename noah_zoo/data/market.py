@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .base import Files
+from .base import TRAINING, Files
 
 NAME = re.compile(r'(-1|\d{4})_c(\d+)s\d+_\d+_\d+(\.jpg)+')  # identity and camera; a few names end in .jpg.jpg
 FOLDERS = ('bounding_box_train', 'query', 'bounding_box_test')
@@ -29,12 +29,12 @@ class Market(Files):
     task = 'reid'
 
     def __init__(self, data_dir: str, split: str) -> None:
-        folders = FOLDERS[:1] if split == 'train' else FOLDERS[1:]
+        folders = FOLDERS[:1] if split in TRAINING else FOLDERS[1:]
         found = [
             (path, *parsed, folder == 'query') for folder in folders for path, parsed in _parse(data_dir, folder)]
         paths, ids, cameras, queries = zip(*found)
         self.paths = [str(path) for path in paths]
-        if split == 'train':
+        if split in TRAINING:
             wrong = next((path for path, id in zip(paths, ids) if id < 1), None)
             if wrong:
                 raise ValueError(f'{wrong}: identities -1 (junk) and 0 (distractors) are for the gallery only')

@@ -132,7 +132,7 @@ def poca_op(
 ) -> Tuple[Tensor, Tensor]:
     """Attended values of every map, (B, M), in float32 or more, without bias unless there is dropout; on CUDA also the
     logarithms of the softmax's sums, (B, M), for backward. `seed` gives the dropout mask; without it there is none."""
-    for backend in (_triton(), poca_cpu):
+    for backend in (_triton() if x_BLC.is_cuda else None, poca_cpu):
         if backend and backend.supports(x_BLC, key_weight, value_weight, conv_groups, seed):
             return backend.forward(
                 x_BLC, key_weight.flatten(1), value_weight.flatten(1), value_bias, conv_groups, drop_rate, seed)
@@ -159,7 +159,7 @@ def poca_backward_op(
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `x_BLC`, `key_weight`, `value_weight` and, with dropout, `value_bias`; empty where not needed."""
     grads = _empty_grads(grad_BM, x_BLC, key_weight, value_weight, value_bias, need_x=need_x, need_weights=need_weights)
-    kernels = _triton()
+    kernels = _triton() if x_BLC.is_cuda else None
     if kernels and kernels.supports(x_BLC, key_weight, value_weight, conv_groups, seed):
         found = kernels.backward(
             grad_BM, x_BLC, key_weight.flatten(1), value_weight.flatten(1), value_bias, out_BM, lse_BM,
@@ -331,9 +331,7 @@ def _blocks(
 
 @functools.cache
 def _triton() -> Optional[ModuleType]:
-    """The kernels for CUDA, where they can be of use."""
-    if not torch.cuda.is_available():
-        return None
+    """The kernels for CUDA, where Triton is there."""
     try:
         from . import poca_triton
     except ImportError as error:

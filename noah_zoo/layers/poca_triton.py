@@ -258,8 +258,9 @@ def works(device: torch.device) -> bool:
     try:
         out_BM, lse_BM = forward(*common, 1, 0., None)
         dx_BLC, *_ = backward(grad_BM, *common, out_BM, lse_BM, 1, 0., None, True, True)
-        if out_BM.item() != 1 or dx_BLC.sum().item() != 1:  # the average of ones, and how it follows them
-            raise RuntimeError(f'they give {out_BM.item()} where 1 is right')
+        found = out_BM.item(), dx_BLC.sum().item()  # the average of ones, and how it follows them
+        if max(abs(number - 1) for number in found) > 1e-3:
+            raise RuntimeError(f'they give {found[0]} and {found[1]} where 1 is right')
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:  # no C compiler, say; a driver that is too old

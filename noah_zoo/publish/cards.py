@@ -114,7 +114,7 @@ def model_card(name: str, repo_id: Optional[str] = None, sha256: Optional[str] =
         '## NOAH and its vanilla twin', _comparison(row),
         '## Training', _training(row, is_noah),
         '## Where the weights come from', _provenance(row, is_noah, sha256),
-        '## Limitations', _limitations(row),
+        '## Limitations', _limitations(),
         '## Citation', f'```bibtex\n{BIBTEX}\n```')
     return make_card(data, sections)
 
@@ -350,7 +350,7 @@ def _provenance(row: Pair, is_noah: bool, sha256: Optional[str]) -> str:
         f'SHA-256 of `model.safetensors`: {known}.')
 
 
-def _limitations(row: Pair) -> str:
+def _limitations() -> str:
     return (
         "The figures are the authors' and were not measured again. What noah_zoo has checked is the conversion: the "
         "logits of the authors' code and of this model agree in float64 on substitute weights; whether the released "

@@ -8,17 +8,18 @@ from .reid import Reid
 
 __all__ = ['Multiclass', 'Multilabel', 'Reid', 'TASKS', 'Task', 'find_task', 'register_task']
 
-TASKS: Dict[str, Task] = {}
+TASKS: Dict[str, Task] = {task.name: task for task in (Multiclass(), Multilabel(), Reid())}
+BUILT_IN = tuple(TASKS)
 
 
 def register_task(task: Task) -> Task:
-    """Make a task known by its name.
+    """Make a task known by its name; one of that name that was registered before is replaced.
 
     Raises:
-        ValueError: If there is another of that name.
+        ValueError: If it is the name of a built-in task.
     """
-    if type(TASKS.get(task.name, task)) is not type(task):
-        raise ValueError(f'there is a task {task.name!r} already, {type(TASKS[task.name]).__name__}')
+    if task.name in BUILT_IN and type(task) is not type(TASKS[task.name]):
+        raise ValueError(f'task={task.name!r} is built in; choose another name')
     TASKS[task.name] = task
     return task
 
@@ -32,7 +33,3 @@ def find_task(name: str) -> Task:
     if name not in TASKS:
         raise ValueError(f'task={name!r} is not one of {", ".join(TASKS)}; one of your own has to be registered first')
     return TASKS[name]
-
-
-for _task in (Multiclass(), Multilabel(), Reid()):
-    register_task(_task)

@@ -21,6 +21,7 @@ class Task:
         on_card: Of those, the ones in a model card: type and name of the metric as the Hub has them.
         title: The task in a model card.
         pipeline_tag: The task as the Hub has it.
+        draws: Whether there is something to `draw`.
         notes: What the model's pretrained cfg notes, by which `noah_zoo.inference` knows what its logits are.
     """
     name: str
@@ -29,6 +30,7 @@ class Task:
     on_card: Dict[str, Tuple[str, str]] = {}
     title: str = 'Image Classification'
     pipeline_tag: str = 'image-classification'
+    draws: bool = False
     notes: Tuple[str, ...] = ()
 
     @property
@@ -80,9 +82,5 @@ class Task:
         return []
 
     def draw(self, metrics: Any, images: Images, path: str, count: int) -> None:
-        """Draw what `metrics` has seen of some of the images into a PNG.
-
-        Raises:
-            ValueError: If the task has nothing to draw.
-        """
-        raise ValueError(f'the task {self.name} has no picture')
+        """Draw what `metrics` has seen of some of the images into a PNG, in the only process."""
+        raise NotImplementedError

@@ -25,6 +25,7 @@ class Reid(Multiclass):
     on_card = {'mAP': ('mAP', 'mAP'), 'rank1': ('cmc', 'Rank-1')}
     title = 'Person Re-Identification'
     pipeline_tag = 'image-feature-extraction'
+    draws = True
 
     def check(self, config: TrainConfig) -> None:
         if config.cache_features:
@@ -49,11 +50,9 @@ class Reid(Multiclass):
     def draw(self, metrics: 'Metrics', images: Images, path: str, count: int) -> None:
         """Some queries, evenly spaced, and the ten of the gallery that are nearest to each."""
         features, labels = metrics.gathered()
-        if len(labels) != len(images):
-            raise ValueError(f'{len(labels)} of {len(images)} images were seen by this process; draw with one process')
         (query, gallery), is_query = split_gallery(features, labels), labels[:, 2].cpu().numpy() == 1
         paths = np.array([images.where(index) for index in range(len(images))])
-        chosen = torch.linspace(0, len(query.ids) - 1, min(count, len(query.ids))).long()
+        chosen = torch.linspace(0, len(query.ids) - 1, min(count, len(query.ids))).long().tolist()
         draw_rankings(
             Identified(*(tensor[chosen] for tensor in query)), gallery, paths[is_query][chosen],
             paths[~is_query]).savefig(path, dpi=110)

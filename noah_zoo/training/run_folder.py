@@ -76,6 +76,9 @@ class RunFolder:
     def begin(self, config: TrainConfig, epoch: int, damaged: Dict[str, str]) -> None:
         """Write down what the run is; drop what the log has of epochs after `epoch`, which are done again."""
         self.path.mkdir(parents=True, exist_ok=True)
+        for partial in self.path.glob('.*.partial'):  # of a process that was killed
+            if partial.is_file():
+                partial.unlink()
         write(self.path / 'args.yaml', yaml.safe_dump(_plain(config), sort_keys=False))
         if config.skip_damaged:
             write(self.path / 'damaged.json', json.dumps(damaged, indent=2) + '\n')

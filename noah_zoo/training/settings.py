@@ -8,6 +8,7 @@ from accelerate.utils import DistributedType
 
 from ..config import TrainConfig
 from ..data.transforms import TRAIN_CROPS
+from ..inference.predict import check_model
 from ..recipes import RECIPES, learning_rate, recipe_of
 from ..tasks import find_task
 
@@ -53,6 +54,7 @@ def configure(model: str, output: str, recipe: str = 'auto', **overrides: Any) -
 
 def check_settings(config: TrainConfig, accelerator: Accelerator) -> None:
     """Raise ValueError if settings contradict each other, the task or the machine; no data have been read yet."""
+    check_model(config.model)
     find_task(config.task).check(config)
     kind = accelerator.distributed_type
     if config.train_crop not in TRAIN_CROPS:

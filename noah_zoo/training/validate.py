@@ -56,6 +56,10 @@ def validate(
     """
     judge = find_task(task)
     accelerator = Accelerator(cpu=cpu)
+    if picture and not judge.draws:
+        raise ValueError(f'picture={picture!r}: the task {task} has none')
+    if picture and accelerator.num_processes > 1:
+        raise ValueError(f'picture={picture!r}: it is drawn by one process, here are {accelerator.num_processes}')
     is_exported = Path(model).suffix in SUFFIXES.values() and Path(model).is_file()
     if not is_exported:
         check_model(model)
@@ -83,6 +87,6 @@ def validate(
         result['images'] = len(images)
     architecture = net.pretrained_cfg.get('architecture', '')
     paper = paper_results(architecture)
-    if paper and net.pretrained_cfg.get('tag') == TAG and net.num_classes == 1000:
+    if paper and 'top1' in figures and net.pretrained_cfg.get('tag') == TAG and net.num_classes == 1000:
         result['paper'] = {'top1': paper.top1, 'top5': paper.top5}
     return result

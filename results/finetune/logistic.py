@@ -13,10 +13,10 @@ import numpy as np
 import timm
 import torch
 from sklearn.linear_model import LogisticRegressionCV
-from timm.data import create_transform, resolve_data_config
 
 from noah_zoo.config import TrainConfig
 from noah_zoo.data.factory import create_datasets
+from noah_zoo.models.attach import eval_transform
 
 
 @torch.inference_mode()
@@ -36,8 +36,7 @@ def main() -> None:
     add('--img-size', type=int)
     args = parser.parse_args()
     model = timm.create_model(args.model, pretrained=True, num_classes=0).eval()
-    given = {'input_size': (3, args.img_size, args.img_size)} if args.img_size else {}
-    transform = create_transform(**resolve_data_config(given, model=model))
+    transform = eval_transform(model, args.img_size)
     sets = create_datasets(TrainConfig(
         model='', output='', dataset='folder', data_dir=args.data_dir, val_fraction=args.val_fraction, seed=args.seed))
     (x, y), (val_x, val_y) = ((pooled(model, images, transform), images.labels[images.rows]) for images in sets)

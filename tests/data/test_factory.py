@@ -60,8 +60,15 @@ def test_val_fraction_is_near_in_every_class(fraction, tmp_path):
 def test_splits_have_one_vocabulary(name, idx_dir, tmp_path):
     assert len(create_dataset('fashion_mnist', str(idx_dir), name)) == 48
     make_coco(tmp_path)
-    (tmp_path / 'validation.csv').write_text('file_name,labels\nval2014/COCO_val2014_000000000000.jpg,a\n')
+    row = 'file_name,labels\nval2014/COCO_val2014_000000000000.jpg,'
+    (tmp_path / 'validation.csv').write_text(f'{row}a\n')
+    (tmp_path / 'train.csv').write_text(f'{row}c\n')
+    assert len(create_dataset('coco', str(tmp_path), name)) == 9
+    assert create_dataset('csv', str(tmp_path), name).class_names == ('c',)
     for other in VALIDATION:
         assert len(create_dataset('fashion_mnist', str(idx_dir), other)) == 12
         assert len(create_dataset('coco', str(tmp_path), other)) == 4
-        assert len(create_dataset('csv', str(tmp_path), other)) == 1
+        assert create_dataset('csv', str(tmp_path), other).class_names == ('a',)
+    (tmp_path / 'test.csv').write_text(f'{row}b\n')  # what is there by its own name comes first
+    assert create_dataset('csv', str(tmp_path), 'test').class_names == ('b',)
+    assert create_dataset('csv', str(tmp_path), 'val').class_names == ('a',)

@@ -306,7 +306,8 @@ def test_kernels_that_do_not_work_are_told_of_once(monkeypatch, caplog):
     def fail(*args):
         raise OSError('no C\ncompiler')
 
-    for forward, reason in ((fail, 'no C compiler'), (lambda *args: (2 * one, one), 'they give 2.0 where 1 is right')):
+    for forward, reason in (
+            (fail, 'no C compiler'), (lambda *args: (2 * one, one), 'they give 2.0 and 1.0 where 1 is right')):
         monkeypatch.setattr(poca_triton, 'forward', forward)
         monkeypatch.setattr(poca_triton, 'backward', lambda *args: (torch.ones(1, 1, 1), None, None, None))
         poca_triton.works.cache_clear()
@@ -324,8 +325,7 @@ def test_an_error_of_a_kernel_is_the_callers(monkeypatch):
     def fail(*args):
         raise ValueError('what is wrong')
 
-    monkeypatch.setattr(poca_module, '_triton', lambda: types.SimpleNamespace(
-        supports=lambda *args: True, forward=fail, backward=fail))
+    monkeypatch.setattr(poca_module, 'poca_cpu', types.SimpleNamespace(supports=lambda *args: True, forward=fail))
     args = make()
     x = torch.randn(2, 24, 3, 3, dtype=torch.float64, requires_grad=True)
     for _ in range(2):  # nothing remembers it

@@ -1,5 +1,6 @@
 """Datasets and the training loop, through the real scripts on real images."""
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +146,16 @@ def test_bad_input(args, message, idx_dir, tmp_path):
     result = train('--data-dir', idx_dir, '--output', tmp_path / 'run', *args)
     assert result.returncode == 2 and message in result.stderr and 'Traceback' not in result.stderr
     assert not (tmp_path / 'run').exists()
+
+
+def test_a_finished_run_from_before_there_were_tasks(run_dir, idx_dir, tmp_path):
+    shutil.copytree(run_dir, tmp_path / 'run')
+    summary = json.loads((run_dir / 'summary.json').read_text())
+    assert summary['config'].pop('task') == 'multiclass'
+    (tmp_path / 'run' / 'summary.json').write_text(json.dumps(summary))
+    done = train('--data-dir', idx_dir, '--output', tmp_path / 'run', '--resume', 'auto', '--model-kwargs',
+                 'output_stride=16', 'num_groups=4')
+    assert done.returncode == 0 and f'test top-1 {summary["top1"]:.2f}' in done.stdout, done.stderr
 
 
 def test_a_finished_run_is_not_overwritten(run_dir, idx_dir):
