@@ -5,7 +5,7 @@ seconds, so one child serves many tests:
 
     with Client(hub.env(home)) as client:
         answer = client.create('resnet50_noah', cache_dir=str(tmp_path))
-        assert answer.error is None and answer.seconds < 3
+        assert answer.error is None and answer.seconds < SOON
 
 Another version of the Hub's client is tested by `HUB_CLIENT=FOLDER pytest`, after `pip install --target FOLDER`.
 """
@@ -23,6 +23,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+SOON = 20  # seconds: less than the Hub's client waits by itself, more than a busy machine needs
 CHILD = '''
 import io, json, logging, os, signal, socket, sys, time, traceback
 from concurrent.futures import ProcessPoolExecutor

@@ -239,7 +239,7 @@ def test_thousands_of_images_a_second():
     images, threads = 2048, torch.get_num_threads()
     maps = torch.randn(images, 7, 7, 512).to(torch.bfloat16).permute(0, 3, 1, 2)
     labels = torch.randint(10, (images,)).numpy()
-    cached = CachedFeatures(maps, SimpleNamespace(labels=labels, rows=range(images)))
+    cached = CachedFeatures(maps, SimpleNamespace(targets=lambda: torch.from_numpy(labels)))
     model = timm.create_model('resnet18_noah', num_classes=10).eval().requires_grad_(False)
     head = model.get_classifier().train().requires_grad_(True)
     optimizer = torch.optim.SGD(head.parameters(), 1e-3)

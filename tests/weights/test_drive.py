@@ -13,7 +13,7 @@ import torch
 from noah_zoo.catalog import drive_id
 from noah_zoo.weights import WeightsError, convert_released
 from noah_zoo.weights.drive import fetch_released
-from tests.client import Client, SmallDisk, bound, digest
+from tests.client import SOON, Client, SmallDisk, bound, digest
 from tests.drive_server import HOSTS, DriveServer
 from tests.hub_server import HubServer
 from tests.released import released_state_dict
@@ -103,7 +103,7 @@ def test_downloaded_and_converted_once(drive, client, expected, cache):
     path, = big(cache)
     assert path.name == f'{hashlib.sha256(path.read_bytes()).hexdigest()}.safetensors'
     drive.requests.clear()
-    assert load(client, expected, cache).seconds < 2
+    assert load(client, expected, cache).seconds < SOON
     load(client, expected, cache, name=NAME, pretrained_cfg='osvai_in1k')
     assert drive.requests == []
 
@@ -211,15 +211,15 @@ def test_no_network_is_told_soon(drive, client, expected, cache, how):
             proxy.listen()
         env = {'HTTPS_PROXY': address, 'https_proxy': address}
         answer = fail(client, cache, 'drive.google.com cannot be reached', 'HTTPS_PROXY', PAGE, 'local-dir:', env=env)
-        assert answer.seconds < 3
+        assert answer.seconds < SOON
         load(client, expected, cache)
-        assert load(client, expected, cache, env=env).seconds < 2
+        assert load(client, expected, cache, env=env).seconds < SOON
 
 
 def test_no_name_server_is_told_soon(drive, client, cache):
     answer = client.run('create_without_names(name, cache_dir=cache)', name=NAME, cache=str(cache))
     assert 'WeightsError' in answer.kinds and 'drive.google.com cannot be reached' in answer.error, answer
-    assert answer.seconds < 3
+    assert answer.seconds < SOON
 
 
 def test_offline_and_read_only(drive, server, client, expected, cache, tmp_path):
