@@ -3,6 +3,8 @@ import logging
 
 import numpy as np
 import pytest
+import timm.data
+import torch
 
 from noah_zoo.data.base import VALIDATION
 from noah_zoo.data.factory import create_dataset, create_datasets, split_images
@@ -72,3 +74,11 @@ def test_splits_have_one_vocabulary(name, idx_dir, tmp_path):
     (tmp_path / 'test.csv').write_text(f'{row}b\n')  # what is there by its own name comes first
     assert create_dataset('csv', str(tmp_path), 'test').class_names == ('b',)
     assert create_dataset('csv', str(tmp_path), 'val').class_names == ('a',)
+
+
+def test_timms_loader_takes_a_dataset(idx_dir):
+    images = create_dataset('fashion_mnist', str(idx_dir), 'test')
+    loader = timm.data.create_loader(
+        images, (3, 32, 32), 5, use_prefetcher=False, num_workers=0, device=torch.device('cpu'))
+    batches = [(x.shape, labels.tolist()) for x, labels in loader]
+    assert batches[0][0] == (5, 3, 32, 32) and sum((labels for _, labels in batches), []) == images.labels.tolist()
