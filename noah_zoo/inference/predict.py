@@ -48,7 +48,7 @@ def load_model(name: str, device: str = 'cpu') -> nn.Module:
 
 
 def load_twin(name: str, device: str = 'cpu') -> nn.Module:
-    """The vanilla twin of a pretrained NOAH model in eval mode, trained as that was: the authors', or the one shipped.
+    """The vanilla twin of a pretrained NOAH model in eval mode: the authors', trained as theirs was, or the one shipped.
 
     Args:
         name: A NOAH model with weights of the authors, tag or not, or the one inside the package.
@@ -61,7 +61,7 @@ def load_twin(name: str, device: str = 'cpu') -> nn.Module:
     if name in SHIPPED:
         return load_model(f'local-dir:{SHIPPED[name].twin}', device)
     if architecture not in CATALOG or tag not in ('', TAG):
-        raise ValueError(f'{name}: no vanilla twin with weights of the same training is known')
+        raise ValueError(f'{name}: no vanilla twin with weights for the same classes is known')
     vanilla = CATALOG[architecture].vanilla
     if vanilla in TWINS:
         return load_model(f'{vanilla}.{TAG}', device)
