@@ -48,7 +48,7 @@ def load_model(name: str, device: str = 'cpu') -> nn.Module:
 
 
 def load_twin(name: str, device: str = 'cpu') -> nn.Module:
-    """The vanilla twin of a pretrained NOAH model in eval mode: the authors', trained as theirs was, or the one shipped.
+    """The vanilla twin of a pretrained NOAH model in eval mode: the authors', trained as theirs, or the one shipped.
 
     Args:
         name: A NOAH model with weights of the authors, tag or not, or the one inside the package.
