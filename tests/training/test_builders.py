@@ -7,7 +7,15 @@ from timm.models import save_for_hf
 
 import noah_zoo  # noqa: F401
 from noah_zoo.training import TrainConfig
-from noah_zoo.training.builders import build_model, is_convolutional, param_groups
+from noah_zoo.training.builders import (
+    build_ema,
+    build_model,
+    build_scheduler,
+    is_convolutional,
+    memory_format_of,
+    param_groups,
+    steps_on_updates,
+)
 
 
 def groups_of(model, **settings):
@@ -53,3 +61,33 @@ def test_new_classifiers_do_not_start_by_their_fan_out(tmp_path):
         assert model.get_submodule(place).weight.std().item() == pytest.approx(std, rel=0.2), name
         kept = build_model(config, tuple('abc')).get_submodule(place).weight  # the same classes: that of the file
         assert torch.equal(kept, load_file(f'{folder}/model.safetensors')[f'{place}.weight'])
+
+
+def test_averaged_weights_and_memory_format():
+    model = torch.nn.Linear(2, 2)
+    config = TrainConfig(model='', output='', model_ema_decay=0.9)
+    ema, before = build_ema(model, config), model.weight.detach().clone()
+    model.weight.data.add_(1)
+    ema.update(model)
+    torch.testing.assert_close(ema.module.weight, before + 0.1)
+    assert build_ema(model, TrainConfig(model='', output='')) is None
+    cnn = timm.create_model('mobilenetv2_035_noah', num_classes=3)
+    for settings, expected in (
+            ({}, torch.channels_last), (dict(channels_last=False), torch.contiguous_format),
+            (dict(cache_features='c'), torch.preserve_format)):
+        assert memory_format_of(cnn, TrainConfig(model='', output='', **settings)) is expected
+
+
+def test_schedulers_are_stepped_as_the_settings_say():
+    for settings, on_updates in (({}, False), (dict(sched_on_updates=True), True), (dict(sched='onecycle'), True)):
+        config = TrainConfig(model='', output='', epochs=2, lr=1., **settings)
+        assert steps_on_updates(config) is on_updates
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.randn(2))], 1.)
+        scheduler, rates = build_scheduler(optimizer, config, updates=4), []
+        for update in range(8):
+            if on_updates:
+                scheduler.step_update(update)
+            elif update % 4 == 0:
+                scheduler.step(update // 4)
+            rates.append(optimizer.param_groups[0]['lr'])
+        assert len(set(rates)) == (8 if on_updates else 2) and rates[-1] < 1

@@ -1,4 +1,4 @@
-"""Fine-tuning: three commands from a folder of images to a model on the Hub; heads alone, weights, crops, checks."""
+"""Fine-tuning: three commands from a folder of images to a model on the Hub; heads alone, batch norms, checks."""
 import dataclasses
 import json
 import shutil

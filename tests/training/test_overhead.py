@@ -1,4 +1,4 @@
-"""What the engine costs beside a bare loop over the same model and the same batches, measured in one run."""
+"""What the trainer costs beside a bare loop over the same model and the same batches, measured in one run."""
 import statistics
 import time
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 import noah_zoo  # noqa: F401
 from noah_zoo.recipes import RECIPES
 from noah_zoo.training import TrainConfig, configure
+from noah_zoo.training import train as train_here
 from noah_zoo.training.trainer import Trainer, precision, with_precision
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,3 +131,22 @@ def test_precision_is_of_the_recipe_and_recorded(idx_dir):
     settings = dict(data_dir=str(idx_dir), img_size=32, batch_size=16, workers=0, cpu=True)
     run = Trainer(with_precision(configure('mobilenetv2_035_noah', 'x', 'finetune', **settings)))
     assert run.config.mixed_precision is None  # as it is written down, and compared when it goes on
+
+
+@pytest.mark.parametrize('settings, message', [
+    (dict(model='resnet18_noha'), "unknown model 'resnet18_noha'; did you mean "),
+    (dict(task='foo'), "task='foo' is not one of multiclass, multilabel, reid"),
+    (dict(task='multilabel', mixup=0.2), 'mixup and cutmix are for one class per image'),
+    (dict(task='multilabel', loss='focal'), "loss='focal' is not one of bce, asl"),
+    (dict(task='reid', cache_features='c'), 'cache_features does not go with the task reid'),
+    (dict(cache_features='c', cutmix=1.), 'mixup and cutmix do not go with cache_features'),
+    (dict(train_crop='centre'), "train_crop='centre' is not one of rrc, random, squash"),
+    (dict(sync_bn=True), 'sync_bn needs a GPU'),
+    (dict(device_batch_size=0), 'device_batch_size=0; expected 1 or more')])
+def test_contradictions_are_refused_before_data_are_read(settings, message, tmp_path):
+    given = dict(model='resnet18_noah', output=str(tmp_path / 'run'), data_dir='/nowhere', cpu=True)
+    with pytest.raises(ValueError, match=message):
+        train_here(TrainConfig(**{**given, **settings}))
+    assert not (tmp_path / 'run').exists()
+    with pytest.raises(FileNotFoundError, match='/nowhere'):
+        train_here(TrainConfig(**given))
