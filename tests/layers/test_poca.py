@@ -10,35 +10,13 @@ from noah_zoo.layers import poca as poca_module
 from noah_zoo.layers import poca_cpu
 from noah_zoo.layers.poca import poca, poca_backward_op, poca_op, poca_reference
 
-SPLITS = [(True, True), (True, False), (False, True), (False, False)]
-
-
-def make(channels=24, classes=5, groups=4, ratio=0.5, split_groups=True, split_kv=True, dtype=torch.float64, **kwargs):
-    """Arguments of `poca` but for the features: weights of a head, all of them random."""
-    head = NoahHead(
-        channels, classes, groups, ratio, split_groups=split_groups, split_kv=split_kv, dtype=dtype, **kwargs)
-    for p in head.parameters():
-        torch.nn.init.normal_(p)
-    return (head.key.weight, head.key.bias, head.value.weight, head.value.bias, groups, head.conv_groups)
-
-
-def as_double(args):
-    return [a.detach().double().requires_grad_() if isinstance(a, torch.Tensor) else a for a in args]
+from .operands import SPLITS, as_double, assert_close, make
 
 
 def grads(function, x, args, weight):
     """Logits, and the gradients of features, key weight and bias, value weight and bias."""
     logits = function(x, *args)
     return [logits, *torch.autograd.grad(logits, [x, *args[:4]], weight.to(logits.dtype))]
-
-
-def assert_close(actual, expected, tolerance):
-    """Largest difference over largest entry; an expectation of zero (the key bias, but for rounding) is met by zero."""
-    for ours, theirs in zip(actual, expected, strict=True):
-        assert ours.shape == theirs.shape
-        scale = theirs.abs().max()
-        error = (ours.double() - theirs.double()).abs().max()
-        assert error <= tolerance * scale or (scale < 1e-9 and error < 1e-9), (error / scale, ours.shape)
 
 
 @pytest.mark.parametrize('split_groups, split_kv', SPLITS)

@@ -14,7 +14,7 @@ import torch
 from noah_zoo.layers import poca_cpu
 from noah_zoo.layers.poca import poca, poca_op, poca_reference
 
-from .test_poca import SPLITS, as_double, assert_close, make
+from .operands import SPLITS, as_double, assert_close, make
 
 ROOT = Path(__file__).resolve().parents[2]
 HAS_AVX2 = torch.backends.cpu.get_cpu_capability() in ('AVX2', 'AVX512')

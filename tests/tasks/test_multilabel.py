@@ -13,13 +13,12 @@ import torch
 
 from noah_zoo.data import create_dataset
 from noah_zoo.data.images import read_image
-from noah_zoo.inference.predict import predict
+from noah_zoo.inference.predict import DEFAULT_MODEL, predict
 from noah_zoo.tasks.multilabel import Metrics, Multilabel, positive_weights
 from noah_zoo.training import TrainConfig, configure, train
 from noah_zoo.training.validate import validate
 
 from ..pictures import make_coco
-from ..training.test_finetune import SHIPPED
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -118,7 +117,7 @@ def test_weights_of_rare_classes(tmp_path):
 def test_a_run_on_coco(recipe, loss, tmp_path):
     make_coco(tmp_path / 'coco', images=48)
     summary = train(configure(
-        SHIPPED.split('.')[0], str(tmp_path / 'run'), recipe, dataset='coco', data_dir=str(tmp_path / 'coco'),
+        DEFAULT_MODEL.split('.')[0], str(tmp_path / 'run'), recipe, dataset='coco', data_dir=str(tmp_path / 'coco'),
         task='multilabel', img_size=32, epochs=3, batch_size=8, workers=0, cpu=True))
     assert summary['config']['loss'] == loss
     lines = [json.loads(line) for line in (tmp_path / 'run' / 'log.jsonl').read_text().splitlines()]
@@ -140,7 +139,7 @@ def test_a_run_on_coco(recipe, loss, tmp_path):
 def test_on_two_processes_with_one_cache(tmp_path):
     make_coco(tmp_path / 'coco', images=24)
     words = [
-        str(ROOT / 'scripts' / 'finetune.py'), '--model', SHIPPED, '--task', 'multilabel', '--dataset', 'coco',
+        str(ROOT / 'scripts' / 'finetune.py'), '--model', DEFAULT_MODEL, '--task', 'multilabel', '--dataset', 'coco',
         '--data-dir', str(tmp_path / 'coco'), '--cache-features', str(tmp_path / 'cache'), '--img-size', '32', '--cpu',
         '--epochs', '2', '-b', '8', '--workers', '0', '--model-kwargs', 'drop_rate=0']  # whose mask is a process's own
     lines = []

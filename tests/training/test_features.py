@@ -19,17 +19,16 @@ from timm.data import create_transform, resolve_data_config
 from noah_zoo import add_noah_head
 from noah_zoo.data import create_dataset
 from noah_zoo.data.loader import EpochBatchSampler, create_loader
+from noah_zoo.inference.predict import DEFAULT_MODEL
 from noah_zoo.training import configure, features, train
 from noah_zoo.training.features import CachedFeatures, FeatureBatches, HeadOnly, cache_features, feature_key
-
-from .test_finetune import SHIPPED
 
 Parts = namedtuple('Parts', 'model images transform')
 
 
 @pytest.fixture
 def parts(photos):
-    model = timm.create_model(SHIPPED, pretrained=True, num_classes=3).eval()
+    model = timm.create_model(DEFAULT_MODEL, pretrained=True, num_classes=3).eval()
     return Parts(model, create_dataset('folder', str(photos), 'train'),
                  create_transform(**resolve_data_config(dict(img_size=32), model=model)))
 
@@ -118,8 +117,8 @@ def test_what_the_key_depends_on(parts, photos, tmp_path):
     assert key() == first  # the head is none of it
     others = [
         key(transform=create_transform(32)), key(images=parts.images.take(range(20))),
-        key(model=timm.create_model(SHIPPED, pretrained=True, output_stride=8).eval()),
-        key(model=timm.create_model(SHIPPED.split('.')[0]).eval())]
+        key(model=timm.create_model(DEFAULT_MODEL, pretrained=True, output_stride=8).eval()),
+        key(model=timm.create_model(DEFAULT_MODEL.split('.')[0]).eval())]
     parts.model.bn1.running_mean[0] += 1
     others.append(key())
     parts.model.bn1.running_mean[0] -= 1
@@ -132,7 +131,7 @@ def test_what_the_key_depends_on(parts, photos, tmp_path):
         'import sys, timm, noah_zoo; from noah_zoo.data import create_dataset; '
         'from noah_zoo.training.features import feature_key; '
         'from timm.data import create_transform, resolve_data_config; '
-        f'm = timm.create_model({SHIPPED!r}, pretrained=True, num_classes=9).eval(); '
+        f'm = timm.create_model({DEFAULT_MODEL!r}, pretrained=True, num_classes=9).eval(); '
         't = create_transform(**resolve_data_config(dict(img_size=32), model=m)); '
         f'print(feature_key(m, create_dataset("folder", {str(photos)!r}, "train"), t))')
     env = {**os.environ, 'PYTHONHASHSEED': '7'}
@@ -184,7 +183,7 @@ def test_killed_while_it_computes(parts, photos, tmp_path):
         'import time, timm, noah_zoo; from pathlib import Path; from noah_zoo.data import create_dataset; '
         'from noah_zoo.training.features import cache_features; '
         'from timm.data import create_transform, resolve_data_config; '
-        f'm = timm.create_model({SHIPPED!r}, pretrained=True, num_classes=3).eval(); '
+        f'm = timm.create_model({DEFAULT_MODEL!r}, pretrained=True, num_classes=3).eval(); '
         't = create_transform(**resolve_data_config(dict(img_size=32), model=m)); f = m.forward_features; '
         'm.forward_features = lambda x: (time.sleep(0.5), f(x))[1]; '
         f'cache_features(m, create_dataset("folder", {str(photos)!r}, "train"), t, Path({str(tmp_path)!r}), 4, 0)')
@@ -206,7 +205,7 @@ def test_a_run_has_the_same_accuracy_with_and_without(idx_dir, tmp_path):
     for cache in (None, str(tmp_path / 'cache')):
         output = tmp_path / f'run {cache is None}'
         config = configure(
-            SHIPPED, str(output), 'none', data_dir=str(idx_dir), pretrained=True, freeze=True, no_aug=True,
+            DEFAULT_MODEL, str(output), 'none', data_dir=str(idx_dir), pretrained=True, freeze=True, no_aug=True,
             cache_features=cache, img_size=64, epochs=4, batch_size=8, workers=0, cpu=True, lr=1e-3)
         summary = train(config)
         curves.append([json.loads(line) for line in (output / 'log.jsonl').read_text().splitlines()])
@@ -223,14 +222,14 @@ def test_goes_on_after_a_stop(idx_dir, tmp_path):
     shared = dict(
         data_dir=str(idx_dir), pretrained=True, cache_features=str(tmp_path / 'cache'), img_size=32, epochs=3,
         batch_size=8, workers=0, cpu=True, lr=1e-3)
-    whole = train(configure(SHIPPED, str(tmp_path / 'a'), 'none', **shared))
-    train(configure(SHIPPED, str(tmp_path / 'b'), 'none', **shared))
+    whole = train(configure(DEFAULT_MODEL, str(tmp_path / 'a'), 'none', **shared))
+    train(configure(DEFAULT_MODEL, str(tmp_path / 'b'), 'none', **shared))
     Path(tmp_path / 'b' / 'summary.json').unlink()
     for checkpoint in sorted((tmp_path / 'b' / 'checkpoints').iterdir())[1:]:
         for file in checkpoint.rglob('*'):
             file.unlink() if file.is_file() else None
         checkpoint.rmdir()
-    again = train(configure(SHIPPED, str(tmp_path / 'b'), 'none', resume='auto', **shared))
+    again = train(configure(DEFAULT_MODEL, str(tmp_path / 'b'), 'none', resume='auto', **shared))
     assert (again['train_loss'], again['top1']) == (whole['train_loss'], whole['top1'])
 
 
@@ -260,5 +259,5 @@ def test_thousands_of_images_a_second():
 
 def test_what_does_not_go_with_it(idx_dir, tmp_path):
     with pytest.raises(ValueError, match='mixup and cutmix do not go with cache_features'):
-        train(configure(SHIPPED, str(tmp_path), 'none', data_dir=str(idx_dir), cache_features=str(tmp_path / 'c'),
+        train(configure(DEFAULT_MODEL, str(tmp_path), 'none', data_dir=str(idx_dir), cache_features=str(tmp_path / 'c'),
                         mixup=0.2, cpu=True, workers=0, batch_size=8, img_size=32))

@@ -18,7 +18,7 @@ from noah_zoo.weights.head_only import KEY, read_backbone
 from ..client import Client, digest
 from ..hub_server import HubServer
 from ..pictures import make_photos
-from ..publish.test_publish import FILES, TOKEN, Project
+from ..project import FILES, TOKEN, Project
 
 RESNET, VIT = 'timm/test_resnet.r160_in1k', 'timm/test_vit.r160_in1k'
 NOAH = 'mobilenetv2_035_noah'
