@@ -21,6 +21,12 @@ def beside(path: Path) -> Iterator[Path]:
         raise
 
 
+def clear_partial(folder: Path, name: str = '*') -> None:
+    """Remove what killed processes have left in a folder of files that were being written, of one name or of all."""
+    for partial in folder.glob(f'.{name}.*.partial'):
+        partial.unlink(missing_ok=True)
+
+
 def write(path: Path, content: Union[str, bytes]) -> None:
     """Write a file, text as UTF-8 with the line ends it has."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,6 @@ from .images import read_image
 _logger = logging.getLogger(__name__)
 
 
-
 class Folder(Images):
     """A folder per class, by timm's reader: a class is called by the innermost folder, in natural order.
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import timm.data
-from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
 from .images import DamagedImageError, read_image
@@ -83,31 +82,33 @@ class Stream(IterableDataset):
                 with self._skipped.get_lock():
                     self._skipped.value += 1
             else:
-                yield image if self.transform is None else self.transform(image), label
+                yield image, label
         while self.training and missing:  # the epoch has as many images as was said; some come twice
             before = missing
             for image, label in self._read(logging.DEBUG):
-                if image is not None and missing:
+                if image is not None:
                     missing -= 1
-                    yield image if self.transform is None else self.transform(image), label
+                    yield image, label
                 if not missing:
                     return
             if missing == before:
                 raise ValueError(f'{self.name}[{self.split}]: all images that this process reads are damaged')
 
-    def _read(self, level: int = logging.WARNING) -> Iterator[Tuple[Optional[Image.Image], int]]:
-        """Images and labels as they come, None for a damaged image that is to be left out."""
+    def _read(self, level: int = logging.WARNING) -> Iterator[Tuple[Any, int]]:
+        """Images, transformed, and labels as they come; None for a damaged image that is to be left out."""
         for key, data, label in self._shard_samples() if self.is_wds else self._hub_samples():
             where = f'{self.name}[{self.split}] {key}'
             if label not in range(len(self.class_names)):
                 raise ValueError(f'{where}: the label is {label}, accepted are 0 to {len(self.class_names) - 1}')
             try:
-                yield read_image(data, where), label
+                image = read_image(data, where)
             except DamagedImageError as error:
                 if not self.skip_damaged:
                     raise
                 _logger.log(level, 'skipped: %s', error)
                 yield None, label
+                continue
+            yield image if self.transform is None else self.transform(image), label
 
     def _hub_classes(self) -> List[str]:
         import datasets

@@ -11,6 +11,12 @@ from ..config import TrainConfig
 TRAIN_CROPS = ('rrc', 'random', 'squash')
 
 
+def check_crop(config: TrainConfig) -> None:
+    """Raise ValueError if `config.train_crop` is unknown."""
+    if config.train_crop not in TRAIN_CROPS:
+        raise ValueError(f'train_crop={config.train_crop!r} is not one of {", ".join(TRAIN_CROPS)}')
+
+
 def create_transforms(config: TrainConfig, data_config: Dict[str, Any]) -> Tuple[Callable, Callable]:
     """The transforms of a run, from an RGB image to a tensor: in training, and in evaluation.
 
@@ -21,8 +27,7 @@ def create_transforms(config: TrainConfig, data_config: Dict[str, Any]) -> Tuple
     Raises:
         ValueError: If `config.train_crop` is unknown.
     """
-    if config.train_crop not in TRAIN_CROPS:
-        raise ValueError(f'train_crop={config.train_crop!r} is not one of {", ".join(TRAIN_CROPS)}')
+    check_crop(config)
     val_transform = create_transform(**data_config)
     if config.no_aug or config.cache_features:
         return val_transform, val_transform

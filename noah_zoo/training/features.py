@@ -17,7 +17,7 @@ from torch.utils.data import Sampler
 
 from ..data.base import Images
 from ..data.loader import EvalBatchSampler, create_loader
-from ..files import beside, write
+from ..files import beside, clear_partial, write
 from ..weights.hub import sha256_of
 
 _logger = logging.getLogger(__name__)
@@ -161,8 +161,8 @@ def _compute(
     loader = create_loader(images, transform, EvalBatchSampler(len(images), batch_size, 1, 0), workers, batch_size)
     device, digest, shape = next(model.parameters()).device, hashlib.sha256(), None
     record = path.with_suffix('.json')
-    for old in (record, *path.parent.glob(f'.{path.name}.*.partial')):  # of a process that was killed
-        old.unlink(missing_ok=True)
+    record.unlink(missing_ok=True)
+    clear_partial(path.parent, path.name)
     bar = tqdm(total=len(images), desc='features', unit='img', leave=False)
     try:
         with bar, beside(path) as partial, partial.open('wb') as file:

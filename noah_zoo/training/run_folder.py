@@ -19,7 +19,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 from ..config import TrainConfig
-from ..files import write
+from ..files import clear_partial, write
 from .builders import model_kwargs
 
 MAY_CHANGE = (  # settings that a run may go on with another value of: they do not change what it leaves
@@ -76,9 +76,7 @@ class RunFolder:
     def begin(self, config: TrainConfig, epoch: int, damaged: Dict[str, str]) -> None:
         """Write down what the run is; drop what the log has of epochs after `epoch`, which are done again."""
         self.path.mkdir(parents=True, exist_ok=True)
-        for partial in self.path.glob('.*.partial'):  # of a process that was killed
-            if partial.is_file():
-                partial.unlink()
+        clear_partial(self.path)
         write(self.path / 'args.yaml', yaml.safe_dump(_plain(config), sort_keys=False))
         if config.skip_damaged:
             write(self.path / 'damaged.json', json.dumps(damaged, indent=2) + '\n')

@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from ..config import TrainConfig
-from ..data.transforms import TRAIN_CROPS
+from ..data.transforms import check_crop
 from ..inference.predict import check_model
 from ..recipes import RECIPES, learning_rate, recipe_of
 from ..tasks import find_task
@@ -57,8 +57,7 @@ def check_settings(config: TrainConfig, accelerator: Accelerator) -> None:
     check_model(config.model)
     find_task(config.task).check(config)
     kind = accelerator.distributed_type
-    if config.train_crop not in TRAIN_CROPS:
-        raise ValueError(f'train_crop={config.train_crop!r} is not one of {", ".join(TRAIN_CROPS)}')
+    check_crop(config)
     if config.cache_features and (config.mixup or config.cutmix):
         raise ValueError(
             'mixup and cutmix do not go with cache_features, which has no images to mix; give --mixup 0 --cutmix 0')
