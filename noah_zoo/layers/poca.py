@@ -17,7 +17,7 @@ import itertools
 import logging
 import math
 from types import ModuleType
-from typing import Iterator, NamedTuple, Optional, Tuple
+from typing import Callable, Iterator, NamedTuple, Optional, Tuple, Type
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from . import poca_cpu
 
 _logger = logging.getLogger(__name__)
 
+WORKSPACE_BYTES = 64 * 2 ** 20  # of the gradients of scores and values that a block on CUDA has at a time
 SAFE = 1e-20, 1e20  # sums of exponentials that show that no term over- or underflowed to any effect, in float32
 
 
@@ -98,99 +99,110 @@ def _poca(
         value_bias: Optional[Tensor], num_groups: int, conv_groups: int, drop_rate: float) -> Tensor:
     device, dtype = x_BCHW.device.type, x_BCHW.dtype
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        low, dtype = torch.get_autocast_dtype(device), torch.float32
-        x_BCHW, key_weight, value_weight = x_BCHW.to(low), key_weight.to(low), value_weight.to(low)
-    if not x_BCHW.dtype == key_weight.dtype == value_weight.dtype:
+        x_BCHW, dtype = x_BCHW.to(torch.get_autocast_dtype(device)), torch.float32
+    elif not x_BCHW.dtype == key_weight.dtype == value_weight.dtype:
         raise RuntimeError(
             f'poca: features of {x_BCHW.dtype}, weights of {key_weight.dtype} and {value_weight.dtype}; expected one '
             f'type')
     maps, channels = key_weight.shape[0], x_BCHW.shape[1]
-    if value_weight.shape[0] != maps or maps % conv_groups or maps % num_groups:
+    if value_weight.shape[0] != maps or maps % num_groups or num_groups % conv_groups:
         raise ValueError(
             f'poca: weights of {maps} and {value_weight.shape[0]} maps; expected the same multiple of '
-            f'num_groups={num_groups} and conv_groups={conv_groups}')
+            f'num_groups={num_groups}, and that one of conv_groups={conv_groups}')
     read = [conv_groups * weight.shape[1] for weight in (key_weight, value_weight)]
     if max(read) > channels:
         raise ValueError(f'poca: key and value read {read[0]} and {read[1]} channels of {channels}')
     seed = torch.randint(2 ** 63 - 1, (), device=x_BCHW.device) if drop_rate else None
-    out_BM, _ = poca_op(
-        x_BCHW.flatten(2).transpose(1, 2), key_weight, key_bias, value_weight, value_bias, conv_groups, drop_rate, seed)
-    num_classes = out_BM.shape[1] // num_groups
-    out_BK = out_BM.view(-1, num_groups, num_classes).sum(dim=1)
-    if value_bias is not None and seed is None:
-        out_BK = out_BK + value_bias.view(num_groups, num_classes).sum(dim=0)
+    out_BK, _ = poca_op(
+        x_BCHW.flatten(2).transpose(1, 2), key_weight, key_bias, value_weight, value_bias, num_groups, conv_groups,
+        drop_rate, seed)
     return out_BK.to(dtype)
 
 
-# The operator
+# The operator: two of torch.library, by its lower level, as the calls of `torch.library.custom_op` cost a small head
+# more than all it computes
 
 
-@torch.library.custom_op('noah_zoo::poca', mutates_args=())
-def poca_op(
+def _forward(
         x_BLC: Tensor, key_weight: Tensor, key_bias: Optional[Tensor], value_weight: Tensor,
-        value_bias: Optional[Tensor], conv_groups: int, drop_rate: float, seed: Optional[Tensor],
+        value_bias: Optional[Tensor], num_groups: int, conv_groups: int, drop_rate: float, seed: Optional[Tensor],
 ) -> Tuple[Tensor, Tensor]:
-    """Attended values of every map, (B, M), in float32 or more, without bias unless there is dropout; on CUDA also the
-    logarithms of the softmax's sums, (B, M), for backward. `seed` gives the dropout mask; without it there is none."""
-    for backend in (_triton() if x_BLC.is_cuda else None, poca_cpu):
-        if backend and backend.supports(x_BLC, key_weight, value_weight, conv_groups, seed):
-            return backend.forward(
-                x_BLC, key_weight.flatten(1), value_weight.flatten(1), value_bias, conv_groups, drop_rate, seed)
-    out_BM, lse_BM = _empty(x_BLC, key_weight)
-    out_GBM = _of_maps(out_BM, conv_groups)
-    for block in _blocks(x_BLC, key_weight, value_weight, value_bias, conv_groups, drop_rate, seed):
-        sums_GBM = block.exp_GBLM.mul_(block.value_GBLM).sum(dim=2)
-        out_GBM[block.groups, block.images, block.maps] = sums_GBM.div_(block.total_GBM)
-    return out_BM, lse_BM
+    """Logits (B, K), in float32 or more; on CUDA also what backward needs of every map (`poca_triton.forward`), (2, B,
+    M). `seed` gives the dropout mask; without it there is none."""
+    kernels = _kernels(x_BLC)
+    if kernels:
+        return kernels.forward(
+            x_BLC, key_weight, value_weight, value_bias, num_groups, conv_groups, drop_rate, seed)
+    out_BK, stats_2BM = _empty(x_BLC, key_weight, key_bias, value_weight, value_bias, num_groups)
+    if poca_cpu.supports(x_BLC, key_weight, value_weight, conv_groups, seed):
+        out_BM = poca_cpu.forward(x_BLC, key_weight, value_weight, conv_groups)
+    else:
+        out_BM = out_BK.new_empty(len(out_BK), len(key_weight))
+        out_GBM = _of_maps(out_BM, conv_groups)
+        for block in _blocks(x_BLC, key_weight, value_weight, value_bias, conv_groups, drop_rate, seed):
+            sums_GBM = block.exp_GBLM.mul_(block.value_GBLM).sum(dim=2)
+            out_GBM[block.groups, block.images, block.maps] = sums_GBM.div_(block.total_GBM)
+    torch.sum(out_BM.unflatten(1, (num_groups, -1)), dim=1, out=out_BK)
+    if value_bias is not None and seed is None:
+        out_BK += value_bias.view(num_groups, -1).sum(dim=0)
+    return out_BK, stats_2BM
 
 
-@poca_op.register_fake
-def _empty(x_BLC: Tensor, key_weight: Tensor, *args) -> Tuple[Tensor, Tensor]:
-    shape = x_BLC.shape[0], key_weight.shape[0]
+def _empty(
+        x_BLC: Tensor, key_weight: Tensor, key_bias: Optional[Tensor], value_weight: Tensor,
+        value_bias: Optional[Tensor], num_groups: int, *args) -> Tuple[Tensor, Tensor]:
+    (batch, *_), maps = x_BLC.shape, key_weight.shape[0]
     dtype = torch.promote_types(x_BLC.dtype, torch.float32)
-    return x_BLC.new_empty(shape, dtype=dtype), x_BLC.new_empty(shape if x_BLC.is_cuda else (0,), dtype=dtype)
+    stats_shape = (2, batch, maps) if x_BLC.is_cuda else (0,)
+    return x_BLC.new_empty(batch, maps // num_groups, dtype=dtype), x_BLC.new_empty(stats_shape, dtype=dtype)
 
 
-@torch.library.custom_op('noah_zoo::poca_backward', mutates_args=())
-def poca_backward_op(
-        grad_BM: Tensor, x_BLC: Tensor, key_weight: Tensor, value_weight: Tensor, value_bias: Optional[Tensor],
-        out_BM: Optional[Tensor], lse_BM: Optional[Tensor], conv_groups: int, drop_rate: float, seed: Optional[Tensor],
+def _backward(
+        grad_BK: Tensor, x_BLC: Tensor, key_weight: Tensor, value_weight: Tensor, value_bias: Optional[Tensor],
+        stats_2BM: Tensor, num_groups: int, conv_groups: int, drop_rate: float, seed: Optional[Tensor],
         need_x: bool, need_weights: bool,
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `x_BLC`, `key_weight`, `value_weight` and, with dropout, `value_bias`; empty where not needed."""
-    grads = _empty_grads(grad_BM, x_BLC, key_weight, value_weight, value_bias, need_x=need_x, need_weights=need_weights)
-    kernels = _triton() if x_BLC.is_cuda else None
-    if kernels and kernels.supports(x_BLC, key_weight, value_weight, conv_groups, seed):
-        found = kernels.backward(
-            grad_BM, x_BLC, key_weight.flatten(1), value_weight.flatten(1), value_bias, out_BM, lse_BM,
-            conv_groups, drop_rate, seed, need_x, need_weights)
-        return tuple(empty if grad is None else grad.view_as(empty) for grad, empty in zip(found, grads))
-    totals = dx_BLC, dkey_weight, dvalue_weight, dvalue_bias = [
-        grad.new_zeros(grad.shape, dtype=grad_BM.dtype) for grad in grads]
-    grad_GBM = _of_maps(grad_BM, conv_groups)
+    """Gradients of `x_BLC`, `key_weight`, `value_weight` and `value_bias`; empty where not needed."""
+    grads = _empty_grads(grad_BK, x_BLC, key_weight, value_weight, value_bias, need_x=need_x, need_weights=need_weights)
+    x_BLC = x_BLC.contiguous()
+    kernels = _kernels(x_BLC)
+    if kernels:
+        blocks = _blocks_on_cuda(
+            kernels, grad_BK, x_BLC, key_weight, value_weight, value_bias, stats_2BM, num_groups, conv_groups,
+            drop_rate, seed)
+        dtypes = x_BLC.dtype, grad_BK.dtype, grad_BK.dtype, grad_BK.dtype
+    else:
+        blocks = _differentiated(
+            grad_BK.repeat(1, num_groups), x_BLC, key_weight, value_weight, value_bias, conv_groups, drop_rate, seed)
+        dtypes = (grad_BK.dtype,) * 4
+    dx_BLC, dkey_weight, dvalue_weight, dvalue_bias = totals = [
+        torch.zeros_like(grad, dtype=dtype) for grad, dtype in zip(grads, dtypes)]
     dx = _of_features(dx_BLC, key_weight, value_weight, conv_groups) if need_x else None
     dweights = [_of_weights(grad, conv_groups) for grad in (dkey_weight, dvalue_weight)] if need_weights else None
     dbias_GM = dvalue_bias.view(conv_groups, -1)
-    for block in _blocks(x_BLC, key_weight, value_weight, value_bias, conv_groups, drop_rate, seed):
-        groups, images, rows, maps, features, weights, exp_GBLM, value_GBLM, total_GBM, keep_GBLM = block
-        out_GBM = (exp_GBLM * value_GBLM).sum(dim=2).div_(total_GBM)
-        exp_GBLM.mul_(grad_GBM[groups, images, maps].div(total_GBM).unsqueeze(2))  # attention x gradient
-        dscore_GRM = value_GBLM.sub_(out_GBM.unsqueeze(2)).mul_(exp_GBLM).flatten(1, 2)
-        dvalue_GRM = (exp_GBLM if keep_GBLM is None else exp_GBLM.mul_(keep_GBLM)).flatten(1, 2)
-        for part, dmap_GRM in enumerate((dscore_GRM, dvalue_GRM)):
+    for groups, rows, maps, features, weights, dmaps in blocks:
+        for part, dmap_GRM in enumerate(dmaps):
             if need_x:
-                dx[part][groups, rows] += torch.bmm(dmap_GRM, weights[part])
+                dx[part][groups, rows].baddbmm_(dmap_GRM, weights[part])
             if need_weights:
-                dweights[part][groups, maps].baddbmm_(dmap_GRM.mT, features[part])
-        if dvalue_bias.numel():
-            dbias_GM[groups, maps] += dvalue_GRM.sum(dim=1)
+                _add_product(dweights[part][groups, maps], dmap_GRM.mT, features[part])
+        if seed is not None and dvalue_bias.numel():
+            dbias_GM[groups, maps] += dmaps[1].sum(dim=1, dtype=dbias_GM.dtype)
+    if seed is None and dvalue_bias.numel():
+        dvalue_bias.view(num_groups, -1).copy_(grad_BK.sum(dim=0))
     return tuple(total.to(grad.dtype) for total, grad in zip(totals, grads))
 
 
-@poca_backward_op.register_fake
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    if total.dtype == left.dtype:
+        total.baddbmm_(left, right)
+    else:
+        torch.baddbmm(total, left, right, out_dtype=total.dtype, out=total)
+
+
 def _empty_grads(
-        grad_BM, x_BLC, key_weight, value_weight, value_bias, out_BM=None, lse_BM=None, conv_groups=1, drop_rate=0.,
-        seed=None, need_x=True, need_weights=True) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+        grad_BK, x_BLC, key_weight, value_weight, value_bias, stats_2BM=None, num_groups=1, conv_groups=1,
+        drop_rate=0., seed=None, need_x=True, need_weights=True) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
     def like(tensor: Optional[Tensor], needed: bool) -> Tensor:
         tensor = x_BLC[:0, 0, 0] if tensor is None else tensor
         return tensor.new_empty(tensor.shape if needed else (0,) * tensor.ndim)
@@ -200,34 +212,78 @@ def _empty_grads(
         like(value_bias, need_weights))
 
 
-def _save(ctx, inputs, output) -> None:
-    x_BLC, key_weight, key_bias, value_weight, value_bias, ctx.conv_groups, ctx.drop_rate, seed = inputs
-    ctx.key_bias_shape = None if key_bias is None else key_bias.shape
-    stats = output if x_BLC.is_cuda else (None, None)
-    ctx.save_for_backward(x_BLC, key_weight, value_weight, value_bias if ctx.drop_rate else None, seed, *stats)
+class _Poca(torch.autograd.Function):
+    """The operator with its gradient."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        with torch._C._AutoDispatchBelowAutograd():
+            out_BK, stats_2BM = poca_op(*args)
+        x_BLC, key_weight, key_bias, value_weight, value_bias, *ctx.numbers, seed = args
+        ctx.key_bias = None if key_bias is None else (key_bias.shape, key_bias.dtype)
+        ctx.save_for_backward(x_BLC, key_weight, value_weight, value_bias, stats_2BM, seed)
+        ctx.mark_non_differentiable(stats_2BM)
+        return out_BK, stats_2BM
+
+    @staticmethod
+    def backward(ctx, grad_BK, _):
+        x_BLC, key_weight, value_weight, value_bias, stats_2BM, seed = ctx.saved_tensors
+        need_x, need_key, _, need_value, need_bias, *_ = ctx.needs_input_grad
+        need_weights = need_key or need_value or need_bias
+        dx_BLC, *dweights = poca_backward_op(
+            grad_BK, x_BLC, key_weight, value_weight, value_bias, stats_2BM, *ctx.numbers, seed, need_x, need_weights)
+        dkey_weight, dvalue_weight, dvalue_bias = dweights if need_weights else (None, None, None)
+        dkey_bias = None
+        if ctx.key_bias is not None:
+            dkey_bias = grad_BK.new_zeros(ctx.key_bias[0], dtype=ctx.key_bias[1])
+        return (
+            dx_BLC if need_x else None, dkey_weight, dkey_bias, dvalue_weight,
+            None if value_bias is None else dvalue_bias, None, None, None, None)
 
 
-def _differentiate(ctx, grad_BM: Tensor, _):
-    x_BLC, key_weight, value_weight, value_bias, seed, out_BM, lse_BM = ctx.saved_tensors
-    need_x, need_key, _, need_value, need_bias, *_ = ctx.needs_input_grad
-    need_weights = need_key or need_value or (need_bias and value_bias is not None)
-    dx_BLC, *dweights = poca_backward_op(
-        grad_BM, x_BLC, key_weight, value_weight, value_bias, out_BM, lse_BM, ctx.conv_groups, ctx.drop_rate, seed,
-        need_x, need_weights)
-    dkey_weight, dvalue_weight, dvalue_bias = dweights if need_weights else (None, None, None)
-    return (
-        dx_BLC if need_x else None, dkey_weight,
-        None if ctx.key_bias_shape is None else grad_BM.new_zeros(ctx.key_bias_shape),
-        dvalue_weight, dvalue_bias if value_bias is not None else None, None, None, None)
+class _PocaBackward(torch.autograd.Function):
+    """The gradient, which has none."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        with torch._C._AutoDispatchBelowAutograd():
+            return poca_backward_op(*args)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            'poca: its gradient cannot be differentiated again; noah_zoo.layers.poca.poca_reference has second '
+            'derivatives')
 
 
-def _refuse(ctx, *grads):
-    raise RuntimeError(
-        'poca: its gradient cannot be differentiated again; noah_zoo.layers.poca.poca_reference has second derivatives')
+_library = torch.library.Library('noah_zoo', 'FRAGMENT')
 
 
-poca_op.register_autograd(_differentiate, setup_context=_save)
-poca_backward_op.register_autograd(_refuse)
+def _define(schema: str, function: Callable, fake: Callable, differentiable: Type[torch.autograd.Function]):
+    """An operator of torch.library."""
+    name = schema.split('(')[0]
+    _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    operator = getattr(torch.ops.noah_zoo, name).default
+
+    def with_autograd(*args):
+        if torch.is_grad_enabled():
+            return differentiable.apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*args)
+
+    _library.impl(name, function, 'CompositeExplicitAutograd')
+    _library.impl(name, with_autograd, 'Autograd')
+    torch.library.register_fake(f'noah_zoo::{name}', fake, lib=_library)
+    return operator
+
+
+poca_op = _define(
+    'poca(Tensor x_BLC, Tensor key_weight, Tensor? key_bias, Tensor value_weight, Tensor? value_bias, int num_groups, '
+    'int conv_groups, float drop_rate, Tensor? seed) -> (Tensor, Tensor)', _forward, _empty, _Poca)
+poca_backward_op = _define(
+    'poca_backward(Tensor grad_BK, Tensor x_BLC, Tensor key_weight, Tensor value_weight, Tensor? value_bias, '
+    'Tensor stats_2BM, int num_groups, int conv_groups, float drop_rate, Tensor? seed, bool need_x, bool need_weights)'
+    ' -> (Tensor, Tensor, Tensor, Tensor)', _backward, _empty_grads, _PocaBackward)
 
 
 @register_flop_formula(torch.ops.noah_zoo.poca)
@@ -261,6 +317,45 @@ def _block_size(groups: int, batch: int, positions: int, maps: int, device: str)
     maps = min(maps, 1024, max(budget // positions, 16))
     images = max(min(batch, budget // (positions * maps)), 1)
     return min(groups, max(budget // (positions * maps * images), 1)), images, maps
+
+
+def _differentiated(
+        grad_BM: Tensor, x_BLC: Tensor, key_weight: Tensor, value_weight: Tensor, value_bias: Optional[Tensor],
+        conv_groups: int, drop_rate: float, seed: Optional[Tensor]) -> Iterator[tuple]:
+    """Of all blocks: groups, rows, maps, features, weights, and the gradients of scores and values, (G, R, M)."""
+    grad_GBM = _of_maps(grad_BM, conv_groups)
+    for block in _blocks(x_BLC, key_weight, value_weight, value_bias, conv_groups, drop_rate, seed):
+        groups, images, rows, maps, features, weights, exp_GBLM, value_GBLM, total_GBM, keep_GBLM = block
+        out_GBM = (exp_GBLM * value_GBLM).sum(dim=2).div_(total_GBM)
+        exp_GBLM.mul_(grad_GBM[groups, images, maps].div(total_GBM).unsqueeze(2))  # attention x gradient
+        dscore_GBLM = value_GBLM.sub_(out_GBM.unsqueeze(2)).mul_(exp_GBLM)
+        dvalue_GBLM = exp_GBLM if keep_GBLM is None else exp_GBLM.mul_(keep_GBLM)
+        yield groups, rows, maps, features, weights, (dscore_GBLM.flatten(1, 2), dvalue_GBLM.flatten(1, 2))
+
+
+def _blocks_on_cuda(
+        kernels: ModuleType, grad_BK: Tensor, x_BLC: Tensor, key_weight: Tensor, value_weight: Tensor,
+        value_bias: Optional[Tensor], stats_2BM: Tensor, num_groups: int, conv_groups: int, drop_rate: float,
+        seed: Optional[Tensor]) -> Iterator[tuple]:
+    """What `_differentiated` gives, from the kernels."""
+    (batch, length, _), dtype = x_BLC.shape, x_BLC.dtype
+    key_weight, value_weight = key_weight.to(dtype), value_weight.to(dtype)
+    all_features = _of_features(x_BLC, key_weight, value_weight, conv_groups)
+    all_weights = [_of_weights(weight, conv_groups) for weight in (key_weight, value_weight)]
+    num_maps = len(key_weight) // conv_groups
+    fitting = max(WORKSPACE_BYTES // (2 * dtype.itemsize * length), 1)  # maps of an image
+    most = min(num_maps, fitting)
+    num_slices = min(conv_groups, max(fitting // most, 1))
+    num_images = min(batch, max(fitting // (most * num_slices), 1))
+    for groups, maps, images in itertools.product(
+            _slices(conv_groups, num_slices), _slices(num_maps, most), _slices(batch, num_images)):
+        rows = slice(images.start * length, images.stop * length)
+        dmaps = kernels.map_grads(
+            grad_BK, x_BLC, key_weight, value_weight, value_bias, stats_2BM, num_groups, conv_groups, drop_rate, seed,
+            groups, images, maps)
+        yield (
+            groups, rows, maps, tuple(x_GRC[groups, rows] for x_GRC in all_features),
+            tuple(weight[groups, maps] for weight in all_weights), dmaps)
 
 
 def _slices(size: int, step: int) -> Iterator[slice]:
@@ -329,9 +424,15 @@ def _blocks(
 # Kernels
 
 
+def _kernels(x_BLC: Tensor) -> Optional[ModuleType]:
+    """The kernels for CUDA, where these features are theirs."""
+    kernels = _triton() if x_BLC.is_cuda else None
+    return kernels if kernels and kernels.supports(x_BLC) else None
+
+
 @functools.cache
 def _triton() -> Optional[ModuleType]:
-    """The kernels for CUDA, where Triton is there."""
+    """They, where Triton is there."""
     try:
         from . import poca_triton
     except ImportError as error:

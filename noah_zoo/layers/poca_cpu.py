@@ -2,7 +2,7 @@
 import ctypes
 import functools
 import importlib.util
-from typing import Callable, Optional, Tuple
+from typing import Callable, Optional
 
 import torch
 from torch import Tensor
@@ -42,11 +42,8 @@ def supports(
         and compiled() is not None)
 
 
-def forward(
-        x_BLC: Tensor, key_weight: Tensor, value_weight: Tensor, value_bias: Optional[Tensor], conv_groups: int,
-        drop_rate: float, seed: Optional[Tensor],
-) -> Tuple[Tensor, Tensor]:
-    """What `noah_zoo.layers.poca.poca_op` gives, where `supports` says so.
+def forward(x_BLC: Tensor, key_weight: Tensor, value_weight: Tensor, conv_groups: int) -> Tensor:
+    """Attended values of every map, (B, M), without bias, where `supports` says so.
 
     Raises:
         MemoryError: If there is no memory for the buffers of its threads.
@@ -62,4 +59,4 @@ def forward(
         length, channels, conv_groups, maps // conv_groups, key_depth, value_depth, threads)
     if compiled()(ctypes.byref(call)):
         raise MemoryError('poca: no memory for the buffers of its threads')
-    return out_BM, out_BM.new_empty(0)
+    return out_BM

@@ -1,12 +1,12 @@
-"""POCA in Triton kernels for CUDA, forward and backward, without an N x K x L map in memory.
+"""POCA in Triton kernels for CUDA, without an N x K x L map in memory.
 
-Embedding, softmax over positions, dropout and reduction are one kernel. The backward pass computes the maps again, with
-their log-sum-exp from the forward pass, in a kernel for the features and one for the weights, each once for the key and
-once for the value. A program there holds its sum in registers and is alone with it, so that results are deterministic.
+Embedding, softmax over positions, dropout, and the sums over positions and groups are one kernel. The backward pass has
+one of its own, which computes the maps of a block again, with their log-sum-exp from the forward pass, and writes the
+gradients of scores and values; plain products (`poca.py`) make those of features and weights of them.
 
-Tensor names say their shape: B batch, L positions, C channels, M maps (N groups x K classes), D the channels of a sum.
-In the kernels `maps`, `key_width` and `value_width` are those of one convolution group, `x_left` is how many of x there
-are from the start of the tile on.
+Tensor names say their shape: B batch, L positions, C channels, K classes, M maps (N groups x K classes), G groups of
+the embeddings, R rows (images x positions). In the kernels `key_width` and `value_width` are the channels of such a
+group, `x_left` is how many of x there are from the start of the tile on.
 """
 import functools
 import logging
@@ -21,8 +21,8 @@ from ..text import one_line
 
 _logger = logging.getLogger(__name__)
 
-WANTED_PROGRAMS = 1024  # of the kernel for the weights: a few for each multiprocessor of a large GPU
-WORKSPACE_BYTES = 64 * 2 ** 20  # that splits of the batch may take for sums of their own
+PROGRAMS = 128  # that a large GPU can run at once; tiles get smaller where they would be fewer
+CAST_FROM = 2 ** 24  # weights that all images read together, from which on a copy in their type pays
 
 
 @triton.jit
@@ -33,232 +33,160 @@ def _load(ptr, i_left, j_left, stride_i, stride_j, ROWS: tl.constexpr, COLUMNS: 
 
 
 @triton.jit
-def _store(ptr, tile_IJ, i_left, j_left, stride_i, stride_j, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    i_idx, j_idx = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
-    at = ptr + i_idx * stride_i + j_idx * stride_j
-    tl.store(at, tile_IJ.to(ptr.dtype.element_ty), mask=(i_idx < i_left) & (j_idx < j_left))
-
-
-@triton.jit
 def _project(
-        x_ptr, weight_ptr, l_left, m_left, width: tl.constexpr, stride_l, stride_c,
+        x_ptr, weight_ptr, l_left, m_left, stride_l, width: tl.constexpr,
         PRECISION: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
     acc_ML = tl.zeros((BLOCK_M, BLOCK_L), tl.float32)
     for c_start in range(0, width, BLOCK_C):
         c_left = width - c_start
         weight_MC = _load(weight_ptr + c_start, m_left, c_left, width, 1, BLOCK_M, BLOCK_C)
-        x_CL = _load(
-            x_ptr + tl.cast(c_start, tl.int64) * stride_c, c_left, l_left, stride_c, stride_l, BLOCK_C, BLOCK_L)
-        acc_ML = tl.dot(weight_MC, x_CL, acc_ML, input_precision=PRECISION)
+        x_CL = _load(x_ptr + c_start, c_left, l_left, 1, stride_l, BLOCK_C, BLOCK_L)
+        acc_ML = tl.dot(weight_MC.to(x_CL.dtype), x_CL, acc_ML, input_precision=PRECISION)
     return acc_ML
 
 
 @triton.jit
-def _values(
-        x_ptr, weight_ptr, bias_ptr, scale_ML, l_left, m_left, width: tl.constexpr, stride_l, stride_c,
-        HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
-        BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
-    value_ML = _project(
-        x_ptr, weight_ptr, l_left, m_left, width, stride_l, stride_c, PRECISION, BLOCK_L, BLOCK_M, BLOCK_C)
-    if HAS_BIAS:
-        m_idx = tl.arange(0, BLOCK_M)
-        value_ML += tl.load(bias_ptr + m_idx, mask=m_idx < m_left, other=0.).to(tl.float32)[:, None]
-    return value_ML * scale_ML
-
-
-@triton.jit
 def _dropout_scale(
-        seed_ptr, drop_rate, b, l_start, first_map,
-        DROPOUT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr):
+        seed_ptr, drop_rate, b, l_start, first_map, BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr):
     """0 or 1 / (1 - drop_rate), (M, L): a function of seed, image, map and position alone.
 
     Philox counts in (map, position // 4, image) and gives four numbers, one for each of four positions.
     """
-    scale_ML = tl.full((BLOCK_M, BLOCK_L), 1., tl.float32)
-    if DROPOUT:
-        zero = tl.zeros((BLOCK_M, BLOCK_L // 4), tl.int32)
-        map_idx = (first_map + tl.arange(0, BLOCK_M)[:, None]).to(tl.int32)
-        quad_idx = l_start // 4 + tl.arange(0, BLOCK_L // 4)[None, :]
-        r0, r1, r2, r3 = tl.philox(tl.load(seed_ptr), zero + map_idx, zero + quad_idx, (zero + b).to(tl.int32), zero)
-        bits_ML = tl.join(tl.join(r0, r2), tl.join(r1, r3)).reshape(BLOCK_M, BLOCK_L)
-        scale_ML = tl.where(tl.uint_to_uniform_float(bits_ML) >= drop_rate, 1. / (1. - drop_rate), 0.)
-    return scale_ML
+    zero = tl.zeros((BLOCK_M, BLOCK_L // 4), tl.int32)
+    map_idx = (first_map + tl.arange(0, BLOCK_M)[:, None]).to(tl.int32)
+    quad_idx = l_start // 4 + tl.arange(0, BLOCK_L // 4)[None, :]
+    r0, r1, r2, r3 = tl.philox(tl.load(seed_ptr), zero + map_idx, zero + quad_idx, (zero + b).to(tl.int32), zero)
+    bits_ML = tl.join(tl.join(r0, r2), tl.join(r1, r3)).reshape(BLOCK_M, BLOCK_L)
+    return tl.where(tl.uint_to_uniform_float(bits_ML) >= drop_rate, 1. / (1. - drop_rate), 0.)
 
 
 @triton.jit
-def _map_grad(
-        xk_ptr, xv_ptr, wk_ptr, wv_ptr, bias_ptr, seed_ptr, grad_ptr, out_ptr, lse_ptr, b, l_start, l_left, first_map,
-        m_left, key_width: tl.constexpr, value_width: tl.constexpr, stride_l, stride_c, drop_rate, KEY: tl.constexpr,
-        DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
-        BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Gradient of the scores if `KEY`, of the values if not, (M, L), 0 beyond the maps and positions there are."""
-    m_idx = tl.arange(0, BLOCK_M)
-    grad_M = tl.load(grad_ptr + m_idx, mask=m_idx < m_left, other=0.).to(tl.float32)
-    lse_M = tl.load(lse_ptr + m_idx, mask=m_idx < m_left, other=0.)
+def _maps(
+        xk_ptr, xv_ptr, wk_ptr, wv_ptr, bias_ptr, seed_ptr, b, l_start, l_left, first_map, m_left, stride_l, drop_rate,
+        key_width: tl.constexpr, value_width: tl.constexpr, DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr,
+        PRECISION: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Scores, -inf beyond the positions there are; values and what dropout multiplied them by; all (M, L).
+
+    `xk_ptr` and `xv_ptr` are at the tile's first position, `wk_ptr`, `wv_ptr` and `bias_ptr` at its first map.
+    """
     score_ML = _project(
-        xk_ptr, wk_ptr, l_left, m_left, key_width, stride_l, stride_c, PRECISION, BLOCK_L, BLOCK_M, BLOCK_C)
+        xk_ptr, wk_ptr, l_left, m_left, stride_l, key_width, PRECISION, BLOCK_L, BLOCK_M, BLOCK_C)
     score_ML = tl.where(tl.arange(0, BLOCK_L)[None, :] < l_left, score_ML, float('-inf'))
-    scale_ML = _dropout_scale(seed_ptr, drop_rate, b, l_start, first_map, DROPOUT, BLOCK_L, BLOCK_M)
-    grad_ML = grad_M[:, None] * tl.exp(score_ML - lse_M[:, None])
-    if KEY:
-        value_ML = _values(
-            xv_ptr, wv_ptr, bias_ptr, scale_ML, l_left, m_left, value_width, stride_l, stride_c,
-            HAS_BIAS, PRECISION, BLOCK_L, BLOCK_M, BLOCK_C)
-        grad_ML *= value_ML - tl.load(out_ptr + m_idx, mask=m_idx < m_left, other=0.)[:, None]
-    else:
-        grad_ML *= scale_ML
-    return grad_ML
-
-
-@triton.jit
-def _forward_kernel(
-        xk_ptr, xv_ptr, wk_ptr, wv_ptr, bias_ptr, seed_ptr, batch, positions, all_maps, maps,
-        key_width: tl.constexpr, value_width: tl.constexpr, stride_b, stride_l, stride_c, drop_rate, out_ptr, lse_ptr,
-        DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
-        BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
-    """A program per (group, tile of maps, image), images next to each other so that they share the weights' tile."""
-    tiles = tl.cdiv(maps, BLOCK_M)
-    pid = tl.program_id(0)
-    b = (pid % batch).to(tl.int64)
-    m_start = pid // batch % tiles * BLOCK_M
-    group = (pid // batch // tiles).to(tl.int64)
-    first_map, m_left = group * maps + m_start, maps - m_start
-    xk_ptr += b * stride_b + group * key_width * stride_c
-    xv_ptr += b * stride_b + group * value_width * stride_c
-    wk_ptr += first_map * key_width
-    wv_ptr += first_map * value_width
-    if HAS_BIAS:
-        bias_ptr += first_map
-    highest_M = tl.full((BLOCK_M,), float('-inf'), tl.float32)
-    total_M = tl.zeros((BLOCK_M,), tl.float32)
-    out_M = tl.zeros((BLOCK_M,), tl.float32)
-    for l_start in range(0, positions, BLOCK_L):
-        l_left = positions - l_start
-        x_start = tl.cast(l_start, tl.int64) * stride_l
-        score_ML = _project(
-            xk_ptr + x_start, wk_ptr, l_left, m_left, key_width, stride_l, stride_c,
-            PRECISION, BLOCK_L, BLOCK_M, BLOCK_C)
-        score_ML = tl.where(tl.arange(0, BLOCK_L)[None, :] < l_left, score_ML, float('-inf'))
-        scale_ML = _dropout_scale(seed_ptr, drop_rate, b, l_start, first_map, DROPOUT, BLOCK_L, BLOCK_M)
-        value_ML = _values(
-            xv_ptr + x_start, wv_ptr, bias_ptr, scale_ML, l_left, m_left, value_width, stride_l, stride_c,
-            HAS_BIAS, PRECISION, BLOCK_L, BLOCK_M, BLOCK_C)
-        higher_M = tl.maximum(highest_M, tl.max(score_ML, 1))
-        attn_ML = tl.exp(score_ML - higher_M[:, None])
-        rescale_M = tl.exp(highest_M - higher_M)
-        total_M = total_M * rescale_M + tl.sum(attn_ML, 1)
-        out_M = out_M * rescale_M + tl.sum(attn_ML * value_ML, 1)
-        highest_M = higher_M
-    m_idx = tl.arange(0, BLOCK_M)
-    at = b * all_maps + first_map + m_idx
-    tl.store(out_ptr + at, out_M / total_M, mask=m_idx < m_left)
-    tl.store(lse_ptr + at, highest_M + tl.log(total_M), mask=m_idx < m_left)
-
-
-@triton.jit
-def _x_grad_kernel(
-        xk_ptr, xv_ptr, wk_ptr, wv_ptr, bias_ptr, seed_ptr, batch, positions, all_maps, maps,
-        key_width: tl.constexpr, value_width: tl.constexpr, stride_b, stride_l, stride_c, drop_rate,
-        grad_ptr, out_ptr, lse_ptr, dx_ptr, channels, KEY: tl.constexpr, BLOCK_D: tl.constexpr,
-        DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
-        BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
-    """A program per (chunk of a group's key or value channels, group, tile of positions, image): sums over the maps."""
-    width: tl.constexpr = key_width if KEY else value_width
-    tiles = tl.cdiv(positions, BLOCK_L)
-    groups = all_maps // maps
-    pid = tl.program_id(0)
-    b = (pid % batch).to(tl.int64)
-    l_start = pid // batch % tiles * BLOCK_L
-    group = (pid // batch // tiles % groups).to(tl.int64)
-    d_start = pid // batch // tiles // groups * BLOCK_D
-    l_left, d_left = positions - l_start, width - d_start
-    x_start = b * stride_b + tl.cast(l_start, tl.int64) * stride_l
-    xk_ptr += x_start + group * key_width * stride_c
-    xv_ptr += x_start + group * value_width * stride_c
-    dx_DL = tl.zeros((BLOCK_D, BLOCK_L), tl.float32)
-    for m_start in range(0, maps, BLOCK_M):
-        first_map, m_left = group * maps + m_start, maps - m_start
-        at = b * all_maps + first_map
-        grad_ML = _map_grad(
-            xk_ptr, xv_ptr, wk_ptr + first_map * key_width, wv_ptr + first_map * value_width,
-            bias_ptr + first_map if HAS_BIAS else bias_ptr, seed_ptr, grad_ptr + at, out_ptr + at, lse_ptr + at,
-            b, l_start, l_left, first_map, m_left, key_width, value_width, stride_l, stride_c, drop_rate,
-            KEY, DROPOUT, HAS_BIAS, PRECISION, BLOCK_L, BLOCK_M, BLOCK_C)
-        weight_DM = _load(
-            (wk_ptr if KEY else wv_ptr) + first_map * width + d_start, d_left, m_left, 1, width, BLOCK_D, BLOCK_M)
-        dx_DL = tl.dot(weight_DM, grad_ML.to(weight_DM.dtype), dx_DL, input_precision=PRECISION)
-    _store(
-        dx_ptr + (b * positions + l_start) * channels + group * width + d_start, dx_DL, d_left, l_left, 1, channels,
-        BLOCK_D, BLOCK_L)
-
-
-@triton.jit
-def _weight_grad_kernel(
-        xk_ptr, xv_ptr, wk_ptr, wv_ptr, bias_ptr, seed_ptr, batch, positions, all_maps, maps,
-        key_width: tl.constexpr, value_width: tl.constexpr, stride_b, stride_l, stride_c, drop_rate,
-        grad_ptr, out_ptr, lse_ptr, dweight_ptr, dbias_ptr, split_images, KEY: tl.constexpr, BLOCK_D: tl.constexpr,
-        DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
-        BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
-    """A program per (split of the batch, chunk of key or value channels, group, tile of maps): sums over positions."""
-    width: tl.constexpr = key_width if KEY else value_width
-    tiles = tl.cdiv(maps, BLOCK_M)
-    groups = all_maps // maps
-    chunks: tl.constexpr = (width + BLOCK_D - 1) // BLOCK_D
-    pid = tl.program_id(0)
-    m_start = pid % tiles * BLOCK_M
-    group = (pid // tiles % groups).to(tl.int64)
-    d_start = pid // tiles // groups % chunks * BLOCK_D
-    split = (pid // tiles // groups // chunks).to(tl.int64)
-    first_map, m_left, d_left = group * maps + m_start, maps - m_start, width - d_start
-    xk_ptr += group * key_width * stride_c
-    xv_ptr += group * value_width * stride_c
-    wk_ptr += first_map * key_width
-    wv_ptr += first_map * value_width
-    if HAS_BIAS:
-        bias_ptr += first_map
-    x_ptr = (xk_ptr if KEY else xv_ptr) + tl.cast(d_start, tl.int64) * stride_c
-    dweight_MD = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    dbias_M = tl.zeros((BLOCK_M,), tl.float32)
-    for b in range(split * split_images, tl.minimum((split + 1) * split_images, batch)):
-        at = b * all_maps + first_map
-        for l_start in range(0, positions, BLOCK_L):
-            l_left = positions - l_start
-            x_start = b * stride_b + tl.cast(l_start, tl.int64) * stride_l
-            grad_ML = _map_grad(
-                xk_ptr + x_start, xv_ptr + x_start, wk_ptr, wv_ptr, bias_ptr, seed_ptr,
-                grad_ptr + at, out_ptr + at, lse_ptr + at, b, l_start, l_left, first_map, m_left,
-                key_width, value_width, stride_l, stride_c, drop_rate,
-                KEY, DROPOUT, HAS_BIAS, PRECISION, BLOCK_L, BLOCK_M, BLOCK_C)
-            x_LD = _load(x_ptr + x_start, l_left, d_left, stride_l, stride_c, BLOCK_L, BLOCK_D)
-            dweight_MD = tl.dot(grad_ML.to(x_LD.dtype), x_LD, dweight_MD, input_precision=PRECISION)
-            dbias_M += tl.sum(grad_ML, 1)
-    row = split * all_maps + first_map
-    _store(dweight_ptr + row * width + d_start, dweight_MD, m_left, d_left, width, 1, BLOCK_M, BLOCK_D)
-    if HAS_BIAS:
-        if not KEY:
+    value_ML = _project(
+        xv_ptr, wv_ptr, l_left, m_left, stride_l, value_width, PRECISION, BLOCK_L, BLOCK_M, BLOCK_C)
+    scale_ML = 1.
+    if DROPOUT:
+        if HAS_BIAS:
             m_idx = tl.arange(0, BLOCK_M)
-            tl.store(dbias_ptr + row + m_idx, dbias_M, mask=(m_idx < m_left) & (d_start == 0))
+            value_ML += tl.load(bias_ptr + m_idx, mask=m_idx < m_left, other=0.).to(tl.float32)[:, None]
+        scale_ML = _dropout_scale(seed_ptr, drop_rate, b, l_start, first_map, BLOCK_L, BLOCK_M)
+        value_ML *= scale_ML
+    return score_ML, value_ML, scale_ML
 
 
-def supports(
-        x_BLC: Tensor, key_weight: Tensor, value_weight: Tensor, conv_groups: int, seed: Optional[Tensor]) -> bool:
-    """Whether `forward` and `backward` do it: on an NVIDIA GPU from Ampere on, up to float32, where they are known to
-    work."""
-    return (
-        x_BLC.is_cuda and not torch.version.hip and x_BLC.dtype != torch.float64 and x_BLC.numel() > 0
-        and torch.cuda.get_device_capability(x_BLC.device) >= (8, 0) and works(x_BLC.device))
+@triton.jit(do_not_specialize=['batch'])
+def _forward_kernel(
+        x_ptr, wk_ptr, wv_ptr, bias_ptr, seed_ptr, out_ptr, stats_ptr, batch, positions, channels, classes, num_groups,
+        conv_groups, stride_b, stride_l, drop_rate, key_width: tl.constexpr, value_width: tl.constexpr,
+        DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+        BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    """A program per (tile of classes, image), images next to each other so that they share the weights' tile."""
+    b = (tl.program_id(0) % batch).to(tl.int64)
+    k_start = tl.program_id(0) // batch * BLOCK_M
+    k_left = classes - k_start
+    k_idx = tl.arange(0, BLOCK_M)
+    logit_K = tl.zeros((BLOCK_M,), tl.float32)
+    all_maps = num_groups * classes
+    for n in range(num_groups):
+        group = n * conv_groups // num_groups
+        first_map = tl.cast(n, tl.int64) * classes + k_start
+        xk_ptr = x_ptr + b * stride_b + group * key_width
+        xv_ptr = x_ptr + b * stride_b + channels - (conv_groups - group) * value_width
+        highest_M = tl.full((BLOCK_M,), float('-inf'), tl.float32)
+        total_M = tl.zeros((BLOCK_M,), tl.float32)
+        out_M = tl.zeros((BLOCK_M,), tl.float32)
+        for l_start in range(0, positions, BLOCK_L):
+            x_start = tl.cast(l_start, tl.int64) * stride_l
+            score_ML, value_ML, _ = _maps(
+                xk_ptr + x_start, xv_ptr + x_start, wk_ptr + first_map * key_width, wv_ptr + first_map * value_width,
+                bias_ptr + first_map if HAS_BIAS else bias_ptr, seed_ptr, b, l_start, positions - l_start, first_map,
+                k_left, stride_l, drop_rate, key_width, value_width, DROPOUT, HAS_BIAS, PRECISION,
+                BLOCK_L, BLOCK_M, BLOCK_C)
+            higher_M = tl.maximum(highest_M, tl.max(score_ML, 1))
+            attn_ML = tl.exp(score_ML - higher_M[:, None])
+            rescale_M = tl.exp(highest_M - higher_M)
+            total_M = total_M * rescale_M + tl.sum(attn_ML, 1)
+            out_M = out_M * rescale_M + tl.sum(attn_ML * value_ML, 1)
+            highest_M = higher_M
+        out_M /= total_M
+        at = b * all_maps + first_map + k_idx
+        tl.store(stats_ptr + at, out_M, mask=k_idx < k_left)
+        tl.store(stats_ptr + batch * tl.cast(all_maps, tl.int64) + at, highest_M + tl.log(total_M), mask=k_idx < k_left)
+        logit_K += out_M
+        if HAS_BIAS and not DROPOUT:
+            logit_K += tl.load(bias_ptr + first_map + k_idx, mask=k_idx < k_left, other=0.).to(tl.float32)
+    tl.store(out_ptr + b * classes + k_start + k_idx, logit_K, mask=k_idx < k_left)
+
+
+@triton.jit(do_not_specialize=['batch', 'first_image', 'images', 'first_group', 'first_map', 'maps', 'row'])
+def _map_grads_kernel(
+        x_ptr, wk_ptr, wv_ptr, bias_ptr, seed_ptr, grad_ptr, stats_ptr, dscore_ptr, dvalue_ptr, batch, positions,
+        channels, classes, num_groups, conv_groups, stride_b, stride_l, drop_rate, first_image, images, first_group,
+        first_map, maps, row: tl.int64, key_width: tl.constexpr, value_width: tl.constexpr,
+        DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+        BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    """A program per (group, tile of maps, tile of positions, image) of a block (G, R, M) whose rows take `row` places.
+
+    `first_map` counts within a group of the embeddings.
+    """
+    l_tiles, m_tiles = tl.cdiv(positions, BLOCK_L), tl.cdiv(maps, BLOCK_M)
+    pid = tl.program_id(0)
+    image = (pid % images).to(tl.int64)
+    l_start = pid // images % l_tiles * BLOCK_L
+    m_start = pid // images // l_tiles % m_tiles * BLOCK_M
+    group_here = (pid // images // l_tiles // m_tiles).to(tl.int64)
+    b, group = first_image + image, first_group + group_here
+    all_maps = num_groups * classes
+    map_0 = group * (all_maps // conv_groups) + first_map + m_start
+    l_left, m_left = positions - l_start, maps - m_start
+    x_start = b * stride_b + tl.cast(l_start, tl.int64) * stride_l
+    score_ML, value_ML, scale_ML = _maps(
+        x_ptr + x_start + group * key_width, x_ptr + x_start + channels - (conv_groups - group) * value_width,
+        wk_ptr + map_0 * key_width, wv_ptr + map_0 * value_width, bias_ptr + map_0 if HAS_BIAS else bias_ptr, seed_ptr,
+        b, l_start, l_left, map_0, m_left, stride_l, drop_rate, key_width, value_width, DROPOUT, HAS_BIAS, PRECISION,
+        BLOCK_L, BLOCK_M, BLOCK_C)
+    l_idx, m_idx = tl.arange(0, BLOCK_L), tl.arange(0, BLOCK_M)
+    at = b * all_maps + map_0 + m_idx
+    out_M = tl.load(stats_ptr + at, mask=m_idx < m_left, other=0.)
+    lse_M = tl.load(stats_ptr + batch * tl.cast(all_maps, tl.int64) + at, mask=m_idx < m_left, other=0.)
+    grad_M = tl.load(grad_ptr + b * classes + (map_0 + m_idx) % classes, mask=m_idx < m_left, other=0.)
+    dvalue_ML = grad_M[:, None] * tl.exp(score_ML - lse_M[:, None])
+    dscore_ML = dvalue_ML * (value_ML - out_M[:, None])
+    dvalue_ML *= scale_ML
+    r_idx = (group_here * images + image) * positions + l_start + l_idx
+    to = r_idx[None, :] * row + m_start + m_idx[:, None]
+    mask = (m_idx[:, None] < row - m_start) & (l_idx[None, :] < l_left)  # whole vectors, though rows may end before
+    tl.store(dscore_ptr + to, dscore_ML.to(dscore_ptr.dtype.element_ty), mask=mask)
+    tl.store(dvalue_ptr + to, dvalue_ML.to(dvalue_ptr.dtype.element_ty), mask=mask)
+
+
+def supports(x_BLC: Tensor) -> bool:
+    """Whether the kernels do it: on an NVIDIA GPU from Ampere on, up to float32, where they are known to work."""
+    return x_BLC.is_cuda and x_BLC.dtype != torch.float64 and x_BLC.numel() > 0 and works(x_BLC.device)
 
 
 @functools.cache
 def works(device: torch.device) -> bool:
     """Try the kernels on a tiny problem, once for a device; a warning says why they cannot be used."""
-    x_BLC, grad_BM = torch.ones(1, 2, 2, device=device), torch.ones(1, 1, device=device)
+    x_BLC, grad_BK = torch.ones(1, 2, 2, device=device), torch.ones(1, 1, device=device)
     weight = torch.ones(1, 1, device=device)
-    common = x_BLC, weight, weight, None
+    if device.type == 'cuda' and (torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0)):
+        return False
     try:
-        out_BM, lse_BM = forward(*common, 1, 0., None)
-        dx_BLC, *_ = backward(grad_BM, *common, out_BM, lse_BM, 1, 0., None, True, True)
-        found = out_BM.item(), dx_BLC.sum().item()  # the average of ones, and how it follows them
+        common = x_BLC, weight, weight, None
+        out_BK, stats_2BM = forward(*common, 1, 1, 0., None)
+        _, dvalue_GRM = map_grads(grad_BK, *common, stats_2BM, 1, 1, 0., None, slice(0, 1), slice(0, 1), slice(0, 1))
+        found = out_BK.item(), dvalue_GRM.sum().item()  # the average of ones, and how it follows them
         if max(abs(number - 1) for number in found) > 1e-3:
             raise RuntimeError(f'they give {found[0]} and {found[1]} where 1 is right')
     except torch.cuda.OutOfMemoryError:
@@ -271,183 +199,108 @@ def works(device: torch.device) -> bool:
 
 
 def forward(
-        x_BLC: Tensor,
-        key_weight: Tensor,
-        value_weight: Tensor,
-        value_bias: Optional[Tensor],
-        conv_groups: int,
-        drop_rate: float,
-        seed: Optional[Tensor],
+        x_BLC: Tensor, key_weight: Tensor, value_weight: Tensor, value_bias: Optional[Tensor], num_groups: int,
+        conv_groups: int, drop_rate: float, seed: Optional[Tensor],
 ) -> Tuple[Tensor, Tensor]:
-    """Per image and map, softmax of the embedded key over positions, times the embedded value, summed.
+    """Per image and map, softmax of the embedded key over positions, times the embedded value; summed to logits.
 
-    The bias of the key is left out because it cancels, that of the value without dropout because it only adds.
+    The bias of the key is left out because it cancels.
 
     Args:
         x_BLC: Features, (B, L, C), float32, bfloat16 or float16, of any strides. The key reads the first channels, the
             value the last.
-        key_weight: (M, Ck / conv_groups). Weights are taken in the dtype of `x_BLC`.
-        value_weight: (M, Cv / conv_groups).
-        value_bias: (M,), contiguous. Read only with dropout.
-        conv_groups: Groups of channels and of maps.
-        drop_rate: Dropout probability on the value map, 0 for no dropout.
-        seed: int64 scalar on the device; the dropout mask depends on it, image, position and map. Read only with
-            dropout.
+        key_weight: (M, Ck / conv_groups, 1, 1) or without the ones. Weights are read as numbers of `x_BLC`'s type.
+        value_weight: (M, Cv / conv_groups, 1, 1).
+        value_bias: (M,), or None.
+        num_groups: N, groups of maps that are summed.
+        conv_groups: G, groups of channels and of maps; divides `num_groups`.
+        drop_rate: Dropout probability on the value map. Read only with a seed.
+        seed: int64 scalar on the device; the dropout mask depends on it, image, position and map. None for no dropout.
 
     Returns:
-        Maps (B, M), and the log-sum-exp of their scores (B, M); float32.
-
-    Raises:
-        ValueError: If the dtype is another or weights do not fit.
+        Logits (B, K); and for `map_grads` of all maps the sum over positions, without bias unless there is dropout, and
+        the log-sum-exp of their scores, (2, B, M). float32.
     """
-    arguments, options = _arguments(x_BLC, key_weight, value_weight, value_bias, conv_groups, drop_rate, seed)
-    shape = x_BLC.shape[0], key_weight.shape[0]
-    out_BM, lse_BM = (torch.empty(shape, dtype=torch.float32, device=x_BLC.device) for _ in range(2))
-    programs = shape[0] * conv_groups * triton.cdiv(shape[1] // conv_groups, options['BLOCK_M'])
-    _launch(_forward_kernel, programs, (*arguments, out_BM, lse_BM), options)
-    return out_BM, lse_BM
+    if x_BLC.stride(2) != 1:
+        x_BLC = x_BLC.contiguous()
+    (batch, positions, channels), all_maps = x_BLC.shape, len(key_weight)
+    classes = all_maps // num_groups
+    if batch * (key_weight.numel() + value_weight.numel()) >= CAST_FROM:
+        key_weight, value_weight = key_weight.to(x_BLC.dtype), value_weight.to(x_BLC.dtype)
+    out_BK = torch.empty((batch, classes), dtype=torch.float32, device=x_BLC.device)
+    stats_2BM = torch.empty((2, batch, all_maps), dtype=torch.float32, device=x_BLC.device)
+    widths = key_weight.shape[1], value_weight.shape[1]
+    tiles = _tiles(positions, classes, *widths, x_BLC.dtype, batch)
+    programs = batch * triton.cdiv(classes, tiles['BLOCK_M'])
+    with torch.cuda.device_of(x_BLC):
+        _forward_kernel[programs,](
+            x_BLC, key_weight.contiguous(), value_weight.contiguous(), value_bias, seed, out_BK, stats_2BM, batch,
+            positions, channels, classes, num_groups, conv_groups, x_BLC.stride(0), x_BLC.stride(1), drop_rate, *widths,
+            seed is not None, value_bias is not None, _precision(), **tiles)
+    return out_BK, stats_2BM
 
 
-def backward(
-        grad_BM: Tensor,
-        x_BLC: Tensor,
-        key_weight: Tensor,
-        value_weight: Tensor,
-        value_bias: Optional[Tensor],
-        out_BM: Tensor,
-        lse_BM: Tensor,
-        conv_groups: int,
-        drop_rate: float,
-        seed: Optional[Tensor],
-        need_x: bool,
-        need_weights: bool,
-) -> Tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor], Optional[Tensor]]:
-    """Gradients of `forward`.
+def map_grads(
+        grad_BK: Tensor, x_BLC: Tensor, key_weight: Tensor, value_weight: Tensor, value_bias: Optional[Tensor],
+        stats_2BM: Tensor, num_groups: int, conv_groups: int, drop_rate: float, seed: Optional[Tensor],
+        groups: slice, images: slice, maps: slice,
+) -> Tuple[Tensor, Tensor]:
+    """Gradients of scores and of values of a block: some groups of the embeddings, images, and maps of a group.
 
     Args:
-        grad_BM: Gradient of the maps, (B, M).
-        out_BM: Maps from `forward`, (B, M).
-        lse_BM: Log-sum-exp from `forward`, (B, M).
-        need_x: Whether the gradient of the features is wanted.
-        need_weights: Whether those of weights and bias are.
+        grad_BK: Gradient of the logits, (B, K), float32.
+        x_BLC: As in `forward`, with channels that lie next to each other.
+        stats_2BM: From `forward`.
+        groups, images, maps: The block.
         Others: As in `forward`.
 
     Returns:
-        Gradients of x_BLC (contiguous), key_weight, value_weight and value_bias, in the dtypes of those. None for what
-        is not wanted, and for the bias if it was not read.
-
-    Raises:
-        ValueError: As in `forward`.
+        Gradients of the scores, and of the values before dropout, each (G, R, M), in the type of `x_BLC`.
     """
-    arguments, options = _arguments(x_BLC, key_weight, value_weight, value_bias, conv_groups, drop_rate, seed)
-    arguments += grad_BM.contiguous(), out_BM.contiguous(), lse_BM.contiguous()
-    batch, positions, channels = x_BLC.shape
-    all_maps = key_weight.shape[0]
+    (batch, positions, channels), all_maps = x_BLC.shape, len(key_weight)
+    num_maps, num_images = maps.stop - maps.start, images.stop - images.start
+    row = triton.cdiv(num_maps, 16) * 16  # rows that begin on multiples of 16, for stores and products of vectors
+    shape = 2, groups.stop - groups.start, num_images * positions, row
+    grads_2GRM = torch.empty(shape, dtype=x_BLC.dtype, device=x_BLC.device)
     widths = key_weight.shape[1], value_weight.shape[1]
-    dx_BLC, dweights, dvalue_bias = None, [None, None], None
-    if need_x:  # separate sums for key and value if they share channels
-        overlap = conv_groups * sum(widths) > channels
-        dx_BLC = torch.zeros(
-            (1 + overlap, *x_BLC.shape), dtype=torch.float32 if overlap else x_BLC.dtype, device=x_BLC.device)
-        dx_parts = _parts(dx_BLC[0], *widths, conv_groups)[0], _parts(dx_BLC[-1], *widths, conv_groups)[1]
-    for i, weight in enumerate((key_weight, value_weight)):
-        part = {'KEY': i == 0, 'BLOCK_D': _tile(widths[i], 128 if x_BLC.element_size() == 2 else 64), **options}
-        chunks = conv_groups * triton.cdiv(widths[i], part['BLOCK_D'])
-        if need_x:
-            programs = batch * triton.cdiv(positions, options['BLOCK_L']) * chunks
-            _launch(_x_grad_kernel, programs, (*arguments, dx_parts[i], channels), part)
-        if need_weights:
-            programs = triton.cdiv(all_maps // conv_groups, options['BLOCK_M']) * chunks
-            splits = _num_splits(batch, programs, weight.numel())
-            sums = torch.empty((splits, *weight.shape), dtype=torch.float32, device=x_BLC.device)
-            with_bias = part['HAS_BIAS'] and not part['KEY']
-            bias_sums = sums.new_empty(splits, all_maps) if with_bias else None
-            _launch(
-                _weight_grad_kernel, programs * splits, (*arguments, sums, bias_sums, triton.cdiv(batch, splits)), part)
-            dweights[i] = sums.sum(0).to(weight.dtype)
-            if with_bias:
-                dvalue_bias = bias_sums.sum(0).to(value_bias.dtype)
-    if need_x:
-        dx_BLC = dx_BLC.sum(0).to(x_BLC.dtype) if overlap else dx_BLC[0]
-    return dx_BLC, *dweights, dvalue_bias
+    tiles = _tiles(positions, num_maps, *widths, x_BLC.dtype, shape[1] * num_images * triton.cdiv(positions, 64))
+    tiles_of_group = triton.cdiv(num_maps, tiles['BLOCK_M']) * triton.cdiv(positions, tiles['BLOCK_L'])
+    dscore_GRM, dvalue_GRM = grads_2GRM.unbind()
+    with torch.cuda.device_of(x_BLC):
+        _map_grads_kernel[shape[1] * num_images * tiles_of_group,](
+            x_BLC, key_weight.contiguous(), value_weight.contiguous(), value_bias, seed, grad_BK.contiguous(),
+            stats_2BM, dscore_GRM, dvalue_GRM, batch, positions, channels, all_maps // num_groups, num_groups,
+            conv_groups, x_BLC.stride(0), x_BLC.stride(1), drop_rate, images.start, num_images, groups.start,
+            maps.start, num_maps, row, *widths, seed is not None, value_bias is not None, _precision(), **tiles)
+    return dscore_GRM[..., :num_maps], dvalue_GRM[..., :num_maps]
 
 
-def _launch(kernel, programs: int, arguments: tuple, options: dict) -> None:
-    if programs:
-        with torch.cuda.device_of(arguments[0]):
-            kernel[(programs,)](*arguments, **options)
+@functools.cache
+def _tiles(positions: int, maps: int, key_width: int, value_width: int, dtype: torch.dtype, others: int) -> dict:
+    """Sizes of tiles, powers of 2 of at least 16, and how a tile is computed; `others`: programs per tile of maps."""
+    single = dtype == torch.float32
+    block_m = _tile(maps, 64 if single else 128)
+    while block_m > 16 and others * triton.cdiv(maps, block_m) < PROGRAMS:
+        block_m //= 2
 
+    def padded(block_c: int) -> int:
+        return sum(triton.cdiv(width, block_c) * block_c for width in (key_width, value_width))
 
-def _arguments(
-        x_BLC: Tensor,
-        key_weight: Tensor,
-        value_weight: Tensor,
-        value_bias: Optional[Tensor],
-        conv_groups: int,
-        drop_rate: float,
-        seed: Optional[Tensor],
-) -> Tuple[tuple, dict]:
-    """What all kernels begin with, and their compile-time options."""
-    batch, positions, channels = x_BLC.shape
-    all_maps, key_width = key_weight.shape
-    value_width = value_weight.shape[1]
-    if x_BLC.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f'x_BLC is {x_BLC.dtype}; expected float32, bfloat16 or float16')
-    if value_weight.shape[0] != all_maps or all_maps % conv_groups:
-        raise ValueError(
-            f'weights for {all_maps} and {value_weight.shape[0]} maps; expected the same multiple of '
-            f'conv_groups={conv_groups}')
-    if conv_groups * max(key_width, value_width) > channels:
-        raise ValueError(
-            f'key and value read {conv_groups * key_width} and {conv_groups * value_width} channels of {channels}')
-    if x_BLC.stride(2) != 1 and x_BLC.stride(2) % 16:  # loads could not be vectors: far slower than a copy
-        x_BLC = x_BLC.contiguous()
-    dropout = drop_rate > 0
-    arguments = (
-        *_parts(x_BLC, key_width, value_width, conv_groups),
-        key_weight.to(x_BLC.dtype).contiguous(),
-        value_weight.to(x_BLC.dtype).contiguous(),
-        value_bias if dropout else None,
-        seed if dropout else None,
-        batch, positions, all_maps, all_maps // conv_groups, key_width, value_width, *x_BLC.stride(), float(drop_rate))
-    options = {
-        'DROPOUT': dropout,
-        'HAS_BIAS': dropout and value_bias is not None,
-        'PRECISION': _precision(),
-        **_tiles(positions, all_maps // conv_groups, max(key_width, value_width), x_BLC.element_size()),
+    return {
+        'BLOCK_L': _tile(positions, 32 if single else 64),
+        'BLOCK_M': block_m,
+        'BLOCK_C': min((32, 16) if single else (64, 32, 16), key=padded),
+        'num_warps': 4,
+        'num_stages': 2 if single else 3,
     }
-    return arguments, options
-
-
-def _parts(x_BLC: Tensor, key_width: int, value_width: int, conv_groups: int) -> Tuple[Tensor, Tensor]:
-    """The channels of the key and those of the value."""
-    return x_BLC[..., :conv_groups * key_width], x_BLC[..., x_BLC.shape[2] - conv_groups * value_width:]
-
-
-def _precision() -> str:
-    matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, 'fp32_precision'):  # where it is there, reading the older setting can raise
-        return 'tf32' if matmul.fp32_precision == 'tf32' else 'ieee'
-    return 'tf32' if matmul.allow_tf32 else 'ieee'
 
 
 def _tile(size: int, most: int) -> int:
     return min(max(triton.next_power_of_2(size), 16), most)
 
 
-def _tiles(positions: int, maps: int, channels: int, element_size: int) -> dict:
-    """Sizes of tiles, powers of 2 of at least 16, and how a tile is computed."""
-    half = element_size == 2
-    return {
-        'BLOCK_L': _tile(positions, 64 if half else 32),
-        'BLOCK_M': _tile(maps, 64),
-        'BLOCK_C': _tile(channels, 64 if half else 32),
-        'num_warps': 4,
-        'num_stages': 3 if half else 2,
-    }
-
-
-def _num_splits(batch: int, programs: int, weight_numel: int) -> int:
-    """Parts of the batch whose weight gradients are summed apart, to keep the GPU busy."""
-    fitting = WORKSPACE_BYTES // (4 * weight_numel)
-    return max(1, min(batch, triton.cdiv(WANTED_PROGRAMS, programs), fitting))
+def _precision() -> str:
+    """How float32 numbers are multiplied: as in the convolutions that the head would be without these kernels."""
+    cudnn = torch.backends.cudnn
+    tf32 = cudnn.conv.fp32_precision == 'tf32' if hasattr(cudnn, 'conv') else cudnn.allow_tf32
+    return 'tf32' if tf32 else 'tf32x3'

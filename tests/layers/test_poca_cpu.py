@@ -39,7 +39,7 @@ def attended(x, args):
     x_BLC = x.flatten(2).transpose(1, 2)
     assert poca_cpu.supports(x_BLC, key, value, conv_groups, None)
     with nothing_but_nan():
-        out, _ = poca_cpu.forward(x_BLC, key, value, bias, conv_groups, 0., None)
+        out = poca_cpu.forward(x_BLC, key, value, conv_groups)
     return out.unflatten(1, (num_groups, -1)).sum(1) + bias.unflatten(0, (num_groups, -1)).sum(0)
 
 
@@ -147,8 +147,8 @@ def test_what_it_leaves_to_the_blocks():
 
 @needs_kernel
 def test_opcheck():
-    *params, _, conv_groups = make(24, 3, 2, dtype=torch.float32)
-    torch.library.opcheck(poca_op, (torch.randn(2, 5, 24, requires_grad=True), *params, conv_groups, 0., None))
+    args = make(24, 3, 2, dtype=torch.float32)
+    torch.library.opcheck(poca_op, (torch.randn(2, 5, 24, requires_grad=True), *args, 0., None))
 
 
 def test_a_processor_without_avx2_has_none():
