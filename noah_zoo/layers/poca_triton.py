@@ -128,11 +128,11 @@ def _forward_kernel(
     tl.store(out_ptr + b * classes + k_start + k_idx, logit_K, mask=k_idx < k_left)
 
 
-@triton.jit(do_not_specialize=['batch', 'first_image', 'images', 'first_group', 'first_map', 'maps', 'row'])
+@triton.jit(do_not_specialize=['batch', 'first_image', 'images', 'first_group', 'first_map', 'maps'])
 def _map_grads_kernel(
         x_ptr, wk_ptr, wv_ptr, bias_ptr, seed_ptr, grad_ptr, stats_ptr, dscore_ptr, dvalue_ptr, batch, positions,
         channels, classes, num_groups, conv_groups, stride_b, stride_l, drop_rate, first_image, images, first_group,
-        first_map, maps, row: tl.int64, key_width: tl.constexpr, value_width: tl.constexpr,
+        first_map, maps, row, key_width: tl.constexpr, value_width: tl.constexpr,
         DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
         BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
     """A program per (group, tile of maps, tile of positions, image) of a block (G, R, M) whose rows take `row` places.
@@ -164,7 +164,7 @@ def _map_grads_kernel(
     dscore_ML = dvalue_ML * (value_ML - out_M[:, None])
     dvalue_ML *= scale_ML
     r_idx = (group_here * images + image) * positions + l_start + l_idx
-    to = r_idx[None, :] * row + m_start + m_idx[:, None]
+    to = r_idx[None, :] * row + (m_start + m_idx[:, None])
     mask = (m_idx[:, None] < row - m_start) & (l_idx[None, :] < l_left)  # whole vectors, though rows may end before
     tl.store(dscore_ptr + to, dscore_ML.to(dscore_ptr.dtype.element_ty), mask=mask)
     tl.store(dvalue_ptr + to, dvalue_ML.to(dvalue_ptr.dtype.element_ty), mask=mask)
@@ -286,10 +286,13 @@ def _tiles(positions: int, maps: int, key_width: int, value_width: int, dtype: t
     def padded(block_c: int) -> int:
         return sum(triton.cdiv(width, block_c) * block_c for width in (key_width, value_width))
 
+    block_c = _tile(max(key_width, value_width), 32)
+    if not single and padded(64) <= padded(block_c):
+        block_c = 64
     return {
         'BLOCK_L': _tile(positions, 32 if single else 64),
         'BLOCK_M': block_m,
-        'BLOCK_C': min((32, 16) if single else (64, 32, 16), key=padded),
+        'BLOCK_C': block_c,
         'num_warps': 4,
         'num_stages': 2 if single else 3,
     }
