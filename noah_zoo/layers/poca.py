@@ -28,7 +28,7 @@ from . import poca_cpu
 
 _logger = logging.getLogger(__name__)
 
-WORKSPACE_BYTES = 64 * 2 ** 20  # of the gradients of scores and values that a block on CUDA has at a time
+WORKSPACE_BYTES = 96 * 2 ** 20  # of the gradients of scores and values that a block on CUDA has at a time
 SAFE = 1e-20, 1e20  # sums of exponentials that show that no term over- or underflowed to any effect, in float32
 
 
@@ -113,27 +113,31 @@ def _poca(
     if max(read) > channels:
         raise ValueError(f'poca: key and value read {read[0]} and {read[1]} channels of {channels}')
     seed = torch.randint(2 ** 63 - 1, (), device=x_BCHW.device) if drop_rate else None
-    out_BK, _ = poca_op(
-        x_BCHW.flatten(2).transpose(1, 2), key_weight, key_bias, value_weight, value_bias, num_groups, conv_groups,
-        drop_rate, seed)
+    args = x_BCHW, key_weight, key_bias, value_weight, value_bias, num_groups, conv_groups, drop_rate, seed
+    out_BK, *_ = poca_op(*args) if torch.compiler.is_compiling() else _Poca.call(*args)
     return out_BK.to(dtype)
 
 
-# The operator: two of torch.library, by its lower level, as the calls of `torch.library.custom_op` cost a small head
-# more than all it computes
+# The operator and its gradient, by the lower level of torch.library: a call of a `torch.library.custom_op` costs a small
+# head more than all that it computes
 
 
 def _forward(
-        x_BLC: Tensor, key_weight: Tensor, key_bias: Optional[Tensor], value_weight: Tensor,
+        x_BCHW: Tensor, key_weight: Tensor, key_bias: Optional[Tensor], value_weight: Tensor,
         value_bias: Optional[Tensor], num_groups: int, conv_groups: int, drop_rate: float, seed: Optional[Tensor],
-) -> Tuple[Tensor, Tensor]:
-    """Logits (B, K), in float32 or more; on CUDA also what backward needs of every map (`poca_triton.forward`), (2, B,
-    M). `seed` gives the dropout mask; without it there is none."""
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """Logits (B, K), in float32 or more. On CUDA also what backward needs of every map (`poca_triton.forward`), (2, B,
+    M), and the features as they were read, if that took a copy. `seed` gives the dropout mask; without it there is none.
+    """
+    out_BK, stats_2BM, rows_BCHW = _empty(x_BCHW, key_weight, key_bias, value_weight, value_bias, num_groups)
+    x_BLC = x_BCHW.flatten(2).transpose(1, 2)
     kernels = _kernels(x_BLC)
+    if rows_BCHW.numel():
+        x_BLC = (kernels.copy if kernels else _copy)(x_BLC, rows_BCHW.flatten(2).transpose(1, 2))
     if kernels:
-        return kernels.forward(
-            x_BLC, key_weight, value_weight, value_bias, num_groups, conv_groups, drop_rate, seed)
-    out_BK, stats_2BM = _empty(x_BLC, key_weight, key_bias, value_weight, value_bias, num_groups)
+        kernels.forward(
+            x_BLC, key_weight, value_weight, value_bias, num_groups, conv_groups, drop_rate, seed, out_BK, stats_2BM)
+        return out_BK, stats_2BM, rows_BCHW
     if poca_cpu.supports(x_BLC, key_weight, value_weight, conv_groups, seed):
         out_BM = poca_cpu.forward(x_BLC, key_weight, value_weight, conv_groups)
     else:
@@ -145,104 +149,160 @@ def _forward(
     torch.sum(out_BM.unflatten(1, (num_groups, -1)), dim=1, out=out_BK)
     if value_bias is not None and seed is None:
         out_BK += value_bias.view(num_groups, -1).sum(dim=0)
-    return out_BK, stats_2BM
+    return out_BK, stats_2BM, rows_BCHW
 
 
 def _empty(
-        x_BLC: Tensor, key_weight: Tensor, key_bias: Optional[Tensor], value_weight: Tensor,
-        value_bias: Optional[Tensor], num_groups: int, *args) -> Tuple[Tensor, Tensor]:
-    (batch, *_), maps = x_BLC.shape, key_weight.shape[0]
-    dtype = torch.promote_types(x_BLC.dtype, torch.float32)
-    stats_shape = (2, batch, maps) if x_BLC.is_cuda else (0,)
-    return x_BLC.new_empty(batch, maps // num_groups, dtype=dtype), x_BLC.new_empty(stats_shape, dtype=dtype)
+        x_BCHW: Tensor, key_weight: Tensor, key_bias: Optional[Tensor], value_weight: Tensor,
+        value_bias: Optional[Tensor], num_groups: int, *args) -> Tuple[Tensor, Tensor, Tensor]:
+    (batch, *_), maps = x_BCHW.shape, key_weight.shape[0]
+    dtype = torch.promote_types(x_BCHW.dtype, torch.float32)
+    stats_shape = (2, batch, maps) if x_BCHW.is_cuda else (0,)
+    rows = _empty_rows(x_BCHW) if x_BCHW.is_cuda and x_BCHW.stride(1) != 1 else x_BCHW.new_empty(0)
+    return x_BCHW.new_empty(batch, maps // num_groups, dtype=dtype), x_BCHW.new_empty(stats_shape, dtype=dtype), rows
+
+
+def _empty_rows(x_BCHW: Tensor) -> Tensor:
+    """Of the same shape, the channels of a position next to each other."""
+    batch, channels, height, width = x_BCHW.shape
+    return x_BCHW.new_empty(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
 def _backward(
-        grad_BK: Tensor, x_BLC: Tensor, key_weight: Tensor, value_weight: Tensor, value_bias: Optional[Tensor],
+        grad_BK: Tensor, x_BCHW: Tensor, key_weight: Tensor, value_weight: Tensor, value_bias: Optional[Tensor],
         stats_2BM: Tensor, num_groups: int, conv_groups: int, drop_rate: float, seed: Optional[Tensor],
-        need_x: bool, need_weights: bool,
+        channels_first: bool, need_x: bool, need_weights: bool,
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `x_BLC`, `key_weight`, `value_weight` and `value_bias`; empty where not needed."""
-    grads = _empty_grads(grad_BK, x_BLC, key_weight, value_weight, value_bias, need_x=need_x, need_weights=need_weights)
-    x_BLC = x_BLC.contiguous()
+    """Gradients of `x_BCHW`, `key_weight`, `value_weight` and `value_bias`; empty where not needed.
+
+    That of the features has the channels of a position next to each other, or is contiguous if `channels_first`.
+    """
+    batch, channels, height, width = x_BCHW.shape
+    length, dtype = height * width, grad_BK.dtype
+    x_BLC, weights = x_BCHW.flatten(2).transpose(1, 2), (key_weight, value_weight)
     kernels = _kernels(x_BLC)
+    read_dtype = x_BLC.dtype if kernels else dtype
+    x_BLC, *weights = (tensor.to(read_dtype).contiguous() for tensor in (x_BLC, *weights))
+    num_maps, widths = len(key_weight) // conv_groups, [weight.shape[1] for weight in weights]
+    first = 0, channels - conv_groups * widths[1]
+    one_write = first[1] == conv_groups * widths[0]  # of every gradient of a feature, if maps are not split
     if kernels:
-        blocks = _blocks_on_cuda(
-            kernels, grad_BK, x_BLC, key_weight, value_weight, value_bias, stats_2BM, num_groups, conv_groups,
-            drop_rate, seed)
-        dtypes = x_BLC.dtype, grad_BK.dtype, grad_BK.dtype, grad_BK.dtype
+        sizes = _block_size_on_cuda(conv_groups, batch, length, num_maps, read_dtype.itemsize)
+        blocks = _map_grads_on_cuda(
+            kernels, sizes, grad_BK, x_BLC, *weights, value_bias, stats_2BM, num_groups, conv_groups, drop_rate, seed)
+        one_write = one_write and sizes[1] == num_maps
     else:
-        blocks = _differentiated(
-            grad_BK.repeat(1, num_groups), x_BLC, key_weight, value_weight, value_bias, conv_groups, drop_rate, seed)
-        dtypes = (grad_BK.dtype,) * 4
-    dx_BLC, dkey_weight, dvalue_weight, dvalue_bias = totals = [
-        torch.zeros_like(grad, dtype=dtype) for grad, dtype in zip(grads, dtypes)]
-    dx = _of_features(dx_BLC, key_weight, value_weight, conv_groups) if need_x else None
-    dweights = [_of_weights(grad, conv_groups) for grad in (dkey_weight, dvalue_weight)] if need_weights else None
-    dbias_GM = dvalue_bias.view(conv_groups, -1)
-    for groups, rows, maps, features, weights, dmaps in blocks:
-        for part, dmap_GRM in enumerate(dmaps):
+        blocks = _map_grads(
+            grad_BK.repeat(1, num_groups), x_BLC, *weights, value_bias, conv_groups, drop_rate, seed)
+        one_write = False
+    empty, zeros = (torch.empty, torch.zeros) if batch else (torch.zeros, torch.zeros)
+    dx_BLC, dweights, dvalue_bias = None, None, None
+    if need_x:
+        dx_BLC = (empty if one_write else zeros)(
+            x_BLC.shape, dtype=read_dtype if one_write else dtype, device=x_BLC.device)
+    if need_weights:
+        dweights = [empty(weight.shape, dtype=dtype, device=weight.device) for weight in weights]
+        if value_bias is not None:
+            dvalue_bias = zeros(value_bias.shape, dtype=dtype, device=value_bias.device)
+    for groups, images, maps, dmaps in blocks:
+        rows = slice(images.start * length, images.stop * length)
+        for part in (0, 1):
+            dmap_GRM, here = dmaps[part], (first[part], widths[part], groups, rows)
             if need_x:
-                dx[part][groups, rows].baddbmm_(dmap_GRM, weights[part])
+                weight_GMC = _of_weight(weights[part], conv_groups, groups, maps)
+                _put_product(_of_features(dx_BLC, *here), dmap_GRM, weight_GMC, not one_write)
             if need_weights:
-                _add_product(dweights[part][groups, maps], dmap_GRM.mT, features[part])
-        if seed is not None and dvalue_bias.numel():
-            dbias_GM[groups, maps] += dmaps[1].sum(dim=1, dtype=dbias_GM.dtype)
-    if seed is None and dvalue_bias.numel():
+                dweight_GMC = _of_weight(dweights[part], conv_groups, groups, maps)
+                _put_product(dweight_GMC, dmap_GRM.mT, _of_features(x_BLC, *here), images.start > 0)
+        if dvalue_bias is not None and seed is not None:
+            dvalue_bias.view(conv_groups, -1)[groups, maps] += dmaps[1].sum(dim=1, dtype=dtype)
+    if dvalue_bias is not None and seed is None:
         dvalue_bias.view(num_groups, -1).copy_(grad_BK.sum(dim=0))
-    return tuple(total.to(grad.dtype) for total, grad in zip(totals, grads))
+    none = x_BCHW.new_empty(0)
+    dx_BCHW = none
+    if need_x:
+        dx_BLC = dx_BLC.to(x_BCHW.dtype)
+        if channels_first:
+            to_BLC = torch.empty_like(dx_BLC.mT, memory_format=torch.contiguous_format).mT
+            dx_BLC = (kernels.copy if kernels else _copy)(dx_BLC, to_BLC)
+        dx_BCHW = dx_BLC.mT.unflatten(2, (height, width))
+    if not need_weights:
+        return dx_BCHW, none, none, none
+    dkey_weight, dvalue_weight = (grad.to(w.dtype) for grad, w in zip(dweights, (key_weight, value_weight)))
+    return dx_BCHW, dkey_weight, dvalue_weight, none if value_bias is None else dvalue_bias.to(value_bias.dtype)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+def _copy(x_BLC: Tensor, to_BLC: Tensor) -> Tensor:
+    return to_BLC.copy_(x_BLC)
+
+
+def _put_product(total: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
+    """Write, or add, the product of matrices; it is summed in `total`'s type."""
     if total.dtype == left.dtype:
-        total.baddbmm_(left, right)
+        torch.baddbmm(total, left, right, beta=int(add), out=total)
     else:
-        torch.baddbmm(total, left, right, out_dtype=total.dtype, out=total)
+        torch.baddbmm(total, left, right, beta=int(add), out_dtype=total.dtype, out=total)
 
 
 def _empty_grads(
-        grad_BK, x_BLC, key_weight, value_weight, value_bias, stats_2BM=None, num_groups=1, conv_groups=1,
-        drop_rate=0., seed=None, need_x=True, need_weights=True) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    def like(tensor: Optional[Tensor], needed: bool) -> Tensor:
-        tensor = x_BLC[:0, 0, 0] if tensor is None else tensor
-        return tensor.new_empty(tensor.shape if needed else (0,) * tensor.ndim)
-
-    return (
-        like(x_BLC, need_x), like(key_weight, need_weights), like(value_weight, need_weights),
-        like(value_bias, need_weights))
+        grad_BK, x_BCHW, key_weight, value_weight, value_bias, stats_2BM, num_groups, conv_groups, drop_rate, seed,
+        channels_first, need_x, need_weights) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    none, dx_BCHW = x_BCHW.new_empty(0), None
+    if need_x:
+        dx_BCHW = x_BCHW.new_empty(x_BCHW.shape) if channels_first else _empty_rows(x_BCHW)
+    tensors = (key_weight, value_weight, value_bias if need_weights else None)
+    return none if dx_BCHW is None else dx_BCHW, *(
+        none if tensor is None or not need_weights else tensor.new_empty(tensor.shape) for tensor in tensors)
 
 
 class _Poca(torch.autograd.Function):
     """The operator with its gradient."""
 
     @staticmethod
-    def forward(ctx, *args):
+    def call(*args):
+        if torch.is_grad_enabled():
+            return _Poca.apply(*args)
         with torch._C._AutoDispatchBelowAutograd():
-            out_BK, stats_2BM = poca_op(*args)
-        x_BLC, key_weight, key_bias, value_weight, value_bias, *ctx.numbers, seed = args
-        ctx.key_bias = None if key_bias is None else (key_bias.shape, key_bias.dtype)
-        ctx.save_for_backward(x_BLC, key_weight, value_weight, value_bias, stats_2BM, seed)
-        ctx.mark_non_differentiable(stats_2BM)
-        return out_BK, stats_2BM
+            return poca_op(*args)
 
     @staticmethod
-    def backward(ctx, grad_BK, _):
-        x_BLC, key_weight, value_weight, value_bias, stats_2BM, seed = ctx.saved_tensors
+    def forward(ctx, *args):
+        with torch._C._AutoDispatchBelowAutograd():
+            out_BK, stats_2BM, rows_BCHW = poca_op(*args)
+        x_BCHW, key_weight, key_bias, value_weight, value_bias, *ctx.numbers, seed = args
+        ctx.key_bias = None if key_bias is None else (key_bias.shape, key_bias.dtype)
+        ctx.channels_first = rows_BCHW.numel() > 0
+        x_BCHW = rows_BCHW if ctx.channels_first else x_BCHW
+        ctx.save_for_backward(x_BCHW, key_weight, value_weight, value_bias, stats_2BM, seed)
+        ctx.mark_non_differentiable(stats_2BM, rows_BCHW)
+        return out_BK, stats_2BM, rows_BCHW
+
+    @staticmethod
+    def backward(ctx, grad_BK, *_):
+        x_BCHW, key_weight, value_weight, value_bias, stats_2BM, seed = ctx.saved_tensors
         need_x, need_key, _, need_value, need_bias, *_ = ctx.needs_input_grad
         need_weights = need_key or need_value or need_bias
-        dx_BLC, *dweights = poca_backward_op(
-            grad_BK, x_BLC, key_weight, value_weight, value_bias, stats_2BM, *ctx.numbers, seed, need_x, need_weights)
+        dx_BCHW, *dweights = _PocaBackward.call(
+            grad_BK, x_BCHW, key_weight, value_weight, value_bias, stats_2BM, *ctx.numbers, seed, ctx.channels_first,
+            need_x, need_weights)
         dkey_weight, dvalue_weight, dvalue_bias = dweights if need_weights else (None, None, None)
         dkey_bias = None
         if ctx.key_bias is not None:
             dkey_bias = grad_BK.new_zeros(ctx.key_bias[0], dtype=ctx.key_bias[1])
         return (
-            dx_BLC if need_x else None, dkey_weight, dkey_bias, dvalue_weight,
+            dx_BCHW if need_x else None, dkey_weight, dkey_bias, dvalue_weight,
             None if value_bias is None else dvalue_bias, None, None, None, None)
 
 
 class _PocaBackward(torch.autograd.Function):
     """The gradient, which has none."""
+
+    @staticmethod
+    def call(*args):
+        if torch.is_grad_enabled():
+            return _PocaBackward.apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return poca_backward_op(*args)
 
     @staticmethod
     def forward(ctx, *args):
@@ -263,48 +323,38 @@ def _define(schema: str, function: Callable, fake: Callable, differentiable: Typ
     """An operator of torch.library."""
     name = schema.split('(')[0]
     _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
-    operator = getattr(torch.ops.noah_zoo, name).default
-
-    def with_autograd(*args):
-        if torch.is_grad_enabled():
-            return differentiable.apply(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator(*args)
-
     _library.impl(name, function, 'CompositeExplicitAutograd')
-    _library.impl(name, with_autograd, 'Autograd')
+    _library.impl(name, differentiable.call, 'Autograd')
     torch.library.register_fake(f'noah_zoo::{name}', fake, lib=_library)
-    return operator
+    return getattr(torch.ops.noah_zoo, name).default
 
 
 poca_op = _define(
-    'poca(Tensor x_BLC, Tensor key_weight, Tensor? key_bias, Tensor value_weight, Tensor? value_bias, int num_groups, '
-    'int conv_groups, float drop_rate, Tensor? seed) -> (Tensor, Tensor)', _forward, _empty, _Poca)
+    'poca(Tensor x_BCHW, Tensor key_weight, Tensor? key_bias, Tensor value_weight, Tensor? value_bias, int num_groups, '
+    'int conv_groups, float drop_rate, Tensor? seed) -> (Tensor, Tensor, Tensor)', _forward, _empty, _Poca)
 poca_backward_op = _define(
-    'poca_backward(Tensor grad_BK, Tensor x_BLC, Tensor key_weight, Tensor value_weight, Tensor? value_bias, '
-    'Tensor stats_2BM, int num_groups, int conv_groups, float drop_rate, Tensor? seed, bool need_x, bool need_weights)'
-    ' -> (Tensor, Tensor, Tensor, Tensor)', _backward, _empty_grads, _PocaBackward)
+    'poca_backward(Tensor grad_BK, Tensor x_BCHW, Tensor key_weight, Tensor value_weight, Tensor? value_bias, '
+    'Tensor stats_2BM, int num_groups, int conv_groups, float drop_rate, Tensor? seed, bool channels_first, '
+    'bool need_x, bool need_weights) -> (Tensor, Tensor, Tensor, Tensor)', _backward, _empty_grads, _PocaBackward)
 
 
 @register_flop_formula(torch.ops.noah_zoo.poca)
 def _count(x_shape, key_shape, key_bias, value_shape, *args, out_shape=None, **kwargs) -> int:
-    return 2 * x_shape[0] * x_shape[1] * key_shape[0] * (key_shape[1] + value_shape[1])
+    batch, _, height, width = x_shape
+    return 2 * batch * height * width * key_shape[0] * (key_shape[1] + value_shape[1])
 
 
 # Blocks
 
 
 class Block(NamedTuple):
-    """Some maps of some images: where they are, what they are made of (key, value), and exponentials, values, sums.
+    """Some maps of some images: where they are, and their exponentials, values, sums, and what dropout multiplied by.
 
     What it holds is overwritten by the next block, and may be before.
     """
     groups: slice
     images: slice
-    rows: slice
     maps: slice
-    features: Tuple[Tensor, Tensor]
-    weights: Tuple[Tensor, Tensor]
     exp_GBLM: Tensor
     value_GBLM: Tensor
     total_GBM: Tensor
@@ -319,60 +369,57 @@ def _block_size(groups: int, batch: int, positions: int, maps: int, device: str)
     return min(groups, max(budget // (positions * maps * images), 1)), images, maps
 
 
-def _differentiated(
+def _map_grads(
         grad_BM: Tensor, x_BLC: Tensor, key_weight: Tensor, value_weight: Tensor, value_bias: Optional[Tensor],
         conv_groups: int, drop_rate: float, seed: Optional[Tensor]) -> Iterator[tuple]:
-    """Of all blocks: groups, rows, maps, features, weights, and the gradients of scores and values, (G, R, M)."""
+    """Of all blocks: groups, images, maps, and the gradients of scores and values, (G, R, M) each."""
     grad_GBM = _of_maps(grad_BM, conv_groups)
     for block in _blocks(x_BLC, key_weight, value_weight, value_bias, conv_groups, drop_rate, seed):
-        groups, images, rows, maps, features, weights, exp_GBLM, value_GBLM, total_GBM, keep_GBLM = block
+        groups, images, maps, exp_GBLM, value_GBLM, total_GBM, keep_GBLM = block
         out_GBM = (exp_GBLM * value_GBLM).sum(dim=2).div_(total_GBM)
         exp_GBLM.mul_(grad_GBM[groups, images, maps].div(total_GBM).unsqueeze(2))  # attention x gradient
         dscore_GBLM = value_GBLM.sub_(out_GBM.unsqueeze(2)).mul_(exp_GBLM)
         dvalue_GBLM = exp_GBLM if keep_GBLM is None else exp_GBLM.mul_(keep_GBLM)
-        yield groups, rows, maps, features, weights, (dscore_GBLM.flatten(1, 2), dvalue_GBLM.flatten(1, 2))
+        yield groups, images, maps, (dscore_GBLM.flatten(1, 2), dvalue_GBLM.flatten(1, 2))
 
 
-def _blocks_on_cuda(
-        kernels: ModuleType, grad_BK: Tensor, x_BLC: Tensor, key_weight: Tensor, value_weight: Tensor,
-        value_bias: Optional[Tensor], stats_2BM: Tensor, num_groups: int, conv_groups: int, drop_rate: float,
-        seed: Optional[Tensor]) -> Iterator[tuple]:
-    """What `_differentiated` gives, from the kernels."""
-    (batch, length, _), dtype = x_BLC.shape, x_BLC.dtype
-    key_weight, value_weight = key_weight.to(dtype), value_weight.to(dtype)
-    all_features = _of_features(x_BLC, key_weight, value_weight, conv_groups)
-    all_weights = [_of_weights(weight, conv_groups) for weight in (key_weight, value_weight)]
-    num_maps = len(key_weight) // conv_groups
-    fitting = max(WORKSPACE_BYTES // (2 * dtype.itemsize * length), 1)  # maps of an image
-    most = min(num_maps, fitting)
-    num_slices = min(conv_groups, max(fitting // most, 1))
-    num_images = min(batch, max(fitting // (most * num_slices), 1))
-    for groups, maps, images in itertools.product(
-            _slices(conv_groups, num_slices), _slices(num_maps, most), _slices(batch, num_images)):
-        rows = slice(images.start * length, images.stop * length)
-        dmaps = kernels.map_grads(
+def _block_size_on_cuda(groups: int, batch: int, positions: int, maps: int, itemsize: int) -> Tuple[int, int]:
+    """Images and maps of a block: of all groups; the larger side of the products is the one that is split."""
+    fitting, images = WORKSPACE_BYTES // (2 * itemsize * groups * positions), batch
+    if batch * positions >= maps:
+        images = min(max(fitting // maps, 1), batch)
+    return images, min(max(fitting // images, 1), maps)
+
+
+def _map_grads_on_cuda(
+        kernels: ModuleType, sizes: Tuple[int, int], grad_BK: Tensor, x_BLC: Tensor, key_weight: Tensor,
+        value_weight: Tensor, value_bias: Optional[Tensor], stats_2BM: Tensor, num_groups: int, conv_groups: int,
+        drop_rate: float, seed: Optional[Tensor]) -> Iterator[tuple]:
+    """What `_map_grads` gives, from the kernels."""
+    groups, num_maps = slice(0, conv_groups), len(key_weight) // conv_groups
+    for maps, images in itertools.product(_slices(num_maps, sizes[1]), _slices(len(x_BLC), sizes[0])):
+        yield groups, images, maps, kernels.map_grads(
             grad_BK, x_BLC, key_weight, value_weight, value_bias, stats_2BM, num_groups, conv_groups, drop_rate, seed,
-            groups, images, maps)
-        yield (
-            groups, rows, maps, tuple(x_GRC[groups, rows] for x_GRC in all_features),
-            tuple(weight[groups, maps] for weight in all_weights), dmaps)
+            images, maps)
 
 
 def _slices(size: int, step: int) -> Iterator[slice]:
     return (slice(start, min(start + step, size)) for start in range(0, size, step))
 
 
-def _of_features(
-        x_BLC: Tensor, key_weight: Tensor, value_weight: Tensor, conv_groups: int) -> Tuple[Tensor, Tensor]:
-    """What keys and values read of contiguous (B, L, C): views (G, R, C)."""
-    x_RC = x_BLC.view(-1, x_BLC.shape[2])
-    first = x_RC.shape[1] - conv_groups * value_weight.shape[1]
-    parts = x_RC[:, :conv_groups * key_weight.shape[1]], x_RC[:, first:]
-    return tuple(part.unflatten(1, (conv_groups, -1)).transpose(0, 1) for part in parts)
+def _of_features(x_BLC: Tensor, first: int, width: int, groups: slice, rows: slice) -> Tensor:
+    """A view (G, R, C) of contiguous (B, L, C): groups of `width` channels, the first of which begins at `first`."""
+    channels = x_BLC.shape[2]
+    at = x_BLC.storage_offset() + rows.start * channels + first + groups.start * width
+    return x_BLC.as_strided((groups.stop - groups.start, rows.stop - rows.start, width), (width, channels, 1), at)
 
 
-def _of_weights(weight: Tensor, conv_groups: int) -> Tensor:
-    return weight.flatten(1).unflatten(0, (conv_groups, -1))
+def _of_weight(weight: Tensor, conv_groups: int, groups: slice, maps: slice) -> Tensor:
+    """A view (G, M, C) of a contiguous kernel (maps, C, 1, 1)."""
+    maps_of_group, width = len(weight) // conv_groups, weight.shape[1]
+    at = weight.storage_offset() + (groups.start * maps_of_group + maps.start) * width
+    return weight.as_strided(
+        (groups.stop - groups.start, maps.stop - maps.start, width), (maps_of_group * width, width, 1), at)
 
 
 def _of_maps(x_BM: Tensor, conv_groups: int) -> Tensor:
@@ -383,32 +430,34 @@ def _blocks(
         x_BLC: Tensor, key_weight: Tensor, value_weight: Tensor, value_bias: Optional[Tensor], conv_groups: int,
         drop_rate: float, seed: Optional[Tensor]) -> Iterator[Block]:
     """All blocks, in two buffers that are used again; the same for the same shapes, so the mask of dropout is too."""
-    batch, length, _ = x_BLC.shape
+    batch, length, channels = x_BLC.shape
     device, dtype = x_BLC.device, torch.promote_types(x_BLC.dtype, torch.float32)
-    all_features = _of_features(x_BLC.to(dtype).contiguous(), key_weight, value_weight, conv_groups)
-    all_weights = [_of_weights(weight, conv_groups) for weight in (key_weight, value_weight)]
-    num_maps = all_weights[0].shape[1]
+    x_BLC, *weights = (tensor.to(dtype).contiguous() for tensor in (x_BLC, key_weight, value_weight))
+    widths = [weight.shape[1] for weight in weights]
+    first = 0, channels - conv_groups * widths[1]
+    num_maps = len(key_weight) // conv_groups
     num_groups, num_images, most = _block_size(conv_groups, batch, length, num_maps, device.type)
     buffers = torch.empty(2, num_groups * num_images * length * most, device=device, dtype=dtype)
     generator = None if seed is None else torch.Generator(device).manual_seed(int(seed))
     shift = device.type != 'cpu'  # elsewhere to look at the sums means to wait for them
     with torch.autocast(device.type, enabled=False):
         for groups, maps in itertools.product(_slices(conv_groups, num_groups), _slices(num_maps, most)):
-            weights = tuple(weight[groups, maps].to(dtype) for weight in all_weights)
+            weights_GMC = [_of_weight(weight, conv_groups, groups, maps) for weight in weights]
             for images in _slices(batch, num_images):
                 rows = slice(images.start * length, images.stop * length)
-                features = tuple(x_GRC[groups, rows] for x_GRC in all_features)
-                shape = weights[0].shape[0], rows.stop - rows.start, weights[0].shape[1]
+                features_GRC = [
+                    _of_features(x_BLC, start, width, groups, rows) for start, width in zip(first, widths)]
+                shape = len(weights_GMC[0]), rows.stop - rows.start, weights_GMC[0].shape[1]
                 score_GRM, value_GRM = (buffer[:math.prod(shape)].view(shape) for buffer in buffers)
                 exp_GBLM, value_GBLM = (x.unflatten(1, (-1, length)) for x in (score_GRM, value_GRM))
-                torch.bmm(features[0], weights[0].mT, out=score_GRM)
-                torch.bmm(features[1], weights[1].mT, out=value_GRM)
+                torch.bmm(features_GRC[0], weights_GMC[0].mT, out=score_GRM)
+                torch.bmm(features_GRC[1], weights_GMC[1].mT, out=value_GRM)
                 if not shift:
                     total_GBM = exp_GBLM.exp_().sum(dim=2)
                     low, high = total_GBM.aminmax()
                     if not (low.item() > SAFE[0] and high.item() < SAFE[1]):
                         shift = True
-                        torch.bmm(features[0], weights[0].mT, out=score_GRM)
+                        torch.bmm(features_GRC[0], weights_GMC[0].mT, out=score_GRM)
                 if shift:
                     total_GBM = exp_GBLM.sub_(exp_GBLM.amax(dim=2, keepdim=True)).exp_().sum(dim=2)
                 keep_GBLM = None
@@ -417,8 +466,7 @@ def _blocks(
                     if value_bias is not None:
                         value_GBLM.add_(value_bias.unflatten(0, (conv_groups, 1, 1, -1))[groups, :, :, maps])
                     value_GBLM.mul_(keep_GBLM.div_(1 - drop_rate))
-                yield Block(
-                    groups, images, rows, maps, features, weights, exp_GBLM, value_GBLM, total_GBM, keep_GBLM)
+                yield Block(groups, images, maps, exp_GBLM, value_GBLM, total_GBM, keep_GBLM)
 
 
 # Kernels

@@ -34,13 +34,13 @@ def _load(ptr, i_left, j_left, stride_i, stride_j, ROWS: tl.constexpr, COLUMNS: 
 
 @triton.jit
 def _project(
-        x_ptr, weight_ptr, l_left, m_left, stride_l, width: tl.constexpr,
+        x_ptr, weight_ptr, l_left, m_left, stride_l, stride_c, width: tl.constexpr,
         PRECISION: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
     acc_ML = tl.zeros((BLOCK_M, BLOCK_L), tl.float32)
     for c_start in range(0, width, BLOCK_C):
         c_left = width - c_start
         weight_MC = _load(weight_ptr + c_start, m_left, c_left, width, 1, BLOCK_M, BLOCK_C)
-        x_CL = _load(x_ptr + c_start, c_left, l_left, 1, stride_l, BLOCK_C, BLOCK_L)
+        x_CL = _load(x_ptr + c_start * stride_c, c_left, l_left, stride_c, stride_l, BLOCK_C, BLOCK_L)
         acc_ML = tl.dot(weight_MC.to(x_CL.dtype), x_CL, acc_ML, input_precision=PRECISION)
     return acc_ML
 
@@ -62,18 +62,18 @@ def _dropout_scale(
 
 @triton.jit
 def _maps(
-        xk_ptr, xv_ptr, wk_ptr, wv_ptr, bias_ptr, seed_ptr, b, l_start, l_left, first_map, m_left, stride_l, drop_rate,
-        key_width: tl.constexpr, value_width: tl.constexpr, DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr,
+        xk_ptr, xv_ptr, wk_ptr, wv_ptr, bias_ptr, seed_ptr, b, l_start, l_left, first_map, m_left, stride_l, stride_c,
+        drop_rate, key_width: tl.constexpr, value_width: tl.constexpr, DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr,
         PRECISION: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
     """Scores, -inf beyond the positions there are; values and what dropout multiplied them by; all (M, L).
 
     `xk_ptr` and `xv_ptr` are at the tile's first position, `wk_ptr`, `wv_ptr` and `bias_ptr` at its first map.
     """
     score_ML = _project(
-        xk_ptr, wk_ptr, l_left, m_left, stride_l, key_width, PRECISION, BLOCK_L, BLOCK_M, BLOCK_C)
+        xk_ptr, wk_ptr, l_left, m_left, stride_l, stride_c, key_width, PRECISION, BLOCK_L, BLOCK_M, BLOCK_C)
     score_ML = tl.where(tl.arange(0, BLOCK_L)[None, :] < l_left, score_ML, float('-inf'))
     value_ML = _project(
-        xv_ptr, wv_ptr, l_left, m_left, stride_l, value_width, PRECISION, BLOCK_L, BLOCK_M, BLOCK_C)
+        xv_ptr, wv_ptr, l_left, m_left, stride_l, stride_c, value_width, PRECISION, BLOCK_L, BLOCK_M, BLOCK_C)
     scale_ML = 1.
     if DROPOUT:
         if HAS_BIAS:
@@ -87,7 +87,7 @@ def _maps(
 @triton.jit(do_not_specialize=['batch'])
 def _forward_kernel(
         x_ptr, wk_ptr, wv_ptr, bias_ptr, seed_ptr, out_ptr, stats_ptr, batch, positions, channels, classes, num_groups,
-        conv_groups, stride_b, stride_l, drop_rate, key_width: tl.constexpr, value_width: tl.constexpr,
+        conv_groups, stride_b, stride_l, stride_c, drop_rate, key_width: tl.constexpr, value_width: tl.constexpr,
         DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
         BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
     """A program per (tile of classes, image), images next to each other so that they share the weights' tile."""
@@ -100,8 +100,8 @@ def _forward_kernel(
     for n in range(num_groups):
         group = n * conv_groups // num_groups
         first_map = tl.cast(n, tl.int64) * classes + k_start
-        xk_ptr = x_ptr + b * stride_b + group * key_width
-        xv_ptr = x_ptr + b * stride_b + channels - (conv_groups - group) * value_width
+        xk_ptr = x_ptr + b * stride_b + group * key_width * stride_c
+        xv_ptr = x_ptr + b * stride_b + (channels - (conv_groups - group) * value_width) * stride_c
         highest_M = tl.full((BLOCK_M,), float('-inf'), tl.float32)
         total_M = tl.zeros((BLOCK_M,), tl.float32)
         out_M = tl.zeros((BLOCK_M,), tl.float32)
@@ -110,7 +110,7 @@ def _forward_kernel(
             score_ML, value_ML, _ = _maps(
                 xk_ptr + x_start, xv_ptr + x_start, wk_ptr + first_map * key_width, wv_ptr + first_map * value_width,
                 bias_ptr + first_map if HAS_BIAS else bias_ptr, seed_ptr, b, l_start, positions - l_start, first_map,
-                k_left, stride_l, drop_rate, key_width, value_width, DROPOUT, HAS_BIAS, PRECISION,
+                k_left, stride_l, stride_c, drop_rate, key_width, value_width, DROPOUT, HAS_BIAS, PRECISION,
                 BLOCK_L, BLOCK_M, BLOCK_C)
             higher_M = tl.maximum(highest_M, tl.max(score_ML, 1))
             attn_ML = tl.exp(score_ML - higher_M[:, None])
@@ -128,10 +128,10 @@ def _forward_kernel(
     tl.store(out_ptr + b * classes + k_start + k_idx, logit_K, mask=k_idx < k_left)
 
 
-@triton.jit(do_not_specialize=['batch', 'first_image', 'images', 'first_group', 'first_map', 'maps'])
+@triton.jit(do_not_specialize=['batch', 'first_image', 'images', 'first_map', 'maps'])
 def _map_grads_kernel(
         x_ptr, wk_ptr, wv_ptr, bias_ptr, seed_ptr, grad_ptr, stats_ptr, dscore_ptr, dvalue_ptr, batch, positions,
-        channels, classes, num_groups, conv_groups, stride_b, stride_l, drop_rate, first_image, images, first_group,
+        channels, classes, num_groups, conv_groups, stride_b, stride_l, stride_c, drop_rate, first_image, images,
         first_map, maps, row, key_width: tl.constexpr, value_width: tl.constexpr,
         DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
         BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
@@ -144,16 +144,17 @@ def _map_grads_kernel(
     image = (pid % images).to(tl.int64)
     l_start = pid // images % l_tiles * BLOCK_L
     m_start = pid // images // l_tiles % m_tiles * BLOCK_M
-    group_here = (pid // images // l_tiles // m_tiles).to(tl.int64)
-    b, group = first_image + image, first_group + group_here
+    group = (pid // images // l_tiles // m_tiles).to(tl.int64)
+    b = first_image + image
     all_maps = num_groups * classes
     map_0 = group * (all_maps // conv_groups) + first_map + m_start
     l_left, m_left = positions - l_start, maps - m_start
     x_start = b * stride_b + tl.cast(l_start, tl.int64) * stride_l
     score_ML, value_ML, scale_ML = _maps(
-        x_ptr + x_start + group * key_width, x_ptr + x_start + channels - (conv_groups - group) * value_width,
+        x_ptr + x_start + group * key_width * stride_c,
+        x_ptr + x_start + (channels - (conv_groups - group) * value_width) * stride_c,
         wk_ptr + map_0 * key_width, wv_ptr + map_0 * value_width, bias_ptr + map_0 if HAS_BIAS else bias_ptr, seed_ptr,
-        b, l_start, l_left, map_0, m_left, stride_l, drop_rate, key_width, value_width, DROPOUT, HAS_BIAS, PRECISION,
+        b, l_start, l_left, map_0, m_left, stride_l, stride_c, drop_rate, key_width, value_width, DROPOUT, HAS_BIAS, PRECISION,
         BLOCK_L, BLOCK_M, BLOCK_C)
     l_idx, m_idx = tl.arange(0, BLOCK_L), tl.arange(0, BLOCK_M)
     at = b * all_maps + map_0 + m_idx
@@ -163,11 +164,26 @@ def _map_grads_kernel(
     dvalue_ML = grad_M[:, None] * tl.exp(score_ML - lse_M[:, None])
     dscore_ML = dvalue_ML * (value_ML - out_M[:, None])
     dvalue_ML *= scale_ML
-    r_idx = (group_here * images + image) * positions + l_start + l_idx
+    r_idx = (group * images + image) * positions + l_start + l_idx
     to = r_idx[None, :] * row + (m_start + m_idx[:, None])
     mask = (m_idx[:, None] < row - m_start) & (l_idx[None, :] < l_left)  # whole vectors, though rows may end before
     tl.store(dscore_ptr + to, dscore_ML.to(dscore_ptr.dtype.element_ty), mask=mask)
     tl.store(dvalue_ptr + to, dvalue_ML.to(dvalue_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _copy_kernel(
+        from_ptr, to_ptr, rows, columns, from_b, from_i, from_j, to_b, to_i, to_j,
+        ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A program per (matrix, tile)."""
+    tiles = tl.cdiv(columns, COLUMNS)
+    b = tl.program_id(1).to(tl.int64)
+    i_start, j_start = tl.program_id(0) // tiles * ROWS, tl.program_id(0) % tiles * COLUMNS
+    tile_IJ = _load(
+        from_ptr + b * from_b + i_start * from_i + j_start * from_j, rows - i_start, columns - j_start, from_i, from_j,
+        ROWS, COLUMNS)
+    i_idx, j_idx = i_start + tl.arange(0, ROWS)[:, None], j_start + tl.arange(0, COLUMNS)[None, :]
+    tl.store(to_ptr + b * to_b + i_idx * to_i + j_idx * to_j, tile_IJ, mask=(i_idx < rows) & (j_idx < columns))
 
 
 def supports(x_BLC: Tensor) -> bool:
@@ -184,8 +200,9 @@ def works(device: torch.device) -> bool:
         return False
     try:
         common = x_BLC, weight, weight, None
-        out_BK, stats_2BM = forward(*common, 1, 1, 0., None)
-        _, dvalue_GRM = map_grads(grad_BK, *common, stats_2BM, 1, 1, 0., None, slice(0, 1), slice(0, 1), slice(0, 1))
+        out_BK, stats_2BM = torch.empty_like(grad_BK), torch.empty(2, 1, 1, device=device)
+        forward(*common, 1, 1, 0., None, out_BK, stats_2BM)
+        _, dvalue_GRM = map_grads(grad_BK, *common, stats_2BM, 1, 1, 0., None, slice(0, 1), slice(0, 1))
         found = out_BK.item(), dvalue_GRM.sum().item()  # the average of ones, and how it follows them
         if max(abs(number - 1) for number in found) > 1e-3:
             raise RuntimeError(f'they give {found[0]} and {found[1]} where 1 is right')
@@ -200,15 +217,13 @@ def works(device: torch.device) -> bool:
 
 def forward(
         x_BLC: Tensor, key_weight: Tensor, value_weight: Tensor, value_bias: Optional[Tensor], num_groups: int,
-        conv_groups: int, drop_rate: float, seed: Optional[Tensor],
-) -> Tuple[Tensor, Tensor]:
+        conv_groups: int, drop_rate: float, seed: Optional[Tensor], out_BK: Tensor, stats_2BM: Tensor) -> None:
     """Per image and map, softmax of the embedded key over positions, times the embedded value; summed to logits.
 
     The bias of the key is left out because it cancels.
 
     Args:
-        x_BLC: Features, (B, L, C), float32, bfloat16 or float16, of any strides. The key reads the first channels, the
-            value the last.
+        x_BLC: Features, (B, L, C), float32, bfloat16 or float16. The key reads the first channels, the value the last.
         key_weight: (M, Ck / conv_groups, 1, 1) or without the ones. Weights are read as numbers of `x_BLC`'s type.
         value_weight: (M, Cv / conv_groups, 1, 1).
         value_bias: (M,), or None.
@@ -216,42 +231,42 @@ def forward(
         conv_groups: G, groups of channels and of maps; divides `num_groups`.
         drop_rate: Dropout probability on the value map. Read only with a seed.
         seed: int64 scalar on the device; the dropout mask depends on it, image, position and map. None for no dropout.
-
-    Returns:
-        Logits (B, K); and for `map_grads` of all maps the sum over positions, without bias unless there is dropout, and
-        the log-sum-exp of their scores, (2, B, M). float32.
+        out_BK: Gets the logits, float32.
+        stats_2BM: Gets what `map_grads` needs of all maps: the sum over positions, without bias unless there is
+            dropout, and the log-sum-exp of the scores. float32.
     """
-    if x_BLC.stride(2) != 1:
-        x_BLC = x_BLC.contiguous()
     (batch, positions, channels), all_maps = x_BLC.shape, len(key_weight)
-    classes = all_maps // num_groups
-    if batch * (key_weight.numel() + value_weight.numel()) >= CAST_FROM:
+    classes, widths = all_maps // num_groups, (key_weight.shape[1], value_weight.shape[1])
+    if batch * all_maps * sum(widths) >= CAST_FROM:
         key_weight, value_weight = key_weight.to(x_BLC.dtype), value_weight.to(x_BLC.dtype)
-    out_BK = torch.empty((batch, classes), dtype=torch.float32, device=x_BLC.device)
-    stats_2BM = torch.empty((2, batch, all_maps), dtype=torch.float32, device=x_BLC.device)
-    widths = key_weight.shape[1], value_weight.shape[1]
-    tiles = _tiles(positions, classes, *widths, x_BLC.dtype, batch)
-    programs = batch * triton.cdiv(classes, tiles['BLOCK_M'])
+    tiles = _tiles(positions, classes, max(widths), batch)
     with torch.cuda.device_of(x_BLC):
-        _forward_kernel[programs,](
+        _forward_kernel[batch * triton.cdiv(classes, tiles['BLOCK_M']),](
             x_BLC, key_weight.contiguous(), value_weight.contiguous(), value_bias, seed, out_BK, stats_2BM, batch,
-            positions, channels, classes, num_groups, conv_groups, x_BLC.stride(0), x_BLC.stride(1), drop_rate, *widths,
+            positions, channels, classes, num_groups, conv_groups, *x_BLC.stride(), drop_rate, *widths,
             seed is not None, value_bias is not None, _precision(), **tiles)
-    return out_BK, stats_2BM
+
+
+def copy(x_BLC: Tensor, to_BLC: Tensor) -> Tensor:
+    """Copy into another layout, a tile at a time: PyTorch's `copy_` takes some times as long where both differ."""
+    batch, positions, channels = x_BLC.shape
+    programs = triton.cdiv(positions, 64) * triton.cdiv(channels, 64)
+    with torch.cuda.device_of(x_BLC):
+        _copy_kernel[programs, batch](x_BLC, to_BLC, positions, channels, *x_BLC.stride(), *to_BLC.stride(), 64, 64)
+    return to_BLC
 
 
 def map_grads(
         grad_BK: Tensor, x_BLC: Tensor, key_weight: Tensor, value_weight: Tensor, value_bias: Optional[Tensor],
         stats_2BM: Tensor, num_groups: int, conv_groups: int, drop_rate: float, seed: Optional[Tensor],
-        groups: slice, images: slice, maps: slice,
+        images: slice, maps: slice,
 ) -> Tuple[Tensor, Tensor]:
-    """Gradients of scores and of values of a block: some groups of the embeddings, images, and maps of a group.
+    """Gradients of scores and of values of some images and some maps of every group of the embeddings.
 
     Args:
         grad_BK: Gradient of the logits, (B, K), float32.
-        x_BLC: As in `forward`, with channels that lie next to each other.
         stats_2BM: From `forward`.
-        groups, images, maps: The block.
+        images, maps: Which.
         Others: As in `forward`.
 
     Returns:
@@ -260,42 +275,36 @@ def map_grads(
     (batch, positions, channels), all_maps = x_BLC.shape, len(key_weight)
     num_maps, num_images = maps.stop - maps.start, images.stop - images.start
     row = triton.cdiv(num_maps, 16) * 16  # rows that begin on multiples of 16, for stores and products of vectors
-    shape = 2, groups.stop - groups.start, num_images * positions, row
-    grads_2GRM = torch.empty(shape, dtype=x_BLC.dtype, device=x_BLC.device)
+    shape = conv_groups, num_images * positions, row
+    dscore_GRM, dvalue_GRM = (torch.empty(shape, dtype=x_BLC.dtype, device=x_BLC.device) for _ in range(2))
     widths = key_weight.shape[1], value_weight.shape[1]
-    tiles = _tiles(positions, num_maps, *widths, x_BLC.dtype, shape[1] * num_images * triton.cdiv(positions, 64))
+    tiles = _tiles(positions, num_maps, max(widths), conv_groups * num_images)
     tiles_of_group = triton.cdiv(num_maps, tiles['BLOCK_M']) * triton.cdiv(positions, tiles['BLOCK_L'])
-    dscore_GRM, dvalue_GRM = grads_2GRM.unbind()
     with torch.cuda.device_of(x_BLC):
-        _map_grads_kernel[shape[1] * num_images * tiles_of_group,](
+        _map_grads_kernel[conv_groups * num_images * tiles_of_group,](
             x_BLC, key_weight.contiguous(), value_weight.contiguous(), value_bias, seed, grad_BK.contiguous(),
             stats_2BM, dscore_GRM, dvalue_GRM, batch, positions, channels, all_maps // num_groups, num_groups,
-            conv_groups, x_BLC.stride(0), x_BLC.stride(1), drop_rate, images.start, num_images, groups.start,
-            maps.start, num_maps, row, *widths, seed is not None, value_bias is not None, _precision(), **tiles)
-    return dscore_GRM[..., :num_maps], dvalue_GRM[..., :num_maps]
+            conv_groups, *x_BLC.stride(), drop_rate, images.start, num_images, maps.start, num_maps, row, *widths,
+            seed is not None, value_bias is not None, _precision(), **tiles)
+    return dscore_GRM.narrow(2, 0, num_maps), dvalue_GRM.narrow(2, 0, num_maps)
 
 
 @functools.cache
-def _tiles(positions: int, maps: int, key_width: int, value_width: int, dtype: torch.dtype, others: int) -> dict:
-    """Sizes of tiles, powers of 2 of at least 16, and how a tile is computed; `others`: programs per tile of maps."""
-    single = dtype == torch.float32
-    block_m = _tile(maps, 64 if single else 128)
+def _tiles(positions: int, maps: int, width: int, others: int) -> dict:
+    """Sizes of tiles, powers of 2 of at least 16, and how a tile is computed: measured, `docs/numbers.md`.
+
+    Args:
+        positions: L.
+        maps: That are tiled.
+        width: Channels of a group, the larger of key and value.
+        others: Programs per tile of maps, or fewer.
+    """
+    block_m = _tile(maps, 64 if width <= 32 else 128)
     while block_m > 16 and others * triton.cdiv(maps, block_m) < PROGRAMS:
         block_m //= 2
-
-    def padded(block_c: int) -> int:
-        return sum(triton.cdiv(width, block_c) * block_c for width in (key_width, value_width))
-
-    block_c = _tile(max(key_width, value_width), 32)
-    if not single and padded(64) <= padded(block_c):
-        block_c = 64
     return {
-        'BLOCK_L': _tile(positions, 32 if single else 64),
-        'BLOCK_M': block_m,
-        'BLOCK_C': block_c,
-        'num_warps': 4,
-        'num_stages': 2 if single else 3,
-    }
+        'BLOCK_L': _tile(positions, 32 if width <= 32 else 64), 'BLOCK_M': block_m, 'BLOCK_C': _tile(width, 32),
+        'num_warps': 4, 'num_stages': 3}
 
 
 def _tile(size: int, most: int) -> int:

@@ -87,7 +87,7 @@ def test_autocast():
 def test_gradcheck_and_opcheck(split_groups, split_kv):
     torch.manual_seed(0)
     *params, num_groups, conv_groups = make(8, 3, 2, split_groups=split_groups, split_kv=split_kv)
-    x = torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 8, 5, 1, dtype=torch.float64, requires_grad=True)
     for drop_rate, seed in ((0., None), (0.4, torch.tensor(7))):
         args = x, *params, num_groups, conv_groups, drop_rate, seed
         assert torch.autograd.gradcheck(lambda *tensors, rest=args[5:]: poca_op(*tensors, *rest)[0], args[:5])
@@ -285,7 +285,8 @@ def test_kernels_that_do_not_work_are_told_of_once(monkeypatch, caplog):
         raise OSError('no C\ncompiler')
 
     for forward, reason in (
-            (fail, 'no C compiler'), (lambda *args: (2 * one, one), 'they give 2.0 and 1.0 where 1 is right')):
+            (fail, 'no C compiler'),
+            (lambda *args: args[-2].fill_(2), 'they give 2.0 and 1.0 where 1 is right')):
         monkeypatch.setattr(poca_triton, 'forward', forward)
         monkeypatch.setattr(poca_triton, 'map_grads', lambda *args: (one, one))
         poca_triton.works.cache_clear()
@@ -293,7 +294,7 @@ def test_kernels_that_do_not_work_are_told_of_once(monkeypatch, caplog):
         assert not poca_triton.works(device) and not poca_triton.works(device)
         assert [(r.levelname, r.getMessage()) for r in caplog.records] == [(
             'WARNING', f'NOAH heads will be slow on cpu, as the Triton kernels cannot be used there: {reason}')]
-    monkeypatch.setattr(poca_triton, 'forward', lambda *args: (one, one))
+    monkeypatch.setattr(poca_triton, 'forward', lambda *args: args[-2].fill_(1))
     poca_triton.works.cache_clear()
     assert poca_triton.works(device)
     poca_triton.works.cache_clear()

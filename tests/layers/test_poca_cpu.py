@@ -148,7 +148,7 @@ def test_what_it_leaves_to_the_blocks():
 @needs_kernel
 def test_opcheck():
     args = make(24, 3, 2, dtype=torch.float32)
-    torch.library.opcheck(poca_op, (torch.randn(2, 5, 24, requires_grad=True), *args, 0., None))
+    torch.library.opcheck(poca_op, (torch.randn(2, 24, 5, 1, requires_grad=True), *args, 0., None))
 
 
 def test_a_processor_without_avx2_has_none():

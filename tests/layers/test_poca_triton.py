@@ -15,6 +15,7 @@ from unittest import mock
 import pytest
 import torch
 
+from noah_zoo import NoahHead
 from noah_zoo.layers import poca
 
 pytest.importorskip('triton')
@@ -95,13 +96,17 @@ def reference(x_BLC, key_weight, value_weight, value_bias, grad_BK, num_groups, 
 def fused(kernels, x_BLC, key_weight, value_weight, value_bias, grad_BK, num_groups, conv_groups, drop_rate=0.,
           seed=None, need_x=True, need_weights=True):
     """The same from the kernels."""
+    x_BCHW = x_BLC.transpose(1, 2).unsqueeze(3)
+    out_BK = torch.full(grad_BK.shape, torch.nan, device=x_BLC.device)
+    stats_2BM = torch.full((2, len(x_BLC), len(key_weight)), torch.nan, device=x_BLC.device)
     with mock.patch.object(poca, '_kernels', lambda _: kernels):
-        out_BK, stats_2BM = poca._forward(
-            x_BLC, key_weight, None, value_weight, value_bias, num_groups, conv_groups, drop_rate, seed)
+        kernels.forward(
+            x_BLC, key_weight, value_weight, value_bias, num_groups, conv_groups, drop_rate, seed, out_BK, stats_2BM)
         grads = poca._backward(
-            grad_BK, x_BLC, key_weight, value_weight, value_bias, stats_2BM, num_groups, conv_groups, drop_rate, seed,
-            need_x, need_weights)
-    assert out_BK.dtype == stats_2BM.dtype == torch.float32 and grads[0].is_contiguous()
+            grad_BK, x_BCHW, key_weight, value_weight, value_bias, stats_2BM, num_groups, conv_groups, drop_rate, seed,
+            False, need_x, need_weights)
+    grads = (grads[0].flatten(2).transpose(1, 2) if need_x else grads[0], *grads[1:])
+    assert grads[0].is_contiguous()
     found = []
     for grad, tensor, needed in zip(
             grads, (x_BLC, key_weight, value_weight, value_bias), (need_x, *[need_weights] * 3)):
@@ -173,7 +178,8 @@ def kept(kernels, batch, positions, maps, drop_rate, seed):
         powers_L = 2. ** torch.arange(count, device=device)
         x_BLC = torch.zeros(batch, positions, 2, device=device)
         x_BLC[:, start:start + count, 1] = powers_L
-        out_BM, _ = kernels.forward(x_BLC, zeros, ones, None, 1, 1, drop_rate, seed)
+        out_BM, stats_2BM = torch.empty(batch, maps, device=device), torch.empty(2, batch, maps, device=device)
+        kernels.forward(x_BLC, zeros, ones, None, 1, 1, drop_rate, seed, out_BM, stats_2BM)
         sums_BM = (out_BM * positions * (1 - drop_rate)).round().long()
         kept_BLM[:, start:start + count] = sums_BM[:, None] // powers_L[None, :, None].long() % 2 == 1
     return kept_BLM
@@ -256,6 +262,29 @@ def check_unread_channels(kernels, device):
     assert torch.equal(got[0], narrow[0]) and not got[1][..., 7:10].any()
 
 
+def check_copies(kernels, device):
+    for shape in ((2, 49, 70), (1, 1, 3), (3, 200, 5)):
+        x_BLC = torch.randn(shape, device=device)
+        for to_BLC in (torch.full_like(x_BLC, torch.nan), torch.full_like(x_BLC.mT.contiguous(), torch.nan).mT):
+            for from_BLC in (x_BLC, x_BLC.mT.contiguous().mT):
+                assert torch.equal(kernels.copy(from_BLC, to_BLC), x_BLC)
+
+
+def check_layouts_with_autograd(kernels, device):
+    """Through the operator: the gradient has the layout of the features, and what is kept is what the kernels read."""
+    if device == 'cpu':
+        return
+    head = NoahHead(64, 10, 4, drop_rate=0.).to(device)
+    for x in (torch.randn(2, 64, 7, 7, device=device), torch.randn(2, 64, 7, 7, device=device).to(
+            memory_format=torch.channels_last), torch.randn(2, 52, 64, device=device)[:, 3:].mT.unflatten(2, (7, 7))):
+        leaf = x.detach().requires_grad_()
+        gradient, = torch.autograd.grad(head(leaf).square().sum(), leaf)
+        double, = torch.autograd.grad(head.double()(leaf.double()).square().sum(), leaf)
+        head.float()
+        assert gradient.is_contiguous() == x.is_contiguous()
+        assert error(gradient, double) < 1e-5
+
+
 def check_precision_setting(kernels, device):
     cudnn = torch.backends.cudnn
     assert kernels._precision() == 'tf32x3'  # set by `check_all`
@@ -319,7 +348,8 @@ def compile_all():
 
 def multiply_on_cpu():
     """The gradients of the maps times features and weights, where float32 sums of other numbers are CUDA's alone."""
-    poca._add_product = lambda total, left, right: total.add_(left.to(total.dtype) @ right.to(total.dtype))
+    poca._put_product = lambda total, left, right, add: (total if add else total.zero_()).add_(
+        left.to(total.dtype) @ right.to(total.dtype))
 
 
 def multiply_bfloat16_in_interpreter():
