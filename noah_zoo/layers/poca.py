@@ -17,7 +17,7 @@ import itertools
 import logging
 import math
 from types import ModuleType
-from typing import Callable, Iterator, NamedTuple, Optional, Tuple, Type
+from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple, Type
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ from . import poca_cpu
 
 _logger = logging.getLogger(__name__)
 
-WORKSPACE_BYTES = 96 * 2 ** 20  # of the gradients of scores and values that a block on CUDA has at a time
+WORKSPACE_BYTES = 128 * 2 ** 20  # of the gradients of scores and values that a block on CUDA has at a time
 SAFE = 1e-20, 1e20  # sums of exponentials that show that no term over- or underflowed to any effect, in float32
 
 
@@ -114,21 +114,24 @@ def _poca(
         raise ValueError(f'poca: key and value read {read[0]} and {read[1]} channels of {channels}')
     seed = torch.randint(2 ** 63 - 1, (), device=x_BCHW.device) if drop_rate else None
     args = x_BCHW, key_weight, key_bias, value_weight, value_bias, num_groups, conv_groups, drop_rate, seed
-    out_BK, *_ = poca_op(*args) if torch.compiler.is_compiling() else _Poca.call(*args)
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        out_BK, *_ = poca_op(*args)
+    else:  # what the operator would come to, by a shorter way
+        out_BK, *_ = _Poca.call(*args)
     return out_BK.to(dtype)
 
 
-# The operator and its gradient, by the lower level of torch.library: a call of a `torch.library.custom_op` costs a small
-# head more than all that it computes
+# The operator and its gradient, by the lower level of torch.library: a `torch.library.custom_op` costs a small head more
+# time than all that it computes
 
 
 def _forward(
         x_BCHW: Tensor, key_weight: Tensor, key_bias: Optional[Tensor], value_weight: Tensor,
         value_bias: Optional[Tensor], num_groups: int, conv_groups: int, drop_rate: float, seed: Optional[Tensor],
 ) -> Tuple[Tensor, Tensor, Tensor]:
-    """Logits (B, K), in float32 or more. On CUDA also what backward needs of every map (`poca_triton.forward`), (2, B,
-    M), and the features as they were read, if that took a copy. `seed` gives the dropout mask; without it there is none.
-    """
+    """Logits (B, K), in float32 or more. On CUDA also what backward needs of every map, (2, B, M)
+    (`poca_triton.forward`), and the features as they were read, if that took a copy. `seed` gives the dropout mask;
+    without it there is none."""
     out_BK, stats_2BM, rows_BCHW = _empty(x_BCHW, key_weight, key_bias, value_weight, value_bias, num_groups)
     x_BLC = x_BCHW.flatten(2).transpose(1, 2)
     kernels = _kernels(x_BLC)
@@ -178,58 +181,52 @@ def _backward(
     That of the features has the channels of a position next to each other, or is contiguous if `channels_first`.
     """
     batch, channels, height, width = x_BCHW.shape
-    length, dtype = height * width, grad_BK.dtype
-    x_BLC, weights = x_BCHW.flatten(2).transpose(1, 2), (key_weight, value_weight)
+    x_BLC, dtype = x_BCHW.flatten(2).transpose(1, 2), grad_BK.dtype
     kernels = _kernels(x_BLC)
-    read_dtype = x_BLC.dtype if kernels else dtype
-    x_BLC, *weights = (tensor.to(read_dtype).contiguous() for tensor in (x_BLC, *weights))
-    num_maps, widths = len(key_weight) // conv_groups, [weight.shape[1] for weight in weights]
-    first = 0, channels - conv_groups * widths[1]
-    one_write = first[1] == conv_groups * widths[0]  # of every gradient of a feature, if maps are not split
     if kernels:
-        sizes = _block_size_on_cuda(conv_groups, batch, length, num_maps, read_dtype.itemsize)
-        blocks = _map_grads_on_cuda(
-            kernels, sizes, grad_BK, x_BLC, *weights, value_bias, stats_2BM, num_groups, conv_groups, drop_rate, seed)
-        one_write = one_write and sizes[1] == num_maps
+        x_BLC = x_BLC.contiguous()
+        blocks, one_write = _map_grads_on_cuda(
+            kernels, grad_BK, x_BLC, key_weight, value_weight, value_bias, stats_2BM, num_groups, conv_groups,
+            drop_rate, seed)
     else:
-        blocks = _map_grads(
-            grad_BK.repeat(1, num_groups), x_BLC, *weights, value_bias, conv_groups, drop_rate, seed)
-        one_write = False
-    empty, zeros = (torch.empty, torch.zeros) if batch else (torch.zeros, torch.zeros)
+        blocks, one_write = _map_grads(
+            grad_BK.repeat(1, num_groups), x_BLC, key_weight, value_weight, value_bias, conv_groups, drop_rate, seed,
+        ), False
+    widths = key_weight.shape[1], value_weight.shape[1]
+    first = 0, channels - conv_groups * widths[1]
+    one_write = one_write and first[1] == conv_groups * widths[0]  # of every gradient of a feature
+    empty = torch.empty if batch else torch.zeros
     dx_BLC, dweights, dvalue_bias = None, None, None
     if need_x:
-        dx_BLC = (empty if one_write else zeros)(
-            x_BLC.shape, dtype=read_dtype if one_write else dtype, device=x_BLC.device)
+        dx_dtype = x_BLC.dtype if one_write else dtype
+        dx_BLC = (empty if one_write else torch.zeros)(x_BLC.shape, dtype=dx_dtype, device=x_BLC.device)
     if need_weights:
-        dweights = [empty(weight.shape, dtype=dtype, device=weight.device) for weight in weights]
+        dweights = [empty(weight.shape, dtype=dtype, device=x_BLC.device) for weight in (key_weight, value_weight)]
         if value_bias is not None:
-            dvalue_bias = zeros(value_bias.shape, dtype=dtype, device=value_bias.device)
-    for groups, images, maps, dmaps in blocks:
-        rows = slice(images.start * length, images.stop * length)
+            dvalue_bias = (empty if seed is None else torch.zeros)(value_bias.shape, dtype=dtype, device=x_BLC.device)
+    for groups, images, maps, features, weights, dmaps in blocks:
+        rows = slice(images.start * height * width, images.stop * height * width)
         for part in (0, 1):
-            dmap_GRM, here = dmaps[part], (first[part], widths[part], groups, rows)
             if need_x:
-                weight_GMC = _of_weight(weights[part], conv_groups, groups, maps)
-                _put_product(_of_features(dx_BLC, *here), dmap_GRM, weight_GMC, not one_write)
+                dx_GRC = _of_features(dx_BLC, first[part], widths[part], groups, rows)
+                _put_product(dx_GRC, dmaps[part], weights[part], not one_write)
             if need_weights:
                 dweight_GMC = _of_weight(dweights[part], conv_groups, groups, maps)
-                _put_product(dweight_GMC, dmap_GRM.mT, _of_features(x_BLC, *here), images.start > 0)
+                _put_product(dweight_GMC, dmaps[part].mT, features[part], images.start > 0)
         if dvalue_bias is not None and seed is not None:
             dvalue_bias.view(conv_groups, -1)[groups, maps] += dmaps[1].sum(dim=1, dtype=dtype)
     if dvalue_bias is not None and seed is None:
         dvalue_bias.view(num_groups, -1).copy_(grad_BK.sum(dim=0))
-    none = x_BCHW.new_empty(0)
-    dx_BCHW = none
+    dx_BCHW = dkey_weight = dvalue_weight = none = x_BCHW.new_empty(0)
     if need_x:
         dx_BLC = dx_BLC.to(x_BCHW.dtype)
         if channels_first:
             to_BLC = torch.empty_like(dx_BLC.mT, memory_format=torch.contiguous_format).mT
             dx_BLC = (kernels.copy if kernels else _copy)(dx_BLC, to_BLC)
         dx_BCHW = dx_BLC.mT.unflatten(2, (height, width))
-    if not need_weights:
-        return dx_BCHW, none, none, none
-    dkey_weight, dvalue_weight = (grad.to(w.dtype) for grad, w in zip(dweights, (key_weight, value_weight)))
-    return dx_BCHW, dkey_weight, dvalue_weight, none if value_bias is None else dvalue_bias.to(value_bias.dtype)
+    if need_weights:
+        dkey_weight, dvalue_weight = dweights[0].to(key_weight.dtype), dweights[1].to(value_weight.dtype)
+    return dx_BCHW, dkey_weight, dvalue_weight, none if dvalue_bias is None else dvalue_bias.to(value_bias.dtype)
 
 
 def _copy(x_BLC: Tensor, to_BLC: Tensor) -> Tensor:
@@ -348,13 +345,15 @@ def _count(x_shape, key_shape, key_bias, value_shape, *args, out_shape=None, **k
 
 
 class Block(NamedTuple):
-    """Some maps of some images: where they are, and their exponentials, values, sums, and what dropout multiplied by.
+    """Some maps of some images: where they are, what they are made of (key, value), and exponentials, values, sums.
 
     What it holds is overwritten by the next block, and may be before.
     """
     groups: slice
     images: slice
     maps: slice
+    features: List[Tensor]
+    weights: List[Tensor]
     exp_GBLM: Tensor
     value_GBLM: Tensor
     total_GBM: Tensor
@@ -372,19 +371,20 @@ def _block_size(groups: int, batch: int, positions: int, maps: int, device: str)
 def _map_grads(
         grad_BM: Tensor, x_BLC: Tensor, key_weight: Tensor, value_weight: Tensor, value_bias: Optional[Tensor],
         conv_groups: int, drop_rate: float, seed: Optional[Tensor]) -> Iterator[tuple]:
-    """Of all blocks: groups, images, maps, and the gradients of scores and values, (G, R, M) each."""
+    """Of all blocks: groups, images, maps; features (G, R, C), weights (G, M, C) and gradients of the maps (G, R, M),
+    each of keys or scores and of values."""
     grad_GBM = _of_maps(grad_BM, conv_groups)
     for block in _blocks(x_BLC, key_weight, value_weight, value_bias, conv_groups, drop_rate, seed):
-        groups, images, maps, exp_GBLM, value_GBLM, total_GBM, keep_GBLM = block
+        groups, images, maps, features, weights, exp_GBLM, value_GBLM, total_GBM, keep_GBLM = block
         out_GBM = (exp_GBLM * value_GBLM).sum(dim=2).div_(total_GBM)
         exp_GBLM.mul_(grad_GBM[groups, images, maps].div(total_GBM).unsqueeze(2))  # attention x gradient
         dscore_GBLM = value_GBLM.sub_(out_GBM.unsqueeze(2)).mul_(exp_GBLM)
         dvalue_GBLM = exp_GBLM if keep_GBLM is None else exp_GBLM.mul_(keep_GBLM)
-        yield groups, images, maps, (dscore_GBLM.flatten(1, 2), dvalue_GBLM.flatten(1, 2))
+        yield groups, images, maps, features, weights, (dscore_GBLM.flatten(1, 2), dvalue_GBLM.flatten(1, 2))
 
 
 def _block_size_on_cuda(groups: int, batch: int, positions: int, maps: int, itemsize: int) -> Tuple[int, int]:
-    """Images and maps of a block: of all groups; the larger side of the products is the one that is split."""
+    """Images and maps of a block, of all groups; what is split is the larger side of the products."""
     fitting, images = WORKSPACE_BYTES // (2 * itemsize * groups * positions), batch
     if batch * positions >= maps:
         images = min(max(fitting // maps, 1), batch)
@@ -392,15 +392,34 @@ def _block_size_on_cuda(groups: int, batch: int, positions: int, maps: int, item
 
 
 def _map_grads_on_cuda(
-        kernels: ModuleType, sizes: Tuple[int, int], grad_BK: Tensor, x_BLC: Tensor, key_weight: Tensor,
-        value_weight: Tensor, value_bias: Optional[Tensor], stats_2BM: Tensor, num_groups: int, conv_groups: int,
-        drop_rate: float, seed: Optional[Tensor]) -> Iterator[tuple]:
-    """What `_map_grads` gives, from the kernels."""
-    groups, num_maps = slice(0, conv_groups), len(key_weight) // conv_groups
-    for maps, images in itertools.product(_slices(num_maps, sizes[1]), _slices(len(x_BLC), sizes[0])):
-        yield groups, images, maps, kernels.map_grads(
-            grad_BK, x_BLC, key_weight, value_weight, value_bias, stats_2BM, num_groups, conv_groups, drop_rate, seed,
-            images, maps)
+        kernels: ModuleType, grad_BK: Tensor, x_BLC: Tensor, key_weight: Tensor, value_weight: Tensor,
+        value_bias: Optional[Tensor], stats_2BM: Tensor, num_groups: int, conv_groups: int, drop_rate: float,
+        seed: Optional[Tensor]) -> Tuple[Iterator[tuple], bool]:
+    """What `_map_grads` gives, from the kernels, and whether the blocks have all maps of their images.
+
+    The gradients of the next block take the place of this one's.
+    """
+    (batch, length, channels), dtype = x_BLC.shape, x_BLC.dtype
+    num_maps, widths = len(key_weight) // conv_groups, (key_weight.shape[1], value_weight.shape[1])
+    num_images, most = _block_size_on_cuda(conv_groups, batch, length, num_maps, dtype.itemsize)
+
+    def blocks() -> Iterator[tuple]:
+        groups, grad = slice(0, conv_groups), grad_BK.contiguous()
+        workspace = kernels.workspace(conv_groups, num_images * length, most, x_BLC)
+        for maps in _slices(num_maps, most):
+            weights = [
+                _of_weight(weight.contiguous(), conv_groups, groups, maps).to(dtype)
+                for weight in (key_weight, value_weight)]
+            for images in _slices(batch, num_images):
+                rows = slice(images.start * length, images.stop * length)
+                features = (
+                    _of_features(x_BLC, 0, widths[0], groups, rows),
+                    _of_features(x_BLC, channels - conv_groups * widths[1], widths[1], groups, rows))
+                dmaps = kernels.map_grads(
+                    grad, x_BLC, *weights, value_bias, stats_2BM, num_groups, drop_rate, seed, images, maps, workspace)
+                yield groups, images, maps, features, weights, dmaps
+
+    return blocks(), most == num_maps
 
 
 def _slices(size: int, step: int) -> Iterator[slice]:
@@ -466,7 +485,8 @@ def _blocks(
                     if value_bias is not None:
                         value_GBLM.add_(value_bias.unflatten(0, (conv_groups, 1, 1, -1))[groups, :, :, maps])
                     value_GBLM.mul_(keep_GBLM.div_(1 - drop_rate))
-                yield Block(groups, images, maps, exp_GBLM, value_GBLM, total_GBM, keep_GBLM)
+                yield Block(
+                    groups, images, maps, features_GRC, weights_GMC, exp_GBLM, value_GBLM, total_GBM, keep_GBLM)
 
 
 # Kernels

@@ -131,31 +131,26 @@ def _forward_kernel(
 @triton.jit(do_not_specialize=['batch', 'first_image', 'images', 'first_map', 'maps'])
 def _map_grads_kernel(
         x_ptr, wk_ptr, wv_ptr, bias_ptr, seed_ptr, grad_ptr, stats_ptr, dscore_ptr, dvalue_ptr, batch, positions,
-        channels, classes, num_groups, conv_groups, stride_b, stride_l, stride_c, drop_rate, first_image, images,
-        first_map, maps, row, key_width: tl.constexpr, value_width: tl.constexpr,
-        DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
-        BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
-    """A program per (group, tile of maps, tile of positions, image) of a block (G, R, M) whose rows take `row` places.
-
-    `first_map` counts within a group of the embeddings.
-    """
+        channels, classes, num_groups, groups, stride_b, stride_l, stride_c, wk_stride_g, wv_stride_g, to_stride_g,
+        to_stride_r, drop_rate, first_image, images, first_map, maps,
+        key_width: tl.constexpr, value_width: tl.constexpr, DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr,
+        PRECISION: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    """A program per (group, tile of maps, tile of positions, image); `first_map` counts within a group."""
     l_tiles, m_tiles = tl.cdiv(positions, BLOCK_L), tl.cdiv(maps, BLOCK_M)
     pid = tl.program_id(0)
     image = (pid % images).to(tl.int64)
     l_start = pid // images % l_tiles * BLOCK_L
     m_start = pid // images // l_tiles % m_tiles * BLOCK_M
     group = (pid // images // l_tiles // m_tiles).to(tl.int64)
-    b = first_image + image
-    all_maps = num_groups * classes
-    map_0 = group * (all_maps // conv_groups) + first_map + m_start
+    b, all_maps = first_image + image, num_groups * classes
+    map_0 = group * (all_maps // groups) + first_map + m_start
     l_left, m_left = positions - l_start, maps - m_start
-    x_start = b * stride_b + tl.cast(l_start, tl.int64) * stride_l
+    x_ptr += b * stride_b + tl.cast(l_start, tl.int64) * stride_l
     score_ML, value_ML, scale_ML = _maps(
-        x_ptr + x_start + group * key_width * stride_c,
-        x_ptr + x_start + (channels - (conv_groups - group) * value_width) * stride_c,
-        wk_ptr + map_0 * key_width, wv_ptr + map_0 * value_width, bias_ptr + map_0 if HAS_BIAS else bias_ptr, seed_ptr,
-        b, l_start, l_left, map_0, m_left, stride_l, stride_c, drop_rate, key_width, value_width, DROPOUT, HAS_BIAS, PRECISION,
-        BLOCK_L, BLOCK_M, BLOCK_C)
+        x_ptr + group * key_width * stride_c, x_ptr + (channels - (groups - group) * value_width) * stride_c,
+        wk_ptr + group * wk_stride_g + m_start * key_width, wv_ptr + group * wv_stride_g + m_start * value_width,
+        bias_ptr + map_0 if HAS_BIAS else bias_ptr, seed_ptr, b, l_start, l_left, map_0, m_left, stride_l, stride_c,
+        drop_rate, key_width, value_width, DROPOUT, HAS_BIAS, PRECISION, BLOCK_L, BLOCK_M, BLOCK_C)
     l_idx, m_idx = tl.arange(0, BLOCK_L), tl.arange(0, BLOCK_M)
     at = b * all_maps + map_0 + m_idx
     out_M = tl.load(stats_ptr + at, mask=m_idx < m_left, other=0.)
@@ -164,9 +159,9 @@ def _map_grads_kernel(
     dvalue_ML = grad_M[:, None] * tl.exp(score_ML - lse_M[:, None])
     dscore_ML = dvalue_ML * (value_ML - out_M[:, None])
     dvalue_ML *= scale_ML
-    r_idx = (group * images + image) * positions + l_start + l_idx
-    to = r_idx[None, :] * row + (m_start + m_idx[:, None])
-    mask = (m_idx[:, None] < row - m_start) & (l_idx[None, :] < l_left)  # whole vectors, though rows may end before
+    r_idx = image * positions + l_start + l_idx
+    to = group * to_stride_g + r_idx[None, :] * to_stride_r + (m_start + m_idx[:, None])
+    mask = (m_idx[:, None] < to_stride_r - m_start) & (l_idx[None, :] < l_left)  # whole vectors, though maps end before
     tl.store(dscore_ptr + to, dscore_ML.to(dscore_ptr.dtype.element_ty), mask=mask)
     tl.store(dvalue_ptr + to, dvalue_ML.to(dvalue_ptr.dtype.element_ty), mask=mask)
 
@@ -199,10 +194,11 @@ def works(device: torch.device) -> bool:
     if device.type == 'cuda' and (torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0)):
         return False
     try:
-        common = x_BLC, weight, weight, None
         out_BK, stats_2BM = torch.empty_like(grad_BK), torch.empty(2, 1, 1, device=device)
-        forward(*common, 1, 1, 0., None, out_BK, stats_2BM)
-        _, dvalue_GRM = map_grads(grad_BK, *common, stats_2BM, 1, 1, 0., None, slice(0, 1), slice(0, 1))
+        forward(x_BLC, weight, weight, None, 1, 1, 0., None, out_BK, stats_2BM)
+        _, dvalue_GRM = map_grads(
+            grad_BK, x_BLC, weight[None], weight[None], None, stats_2BM, 1, 0., None, slice(0, 1), slice(0, 1),
+            workspace(1, 2, 1, x_BLC))
         found = out_BK.item(), dvalue_GRM.sum().item()  # the average of ones, and how it follows them
         if max(abs(number - 1) for number in found) > 1e-3:
             raise RuntimeError(f'they give {found[0]} and {found[1]} where 1 is right')
@@ -256,37 +252,43 @@ def copy(x_BLC: Tensor, to_BLC: Tensor) -> Tensor:
     return to_BLC
 
 
+def workspace(groups: int, rows: int, maps: int, like: Tensor) -> Tensor:
+    """Room for what `map_grads` gives, (2, G, R, M): rows begin on multiples of 16 numbers, for vectors of them."""
+    return torch.empty((2, groups, rows, triton.cdiv(maps, 16) * 16), dtype=like.dtype, device=like.device)
+
+
 def map_grads(
         grad_BK: Tensor, x_BLC: Tensor, key_weight: Tensor, value_weight: Tensor, value_bias: Optional[Tensor],
-        stats_2BM: Tensor, num_groups: int, conv_groups: int, drop_rate: float, seed: Optional[Tensor],
-        images: slice, maps: slice,
+        stats_2BM: Tensor, num_groups: int, drop_rate: float, seed: Optional[Tensor], images: slice, maps: slice,
+        room_2GRM: Tensor,
 ) -> Tuple[Tensor, Tensor]:
     """Gradients of scores and of values of some images and some maps of every group of the embeddings.
 
     Args:
-        grad_BK: Gradient of the logits, (B, K), float32.
+        grad_BK: Gradient of the logits, (B, K), contiguous float32.
+        key_weight: (G, M, C), those of the maps alone.
+        value_weight: Likewise.
         stats_2BM: From `forward`.
         images, maps: Which.
+        room_2GRM: From `workspace`, for as many of them or more.
         Others: As in `forward`.
 
     Returns:
-        Gradients of the scores, and of the values before dropout, each (G, R, M), in the type of `x_BLC`.
+        Gradients of the scores, and of the values before dropout, each (G, R, M), views of `room_2GRM`.
     """
-    (batch, positions, channels), all_maps = x_BLC.shape, len(key_weight)
-    num_maps, num_images = maps.stop - maps.start, images.stop - images.start
-    row = triton.cdiv(num_maps, 16) * 16  # rows that begin on multiples of 16, for stores and products of vectors
-    shape = conv_groups, num_images * positions, row
-    dscore_GRM, dvalue_GRM = (torch.empty(shape, dtype=x_BLC.dtype, device=x_BLC.device) for _ in range(2))
-    widths = key_weight.shape[1], value_weight.shape[1]
-    tiles = _tiles(positions, num_maps, max(widths), conv_groups * num_images)
+    (batch, positions, channels), (groups, num_maps, key_width) = x_BLC.shape, key_weight.shape
+    num_images, value_width = images.stop - images.start, value_weight.shape[2]
+    dscore_GRM, dvalue_GRM = (
+        part_GRM.narrow(1, 0, num_images * positions).narrow(2, 0, num_maps) for part_GRM in room_2GRM.unbind())
+    tiles = _tiles(positions, num_maps, max(key_width, value_width), groups * num_images)
     tiles_of_group = triton.cdiv(num_maps, tiles['BLOCK_M']) * triton.cdiv(positions, tiles['BLOCK_L'])
     with torch.cuda.device_of(x_BLC):
-        _map_grads_kernel[conv_groups * num_images * tiles_of_group,](
-            x_BLC, key_weight.contiguous(), value_weight.contiguous(), value_bias, seed, grad_BK.contiguous(),
-            stats_2BM, dscore_GRM, dvalue_GRM, batch, positions, channels, all_maps // num_groups, num_groups,
-            conv_groups, *x_BLC.stride(), drop_rate, images.start, num_images, maps.start, num_maps, row, *widths,
-            seed is not None, value_bias is not None, _precision(), **tiles)
-    return dscore_GRM.narrow(2, 0, num_maps), dvalue_GRM.narrow(2, 0, num_maps)
+        _map_grads_kernel[groups * num_images * tiles_of_group,](
+            x_BLC, key_weight, value_weight, value_bias, seed, grad_BK, stats_2BM, dscore_GRM, dvalue_GRM, batch,
+            positions, channels, grad_BK.shape[1], num_groups, groups, *x_BLC.stride(), key_weight.stride(0),
+            value_weight.stride(0), *dscore_GRM.stride()[:2], drop_rate, images.start, num_images, maps.start, num_maps,
+            key_width, value_width, seed is not None, value_bias is not None, _precision(), **tiles)
+    return dscore_GRM, dvalue_GRM
 
 
 @functools.cache

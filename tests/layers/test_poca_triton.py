@@ -285,6 +285,34 @@ def check_layouts_with_autograd(kernels, device):
         assert error(gradient, double) < 1e-5
 
 
+def check_compiled_and_captured(kernels, device):
+    """With torch.compile and its CUDA graphs, and in a graph of one's own: values and gradients of new features."""
+    if device == 'cpu':
+        return
+    for drop_rate in (0., 0.3):
+        head = NoahHead(64, 10, 4, drop_rate=drop_rate).to(device)
+        compiled = torch.compile(head, mode='reduce-overhead', fullgraph=True)
+        for number in range(4):  # it is recorded in the second call, and replayed
+            x = torch.randn(8, 64, 7, 7, device=device, requires_grad=True)
+            results = []
+            for model in (head, compiled):
+                if model is compiled:
+                    torch.compiler.cudagraph_mark_step_begin()
+                logits = model(x)
+                results.append([logits, *torch.autograd.grad(logits.square().sum(), [x, *head.parameters()])])
+            if drop_rate:  # another mask every time
+                assert not torch.equal(results[0][0], results[1][0])
+            else:
+                assert all(error(ours, eager) < 1e-4 for ours, eager in zip(*results) if eager.any()), number
+    head, x = NoahHead(64, 10, 4).to(device), torch.randn(8, 64, 7, 7, device=device)
+    captured = torch.cuda.make_graphed_callables(NoahHead(64, 10, 4).to(device), (x.clone().requires_grad_(),))
+    head.load_state_dict(captured.state_dict())
+    for _ in range(2):
+        x = torch.randn(8, 64, 7, 7, device=device, requires_grad=True)
+        both = [torch.autograd.grad(model(x).square().sum(), x)[0].clone() for model in (head, captured)]
+        assert error(both[1], both[0]) < 1e-5
+
+
 def check_precision_setting(kernels, device):
     cudnn = torch.backends.cudnn
     assert kernels._precision() == 'tf32x3'  # set by `check_all`
@@ -337,8 +365,9 @@ def compile_all():
                     (torch.bfloat16, 0.1, None, (32, 49, 1000, 40, 448, 4, 4, False, 'NLC')),
                     (torch.float32, 0., 'tf32', (2, 16, 10, 16, 32, 4, 4, False, 'NLC')),
                     (torch.float32, 0., 'tf32x3', (200, 64, 64, 96, 32, 4, 4, False, 'NLC'))):
+                seed = torch.tensor(0) if drop_rate else None
                 with mock.patch.object(poca_triton, '_precision', lambda precision=precision: precision or 'tf32'):
-                    fused(poca_triton, *make(*case, 'cpu', dtype), 4, 4, drop_rate, torch.tensor(0) if drop_rate else None)
+                    fused(poca_triton, *make(*case, 'cpu', dtype), 4, 4, drop_rate, seed)
     for kernel in compiled:
         print(kernel.metadata.target.arch, kernel.metadata.name, kernel.metadata.shared, len(kernel.asm['cubin']))
         assert kernel.metadata.shared < 163 * 1024 and len(kernel.asm['cubin']) > 1000
