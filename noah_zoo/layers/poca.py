@@ -121,8 +121,8 @@ def _poca(
     return out_BK.to(dtype)
 
 
-# The operator and its gradient, by the lower level of torch.library: a `torch.library.custom_op` costs a small head more
-# time than all that it computes
+# The operator and its gradient, by the lower level of torch.library: a `torch.library.custom_op` costs a small head
+# more time than all that it computes
 
 
 def _forward(
