@@ -400,7 +400,7 @@ def _map_grads_on_cuda(
     The gradients of the next block take the place of this one's.
     """
     (batch, length, channels), dtype = x_BLC.shape, x_BLC.dtype
-    num_maps, widths = len(key_weight) // conv_groups, (key_weight.shape[1], value_weight.shape[1])
+    num_maps, widths = key_weight.shape[0] // conv_groups, (key_weight.shape[1], value_weight.shape[1])
     num_images, most = _block_size_on_cuda(conv_groups, batch, length, num_maps, dtype.itemsize)
 
     def blocks() -> Iterator[tuple]:
@@ -435,7 +435,7 @@ def _of_features(x_BLC: Tensor, first: int, width: int, groups: slice, rows: sli
 
 def _of_weight(weight: Tensor, conv_groups: int, groups: slice, maps: slice) -> Tensor:
     """A view (G, M, C) of a contiguous kernel (maps, C, 1, 1)."""
-    maps_of_group, width = len(weight) // conv_groups, weight.shape[1]
+    maps_of_group, width = weight.shape[0] // conv_groups, weight.shape[1]
     at = weight.storage_offset() + (groups.start * maps_of_group + maps.start) * width
     return weight.as_strided(
         (groups.stop - groups.start, maps.stop - maps.start, width), (maps_of_group * width, width, 1), at)

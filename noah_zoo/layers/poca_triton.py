@@ -231,13 +231,13 @@ def forward(
         stats_2BM: Gets what `map_grads` needs of all maps: the sum over positions, without bias unless there is
             dropout, and the log-sum-exp of the scores. float32.
     """
-    (batch, positions, channels), all_maps = x_BLC.shape, len(key_weight)
+    (batch, positions, channels), all_maps = x_BLC.shape, key_weight.shape[0]
     classes, widths = all_maps // num_groups, (key_weight.shape[1], value_weight.shape[1])
     if batch * all_maps * sum(widths) >= CAST_FROM:
         key_weight, value_weight = key_weight.to(x_BLC.dtype), value_weight.to(x_BLC.dtype)
     tiles = _tiles(positions, classes, max(widths), batch)
     with torch.cuda.device_of(x_BLC):
-        _forward_kernel[batch * triton.cdiv(classes, tiles['BLOCK_M']),](
+        _forward_kernel[batch * _cdiv(classes, tiles['BLOCK_M']),](
             x_BLC, key_weight.contiguous(), value_weight.contiguous(), value_bias, seed, out_BK, stats_2BM, batch,
             positions, channels, classes, num_groups, conv_groups, *x_BLC.stride(), drop_rate, *widths,
             seed is not None, value_bias is not None, _precision(), **tiles)
@@ -246,7 +246,7 @@ def forward(
 def copy(x_BLC: Tensor, to_BLC: Tensor) -> Tensor:
     """Copy into another layout, a tile at a time: PyTorch's `copy_` takes some times as long where both differ."""
     batch, positions, channels = x_BLC.shape
-    programs = triton.cdiv(positions, 64) * triton.cdiv(channels, 64)
+    programs = _cdiv(positions, 64) * _cdiv(channels, 64)
     with torch.cuda.device_of(x_BLC):
         _copy_kernel[programs, batch](x_BLC, to_BLC, positions, channels, *x_BLC.stride(), *to_BLC.stride(), 64, 64)
     return to_BLC
@@ -254,7 +254,7 @@ def copy(x_BLC: Tensor, to_BLC: Tensor) -> Tensor:
 
 def workspace(groups: int, rows: int, maps: int, like: Tensor) -> Tensor:
     """Room for what `map_grads` gives, (2, G, R, M): rows begin on multiples of 16 numbers, for vectors of them."""
-    return torch.empty((2, groups, rows, triton.cdiv(maps, 16) * 16), dtype=like.dtype, device=like.device)
+    return torch.empty((2, groups, rows, _cdiv(maps, 16) * 16), dtype=like.dtype, device=like.device)
 
 
 def map_grads(
@@ -278,15 +278,16 @@ def map_grads(
     """
     (batch, positions, channels), (groups, num_maps, key_width) = x_BLC.shape, key_weight.shape
     num_images, value_width = images.stop - images.start, value_weight.shape[2]
+    part_stride, *strides = room_2GRM.stride()
     dscore_GRM, dvalue_GRM = (
-        part_GRM.narrow(1, 0, num_images * positions).narrow(2, 0, num_maps) for part_GRM in room_2GRM.unbind())
+        room_2GRM.as_strided((groups, num_images * positions, num_maps), strides, at) for at in (0, part_stride))
     tiles = _tiles(positions, num_maps, max(key_width, value_width), groups * num_images)
-    tiles_of_group = triton.cdiv(num_maps, tiles['BLOCK_M']) * triton.cdiv(positions, tiles['BLOCK_L'])
+    tiles_of_group = _cdiv(num_maps, tiles['BLOCK_M']) * _cdiv(positions, tiles['BLOCK_L'])
     with torch.cuda.device_of(x_BLC):
         _map_grads_kernel[groups * num_images * tiles_of_group,](
             x_BLC, key_weight, value_weight, value_bias, seed, grad_BK, stats_2BM, dscore_GRM, dvalue_GRM, batch,
             positions, channels, grad_BK.shape[1], num_groups, groups, *x_BLC.stride(), key_weight.stride(0),
-            value_weight.stride(0), *dscore_GRM.stride()[:2], drop_rate, images.start, num_images, maps.start, num_maps,
+            value_weight.stride(0), *strides[:2], drop_rate, images.start, num_images, maps.start, num_maps,
             key_width, value_width, seed is not None, value_bias is not None, _precision(), **tiles)
     return dscore_GRM, dvalue_GRM
 
@@ -302,11 +303,15 @@ def _tiles(positions: int, maps: int, width: int, others: int) -> dict:
         others: Programs per tile of maps, or fewer.
     """
     block_m = _tile(maps, 64 if width <= 32 else 128)
-    while block_m > 16 and others * triton.cdiv(maps, block_m) < PROGRAMS:
+    while block_m > 16 and others * _cdiv(maps, block_m) < PROGRAMS:
         block_m //= 2
     return {
         'BLOCK_L': _tile(positions, 32 if width <= 32 else 64), 'BLOCK_M': block_m, 'BLOCK_C': _tile(width, 32),
         'num_warps': 4, 'num_stages': 3}
+
+
+def _cdiv(dividend: int, divisor: int) -> int:
+    return -(-dividend // divisor)  # triton.cdiv takes microseconds
 
 
 def _tile(size: int, most: int) -> int:
