@@ -5,7 +5,7 @@ from typing import NamedTuple, Optional, Sequence, Tuple, Union
 import torch
 from torch import Tensor, nn
 
-from ..layers.noah_head import NoahHead
+from ..layers.noah_head import NoahHead, is_plain
 
 
 class AttentionMaps(NamedTuple):
@@ -105,8 +105,11 @@ def token_grid(length: int, height: int, width: int) -> Tuple[int, int]:
     return min(((h, length // h) for h in rows), key=lambda grid: abs(math.log(grid[0] / grid[1] * width / height)))
 
 
-def _embed(head: NoahHead, conv: nn.Conv2d, x_BCL: Tensor, blocks: Tensor, classes: Tensor) -> Tensor:
-    """Maps (B, N, K, L) of some blocks and classes, from the channels that a grouped 1x1 convolution reads."""
+def _embed(head: NoahHead, conv: nn.Module, x_BCL: Tensor, blocks: Tensor, classes: Tensor) -> Tensor:
+    """Maps (B, N, K, L) of some blocks and classes: of a plain convolution only those, of another layer from all."""
+    if not is_plain(conv):
+        maps_BNKL = conv(x_BCL.unsqueeze(3)).flatten(2).unflatten(1, (head.num_groups, -1))
+        return maps_BNKL[:, blocks][:, :, classes]
     dtype = torch.promote_types(x_BCL.dtype, torch.float32)
     x_BNCL = x_BCL.to(dtype).unflatten(1, (head.conv_groups, -1)).expand(-1, head.num_groups, -1, -1)
     weight_NKC = conv.weight.flatten(1).unflatten(0, (head.num_groups, -1))[blocks][:, classes].to(dtype)

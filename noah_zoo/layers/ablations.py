@@ -16,22 +16,11 @@ from .noah_head import VALUE_SCALE, NoahHead
 
 
 class PocaVariant(NoahHead):
-    """`NoahHead` with the operator written as two steps, of which a variant replaces one. Arguments as there."""
+    """`NoahHead`, step by step, with a step or a layer that a variant replaces. Arguments as there."""
 
     def classify(self, x_BCHW: Tensor) -> Tensor:
         """Logits (B, num_classes) of a map (B, C, H, W)."""
-        key_BNKL = self.key(x_BCHW[:, :self.key_features]).flatten(2).unflatten(1, (self.num_groups, -1))
-        value_BNKL = self.value(x_BCHW[:, self.in_features - self.value_features:]).flatten(2)
-        value_BNKL = F.dropout(value_BNKL, self.drop_rate, self.training).unflatten(1, (self.num_groups, -1))
-        return self.merge(self.attend(key_BNKL) * value_BNKL)
-
-    def attend(self, key_BNKL: Tensor) -> Tensor:
-        """Attention (B, N, K, L) of the embedded key: softmax over positions."""
-        return key_BNKL.softmax(dim=-1)
-
-    def merge(self, poca_BNKL: Tensor) -> Tensor:
-        """Logits (B, K) of local POCAs (B, N, K, L): their sum."""
-        return poca_BNKL.sum(dim=(1, 3))
+        return self.compose(x_BCHW)
 
     def embedding(self, in_features: int, num_maps: int, like: Tensor, kernel_size: int = 1) -> nn.Conv2d:
         """A convolution, grouped as the head is, to `num_maps` maps per POCA block, on the device of `like`."""

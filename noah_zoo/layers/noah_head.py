@@ -3,6 +3,8 @@ import math
 from typing import Dict, List, Optional
 
 import torch
+import torch.nn.functional as F
+from timm.layers import use_fused_attn
 from torch import Tensor, nn
 
 from .poca import poca
@@ -48,6 +50,11 @@ class NoahHead(nn.Module):
         split_groups: First-level feature split. Without it both embeddings are dense and still give N * K maps.
         split_kv: Second-level feature split. Without it both embeddings read all channels.
 
+    Attributes:
+        fused_attn: Whether the maps are computed block by block, as long as key and value are plain convolutions;
+            without it, and with hooks on them or in their place, step by step (`compose`), which has derivatives of any
+            order. As in timm's attention, `timm.layers.set_fused_attn` says how it starts.
+
     Raises:
         ValueError: If channels do not divide, `key_ratio` or `drop_rate` is out of range, `input_fmt` is unknown, or
             an input has the wrong rank or width.
@@ -90,6 +97,7 @@ class NoahHead(nn.Module):
         self.key_features = int(in_features * key_ratio) if split_kv else in_features
         self.value_features = in_features - self.key_features if split_kv else in_features
         self.conv_groups = num_groups if split_groups else 1
+        self.fused_attn = use_fused_attn()
         if num_classes:
             dd = {'device': device, 'dtype': dtype}
             maps = num_groups * num_classes
@@ -175,23 +183,41 @@ class NoahHead(nn.Module):
 
     def classify(self, x_BCHW: Tensor) -> Tensor:
         """Logits (B, num_classes) of a map (B, C, H, W)."""
-        return poca(
-            x_BCHW,
-            self.key.weight,
-            self.key.bias,
-            self.value.weight,
-            self.value.bias,
-            self.num_groups,
-            self.conv_groups,
-            self.drop_rate,
-            self.training,
-        )
+        if not torch.jit.is_scripting():
+            if self.fused_attn and is_plain(self.key) and is_plain(self.value):
+                return poca(
+                    x_BCHW, self.key.weight, self.key.bias, self.value.weight, self.value.bias, self.num_groups,
+                    self.conv_groups, self.drop_rate, self.training)
+        return self.compose(x_BCHW)
+
+    def compose(self, x_BCHW: Tensor) -> Tensor:
+        """`classify`, step by step, with all maps in memory: layers are called, so what is put on them has effect."""
+        key_BNKL = self.key(x_BCHW[:, :self.key_features]).flatten(2).unflatten(1, (self.num_groups, -1))
+        value_BNKL = self.value(x_BCHW[:, self.in_features - self.value_features:]).flatten(2)
+        value_BNKL = F.dropout(value_BNKL, self.drop_rate, self.training).unflatten(1, (self.num_groups, -1))
+        return self.merge(self.attend(key_BNKL) * value_BNKL)
+
+    def attend(self, key_BNKL: Tensor) -> Tensor:
+        """Attention (B, N, K, L) of the embedded key: softmax over positions."""
+        return key_BNKL.softmax(dim=-1)
+
+    def merge(self, poca_BNKL: Tensor) -> Tensor:
+        """Logits (B, K) of local POCAs (B, N, K, L): their sum."""
+        return poca_BNKL.sum(dim=(1, 3))
 
     def extra_repr(self) -> str:
         return (
             f'in_features={self.in_features}, num_classes={self.num_classes}, num_groups={self.num_groups}, '
             f'key_ratio={self.key_ratio}, drop_rate={self.drop_rate}, input_fmt={self.input_fmt!r}, '
             f'split_groups={self.split_groups}, split_kv={self.split_kv}')
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a convolution does what its weights say, and no more: no hook, parametrization, mask or wrapper on it."""
+    return (
+        type(layer) is nn.Conv2d and getattr(layer.forward, '__func__', None) is nn.Conv2d.forward
+        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+        and not torch.nn.modules.module._has_any_global_hook())
 
 
 def _check_key_ratio(in_features: int, num_groups: int, key_ratio: float) -> None:

@@ -65,7 +65,7 @@ def poca(
 ) -> Tensor:
     """Embed, attend and merge: per class and per group a softmax over positions weights the value map; sum it all.
 
-    TorchScript, tracing, ONNX and `torch.export` see `poca_reference`. There is no second derivative.
+    TorchScript, tracing, ONNX, `torch.export` and `torch.func` see `poca_reference`. There is no second derivative.
 
     Args:
         x_BCHW: Features, (B, C, H, W), of any strides. The key embedding reads the first channels, the value embedding
@@ -87,7 +87,7 @@ def poca(
         ValueError: If features and weights do not fit.
     """
     if not torch.jit.is_scripting():
-        if not (torch.jit.is_tracing() or torch.compiler.is_exporting()):
+        if not (torch.jit.is_tracing() or torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active()):
             return _poca(
                 x_BCHW, key_weight, key_bias, value_weight, value_bias, num_groups, conv_groups, drop_rate * training)
     return poca_reference(
@@ -114,10 +114,8 @@ def _poca(
         raise ValueError(f'poca: key and value read {read[0]} and {read[1]} channels of {channels}')
     seed = torch.randint(2 ** 63 - 1, (), device=x_BCHW.device) if drop_rate else None
     args = x_BCHW, key_weight, key_bias, value_weight, value_bias, num_groups, conv_groups, drop_rate, seed
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        out_BK, *_ = poca_op(*args)
-    else:  # what the operator would come to, by a shorter way
-        out_BK, *_ = _Poca.call(*args)
+    # when nobody compiles, what the operator would come to, by a shorter way
+    out_BK, *_ = poca_op(*args) if torch.compiler.is_compiling() else _Poca.call(*args)
     return out_BK.to(dtype)
 
 
@@ -286,6 +284,8 @@ class _Poca(torch.autograd.Function):
         dkey_bias = None
         if ctx.key_bias is not None:
             dkey_bias = grad_BK.new_zeros(ctx.key_bias[0], dtype=ctx.key_bias[1])
+            if torch.is_grad_enabled():  # which has derivatives, though they are zero
+                dkey_bias = dkey_bias + 0 * grad_BK.sum()
         return (
             dx_BCHW if need_x else None, dkey_weight, dkey_bias, dvalue_weight,
             None if value_bias is None else dvalue_bias, None, None, None, None)
@@ -309,8 +309,8 @@ class _PocaBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         raise RuntimeError(
-            'poca: its gradient cannot be differentiated again; noah_zoo.layers.poca.poca_reference has second '
-            'derivatives')
+            'poca: its gradient cannot be differentiated again; a head with head.fused_attn = False has derivatives '
+            'of any order, as has noah_zoo.layers.poca.poca_reference')
 
 
 _library = torch.library.Library('noah_zoo', 'FRAGMENT')

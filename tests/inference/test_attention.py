@@ -108,6 +108,16 @@ def test_cost_grows_with_the_classes_asked_for():
     assert (all_of_them - few) == 999 * (more - few) / 2 and few - one_block == 3 / 4 * (more - few) / 2
 
 
+def test_of_layers_with_something_on_them():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 24, 3), NoahHead(24, 5)).eval()
+    for layer in (model[1].key, model[1].value):
+        torch.nn.utils.parametrizations.weight_norm(layer)
+        with torch.no_grad():
+            layer.parametrizations.weight.original0.mul_(2)
+    maps = attention_maps(model, torch.randn(2, 3, 6, 6), classes=[3, 1])
+    torch.testing.assert_close(maps.merged.sum((2, 3)), maps.logits[:, [3, 1]], rtol=1e-4, atol=1e-4)
+
+
 def test_a_model_in_training_stays_so_and_learns_nothing():
     model = timm.create_model('resnet18_noah', num_classes=4, drop_rate=0.5).train()
     model.layer1.eval()

@@ -3,9 +3,12 @@ import copy
 import itertools
 
 import pytest
+import timm
 import torch
+import torch.nn.utils.prune
 
 from noah_zoo import NoahHead
+from noah_zoo.layers.noah_head import is_plain
 
 
 def loop_reference(head, x_BCL):
@@ -200,3 +203,136 @@ def test_refused_inputs(input_fmt, shape, words):
         head(torch.randn(shape))
     with pytest.raises(torch.jit.Error, match='expected'):
         torch.jit.script(head)(torch.randn(shape))
+
+
+# What others put on the layers
+
+
+def prune_all(layer):
+    torch.nn.utils.prune.l1_unstructured(layer, 'weight', 0.5)
+
+
+class LowRank(torch.nn.Module):
+    """As adapters do it: the layer, frozen, and beside it a product of two small ones."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer.requires_grad_(False)
+        self.down = torch.nn.Conv2d(layer.in_channels, 2, 1, bias=False)
+        self.up = torch.nn.Conv2d(2, layer.out_channels, 1, bias=False)
+
+    def forward(self, x):
+        return self.layer(x) + self.up(self.down(x))
+
+
+def with_something(name, head):
+    """Put it on both layers; a name of a parameter of its own, which training has to move."""
+    norms, parametrizations = torch.nn.utils, torch.nn.utils.parametrizations
+    functions = {
+        'prune': (prune_all, 'weight_orig'), 'weight_norm by hooks': (norms.weight_norm, 'weight_g'),
+        'spectral_norm by hooks': (norms.spectral_norm, 'weight_orig'),
+        'weight_norm': (parametrizations.weight_norm, 'parametrizations.weight.original0'),
+        'spectral_norm': (parametrizations.spectral_norm, 'parametrizations.weight.original'),
+        'adapter': (None, 'up.weight')}
+    function, parameter = functions[name]
+    for layer in ('key', 'value'):
+        if function is None:
+            setattr(head, layer, LowRank(getattr(head, layer)))
+        else:
+            function(getattr(head, layer))
+    return parameter
+
+
+@pytest.mark.parametrize('name', [
+    'prune', 'weight_norm by hooks', 'spectral_norm by hooks', 'weight_norm', 'spectral_norm', 'adapter'])
+@pytest.mark.filterwarnings('ignore:.*deprecated:FutureWarning')
+def test_what_is_put_on_the_layers_has_effect_and_trains(name):
+    torch.manual_seed(0)
+    head = NoahHead(24, 5)
+    parameter = with_something(name, head)
+    optimizer = torch.optim.SGD(head.parameters(), 0.1)
+    before = {n: p.detach().clone() for n, p in head.named_parameters()}
+    for _ in range(2):  # the second step fails where a graph of the first is held
+        x = torch.randn(2, 24, 3, 3)
+        head.eval()  # a call in training changes what spectral_norm does
+        key, value = head.key(x[:, :12]), head.value(x[:, 12:])
+        torch.testing.assert_close(
+            head(x), (key.flatten(2).softmax(2) * value.flatten(2)).unflatten(1, (4, 5)).sum((1, 3)))
+        head.train()
+        optimizer.zero_grad()
+        head(x).square().sum().backward()
+        optimizer.step()
+    after = dict(head.named_parameters())
+    for layer in ('key', 'value'):
+        assert not torch.equal(after[f'{layer}.{parameter}'], before[f'{layer}.{parameter}'])
+
+
+def test_hooks_of_the_layers_are_called():
+    head, seen = NoahHead(24, 5), []
+    x = torch.randn(2, 24, 3, 3, requires_grad=True)
+    expected = head(x)
+    for name, layer in (('key', head.key), ('value', head.value)):
+        for register in ('forward', 'forward_pre', 'full_backward', 'full_backward_pre'):
+            handle = getattr(layer, f'register_{register}_hook')(lambda *args, name=name: seen.append(name))
+            torch.testing.assert_close(head(x), expected)
+            head(x).sum().backward()
+            handle.remove()
+    assert seen.count('key') == seen.count('value') >= 4
+    count = len(seen)
+    with torch.nn.modules.module.register_module_forward_hook(lambda *args: seen.append('any')):
+        head(x)
+    assert len(seen) > count
+    assert is_plain(head.key) and is_plain(head.value)  # nothing is left behind
+
+
+def test_offloaded_to_another_place():
+    accelerate = pytest.importorskip('accelerate')
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 24, 3), NoahHead(24, 5)).eval()
+    x = torch.randn(2, 3, 5, 5)
+    expected = model(x)
+    accelerate.cpu_offload(model, torch.device('cpu'))
+    assert model[1].key.weight.is_meta
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_derivatives_of_any_order_without_the_fused_form():
+    torch.manual_seed(0)
+    head = NoahHead(24, 5).double()
+    x = torch.randn(2, 24, 3, 3, dtype=torch.float64, requires_grad=True)
+    parameters = list(head.parameters())
+    for what in (x, parameters):  # a gradient penalty; a product with the Hessian
+        gradients = torch.autograd.grad(head(x).square().sum(), what, create_graph=True)
+        with pytest.raises(RuntimeError, match='head.fused_attn = False'):
+            torch.autograd.grad(gradients, what, [torch.ones_like(g) for g in gradients])
+    head.fused_attn = False
+    assert torch.autograd.gradgradcheck(lambda x: head(x), x[:1, :, :2, :1])
+    gradients = torch.autograd.grad(head(x).square().sum(), parameters, create_graph=True)
+    product = torch.autograd.grad(gradients, parameters, [torch.ones_like(g) for g in gradients])
+    assert all(p.isfinite().all() for p in product)
+
+
+def test_functions_of_torch_func():
+    torch.manual_seed(0)
+    head = NoahHead(24, 5).double()
+    parameters = {name: p.detach() for name, p in head.named_parameters()}
+    x = torch.randn(3, 24, 3, 3, dtype=torch.float64)
+
+    def loss(parameters, x):
+        return torch.func.functional_call(head, parameters, (x[None],)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    for i in range(3):
+        alone = torch.autograd.grad(head(x[i:i + 1]).square().sum(), [*head.parameters()])
+        for name, expected in zip(parameters, alone):
+            torch.testing.assert_close(each[name][i], expected)
+    _, tangent = torch.func.jvp(head, (x,), (torch.ones_like(x),))
+    torch.testing.assert_close(tangent, (head(x + 1e-6) - head(x - 1e-6)) / 2e-6, rtol=1e-5, atol=1e-6)
+
+
+def test_timm_says_how_the_fused_form_starts():
+    timm.layers.set_fused_attn(False)
+    try:
+        assert not NoahHead(24, 5).fused_attn
+    finally:
+        timm.layers.set_fused_attn(True)
+    assert NoahHead(24, 5).fused_attn
