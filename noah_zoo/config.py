@@ -18,7 +18,8 @@ class TrainConfig(Recipe):
     task: str = setting('multiclass',
         "'multiclass', one class per image, 'multilabel', 'reid', re-identification, or one that was registered.")
     dataset: str = setting('fashion_mnist',
-        "'fashion_mnist', 'folder', 'hfds/NAME', 'hfids/NAME', 'wds/', 'inaturalist'; 'coco', 'csv'; 'market1501'.")
+        "'fashion_mnist', 'folder', 'leaf_folder', 'hfds/NAME', 'hfids/NAME', 'wds/', 'inaturalist'; 'coco', 'csv'; "
+        "'market1501'.")
     data_dir: Optional[str] = setting(None, 'Folder of the data.')
     input_key: Optional[str] = setting(None, "Column of the images, of 'hfds/' and 'hfids/'; 'image' if None.")
     target_key: Optional[str] = setting(None, "Column of the labels; 'label' if None.")

@@ -10,7 +10,7 @@ from .annotated import Coco, Csv, INaturalist
 from .base import Images, check_classes
 from .damage import find_damaged, leave_out_damaged
 from .fashion_mnist import FASHION_MNIST_DIR, FashionMnist
-from .folder import Folder
+from .folder import Folder, LeafFolder
 from .hub import HubImages, HubLists
 from .images import UNREADABLE
 from .market import Market
@@ -19,8 +19,8 @@ from .streams import Stream
 _logger = logging.getLogger(__name__)
 
 FOLDERS: Dict[str, Callable[..., Images]] = {  # what is read from a folder, of folder and split
-    'fashion_mnist': FashionMnist, 'folder': Folder, 'inaturalist': INaturalist, 'coco': Coco, 'csv': Csv,
-    'market1501': Market}
+    'fashion_mnist': FashionMnist, 'folder': Folder, 'leaf_folder': LeafFolder, 'inaturalist': INaturalist,
+    'coco': Coco, 'csv': Csv, 'market1501': Market}
 DATASETS = ', '.join((*FOLDERS, 'hfds/NAME', 'hfids/NAME', 'wds/'))
 
 
@@ -32,8 +32,8 @@ def create_dataset(
     """One split of a dataset.
 
     Args:
-        name: 'fashion_mnist', 'folder', 'hfds/NAME', 'hfids/NAME' (streaming), 'wds/', 'inaturalist'; with several
-            classes per image 'coco', 'csv', or 'hfds/NAME'.
+        name: 'fashion_mnist', 'folder', 'leaf_folder', 'hfds/NAME', 'hfids/NAME' (streaming), 'wds/', 'inaturalist';
+            with several classes per image 'coco', 'csv', or 'hfds/NAME'.
         data_dir: Folder of the images, IDX files, shards or annotations; for 'hfds/' and 'hfids/' the cache.
         split: 'train', or the name of the split to evaluate.
         task: The built-in task whose labels are wanted: 'hfds/' may have those of 'multiclass' or 'multilabel'.

@@ -25,11 +25,17 @@ def read_image(source: Union[str, Path, bytes], where: Optional[str] = None) -> 
         where: What errors call the image; the path if None.
 
     Raises:
-        DamagedImageError: If it is no image, is cut short, or has so many pixels that Pillow refuses it.
+        DamagedImageError: If it is no image, is cut short, is a link to nothing, or has so many pixels that Pillow
+            refuses it.
         OSError: If the file cannot be opened or read, which says nothing of the image.
     """
     where = str(source) if where is None else where
-    data = source if isinstance(source, bytes) else Path(source).read_bytes()
+    try:
+        data = source if isinstance(source, bytes) else Path(source).read_bytes()
+    except FileNotFoundError:
+        if Path(source).is_symlink():
+            raise DamagedImageError(f'{where}{UNREADABLE}a link to nothing') from None
+        raise
     try:
         with Image.open(io.BytesIO(data)) as image:
             return to_rgb(image)

@@ -1,22 +1,25 @@
 """Classify image files."""
+import logging
 import tempfile
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Sequence
 
 import timm
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
 from ..catalog import CATALOG, SHIPPED, TAG, TWINS
+from ..data.folder import find_image_files
 from ..data.images import DamagedImageError, read_image
 from ..models.attach import eval_transform
 from ..text import near
 from ..weights import WeightsError
 from ..weights.drive import fetch_released
 from ..weights.released import write_folder
+
+_logger = logging.getLogger(__name__)
 
 SAMPLES = Path(__file__).parents[1] / 'samples'
 DEFAULT_MODEL = 'mobilenetv2_035_noah.fashion_mnist'
@@ -85,20 +88,22 @@ def label_names(model: nn.Module) -> List[str]:
 
 
 def find_images(paths: Sequence[str]) -> List[Path]:
-    """The image files among files and folders; folders are searched through, in order of name.
+    """The image files among files and folders; folders are searched through, in natural order.
 
     Raises:
         FileNotFoundError: If a path does not exist or a folder has no image.
     """
-    extensions = Image.registered_extensions()
     images: List[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            found = sorted(p for p in path.rglob('*') if p.suffix.lower() in extensions and p.is_file())
+            found, left_out = find_image_files(path)
             if not found:
-                raise FileNotFoundError(f'{path}: no image in this folder')
-            images += found
-        elif path.exists():
+                raise FileNotFoundError(
+                    f'{path}: no image in this folder{"; left out: " if left_out else ""}{left_out}')
+            if left_out:
+                _logger.warning('%s: left out %s', path, left_out)
+            images += map(Path, found)
+        elif path.exists() or path.is_symlink():
             images.append(path)
         else:
             raise FileNotFoundError(f'{path}: no such file or folder')

@@ -154,7 +154,7 @@ def _dataset(settings: Dict[str, Any]) -> Tuple[Optional[str], str, str]:
     if name.startswith(('hfds/', 'hfids/')):
         dataset_id = name.split('/', 1)[1]
         return dataset_id, dataset_id, split
-    return None, 'a folder of images' if name == 'folder' else name, split
+    return None, 'a folder of images' if name in ('folder', 'leaf_folder') else name, split
 
 
 def start_of(settings: Dict[str, Any]) -> Optional[str]:

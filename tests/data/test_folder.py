@@ -1,11 +1,17 @@
 """Folders of images per class."""
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from noah_zoo.data.factory import create_dataset, create_datasets
+from noah_zoo.data.factory import check_data, create_dataset, create_datasets
+from noah_zoo.data.folder import natural
+from noah_zoo.inference.predict import find_images
 
 from .files import config, make_folder, photo
 
@@ -30,11 +36,77 @@ def test_folder_of_validation(folder, tmp_path):
     assert len(val_set) == 3
 
 
-def test_folder_reads_more_than_timms_three_extensions(tmp_path):
-    for kind in ('png', 'jpg', 'JPEG', 'webp', 'bmp', 'tif', 'pgm'):
+def test_every_ending_is_read_and_the_rest_is_told(tmp_path, caplog):
+    kinds = ('png', 'jpg', 'JPEG', 'jfif', 'webp', 'bmp', 'gif', 'tif', 'pgm', 'jp2', 'tga', 'ico', 'avif')
+    for kind in kinds:
         make_folder(tmp_path / 'train', {kind: 1}, [''], kind)
-    (tmp_path / 'train/png/notes.txt').write_text('no image')
-    assert len(create_dataset('folder', str(tmp_path), 'train')) == 7
+    for name in ('notes.txt', 'more.txt', 'Thumbs.db', '.DS_Store'):
+        (tmp_path / 'train/png' / name).write_text('no image')
+    images = create_dataset('folder', str(tmp_path), 'train')
+    assert len(images) == len(kinds) == len(find_images([str(tmp_path / 'train')]))
+    assert all(images.read(i)[0].size == (24, 24) for i in range(len(images)))
+    assert caplog.text.count('left out 3 files that are no images by their ending (1 .db, 2 .txt)') == 2
+
+
+def test_what_systems_put_beside_images_is_no_class(tmp_path, caplog):
+    make_folder(tmp_path, {'cat': 2, 'dog': 2}, ['train'])
+    for path in ('.ipynb_checkpoints', '.thumbnails', '@eaDir', '__MACOSX'):
+        make_folder(tmp_path / 'train', {path: 1}, [''])
+        make_folder(tmp_path / 'train/cat', {path: 1}, [''])
+    (tmp_path / 'train/dog/._0.png').write_bytes(b'no image')
+    images = create_dataset('folder', str(tmp_path), 'train')
+    assert (images.class_names, images.labels.tolist()) == (('cat', 'dog'), [0, 0, 1, 1])
+    assert len(find_images([str(tmp_path / 'train')])) == 4
+    assert 'left out hidden ._0.png, .ipynb_checkpoints, .thumbnails, @eaDir, __MACOSX' in caplog.text
+    assert 'no images in' not in caplog.text
+
+
+def test_a_class_is_the_outermost_folder_or_the_innermost(tmp_path, caplog):
+    make_folder(tmp_path / 'train', {'2023': 1, '2024': 1}, ['cat', 'dog'])
+    photo().save(tmp_path / 'train/dog/a.png')
+    images = create_dataset('folder', str(tmp_path), 'train')
+    assert (images.class_names, images.labels.tolist()) == (('cat', 'dog'), [0, 0, 1, 1, 1])
+    assert 'cat/2023, cat/2024, dog/2023, dog/2024 are folders inside of class folders' in caplog.text
+    caplog.clear()
+    images = create_dataset('leaf_folder', str(tmp_path), 'train')
+    assert images.class_names == ('2023', '2024', 'dog') and sorted(images.labels) == [0, 0, 1, 1, 2]
+    assert 'unequal depths' in caplog.text
+    assert '2023, 2024, which are several folders, are one class each' in caplog.text
+
+
+ORDER = """
+import sys
+from noah_zoo.data.factory import create_dataset
+images = create_dataset('folder', sys.argv[1], 'train')
+print(images.class_names, [images.where(i)[len(sys.argv[1]):] for i in range(len(images))])
+"""
+
+
+@pytest.mark.parametrize('names', [('Cat', 'cat', 'CAT'), ('lot01', 'lot1', 'lot001', 'lot2'), ('2²', '2', 'm²')])
+def test_names_that_are_alike_have_one_order(names, tmp_path):
+    for name in names:
+        make_folder(tmp_path, {name: 0}, ['train'])
+        for file in ('a1', 'A1', 'a01'):
+            photo().save(tmp_path / 'train' / name / f'{file}.png')
+    found = set()
+    for seed in range(4):
+        env = {**os.environ, 'PYTHONHASHSEED': str(seed), 'OMP_NUM_THREADS': '1'}
+        done = subprocess.run([sys.executable, '-c', ORDER, tmp_path], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found.add(done.stdout)
+    assert len(found) == 1
+    images = create_dataset('folder', str(tmp_path), 'train')
+    assert images.class_names == tuple(sorted(names, key=natural))
+    assert [Path(images.where(i)).stem for i in range(3)] == ['A1', 'a01', 'a1']
+
+
+def test_a_link_to_nothing_is_a_damaged_image(tmp_path):
+    make_folder(tmp_path, {'cat': 2, 'dog': 2}, ['train', 'validation'])
+    (tmp_path / 'train/cat/9.png').symlink_to(tmp_path / 'nowhere.png')
+    with pytest.raises(ValueError, match='1 of 5 training images cannot be read; .*9.png: .* a link to nothing'):
+        check_data(config(tmp_path))
+    train_set, _ = create_datasets(config(tmp_path, skip_damaged=True))
+    assert len(train_set) == 4 and 'a link to nothing' in str(train_set.damaged)
 
 
 def test_folder_without_the_split_is_refused(tmp_path):
@@ -57,7 +129,7 @@ def test_folders_that_mislead(tmp_path, caplog):
     with pytest.raises(ValueError, match='stray.png is an image outside of class folders'):
         create_dataset('folder', str(tmp_path), 'train')
     (tmp_path / 'none').mkdir()
-    with pytest.raises(ValueError, match='Found 0 images'):
+    with pytest.raises(ValueError, match='no images in .*; looked for .avif, .*'):
         create_dataset('folder', str(tmp_path / 'none'), 'train')
     with pytest.raises(FileNotFoundError, match='nowhere is not a folder'):
         create_dataset('folder', str(tmp_path / 'nowhere'), 'train')
