@@ -15,7 +15,7 @@ probe     heads trained on cached features, each at the best of a few learning r
           parameters, seconds; pooling and linear, NOAH, CSRA, SimPool, Efficient Probing, ML-Decoder, timm's
           AttentionPoolLatent
 
-Each prints a Markdown table, and leaves OUTPUT/WHAT-DEVICE.json and OUTPUT/WHAT-DEVICE.png.
+Each prints a Markdown table, and leaves OUTPUT/WHAT-DEVICE-DTYPE.json and OUTPUT/WHAT-DEVICE-DTYPE.png.
 """
 import argparse
 import logging

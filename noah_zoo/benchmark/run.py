@@ -53,7 +53,7 @@ MEASURES = {
 
 
 def benchmark(what: Sequence[str], **settings) -> Iterator[str]:
-    """Measure, and write OUTPUT/WHAT-DEVICE.json and .png when all of it is measured.
+    """Measure, and write OUTPUT/WHAT-DEVICE-DTYPE.json and .png when all of it is measured.
 
     Args:
         what: Of `MEASURES`: 'head', 'pairs', 'training', 'growth', 'probe'.
@@ -97,7 +97,7 @@ def _measure(name: str, run: Run, partial: Path, output: Path) -> str:
     note = 'smoke run: the figures mean nothing' if run.quick else MEASURES[name].note.format(run=run)
     figure = MEASURES[name].draw(rows)
     figure.suptitle(f'{title}\n{note}', fontsize=9)
-    stem = f'{name}-{run.device}'
+    stem = f'{name}-{run.device}-{run.dtype}'
     figure.savefig(partial / f'{stem}.png', dpi=120)
     (partial / f'{stem}.json').write_text(json.dumps(result, indent=1, allow_nan=False) + '\n', encoding='utf-8')
     for suffix in ('.png', '.json'):

@@ -344,12 +344,13 @@ def test_quick_run(quick_run, what, num_rows):
     output, done = quick_run
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in output.iterdir()) == sorted(
-        f'{name}-cpu.{suffix}' for name in ('head', 'pairs', 'training', 'growth') for suffix in ('json', 'png'))
-    result = json.loads((output / f'{what}-cpu.json').read_text())
+        f'{name}-cpu-float32.{suffix}'
+        for name in ('head', 'pairs', 'training', 'growth') for suffix in ('json', 'png'))
+    result = json.loads((output / f'{what}-cpu-float32.json').read_text())
     assert result['what'] == what and result['threads'] == 1 and result['quick'] and 'scripts/benchmark.py' in (
         result['command']) and result['versions']['torch'] == torch.__version__ and result['hardware']
     assert len(result['rows']) == num_rows
-    assert Image.open(output / f'{what}-cpu.png').width > 500
+    assert Image.open(output / f'{what}-cpu-float32.png').width > 500
     line, _, *table = done.stdout[done.stdout.index(f'{what} on '):].split('\n')
     assert 'smoke run' in line and table[1].startswith('| --- | --- ') and table[2].startswith('| ')
     assert 'repeat/s' in done.stderr or 's/repeat' in done.stderr
@@ -366,10 +367,20 @@ def test_quick_run(quick_run, what, num_rows):
 
 
 def test_geometric_mean_is_of_the_rows(quick_run):
-    result = json.loads((quick_run[0] / 'head-cpu.json').read_text())
+    result = json.loads((quick_run[0] / 'head-cpu-float32.json').read_text())
     ratios = [row['plain_by_this']['median'] for row in result['rows'] if row['head'] == 'noah'
               and row['case']['batch_size'] == 1]
     assert result['summary']['batch 1, forward'] == pytest.approx(statistics.geometric_mean(ratios))
+
+
+def test_a_dtype_leaves_the_files_of_another(tmp_path):
+    for dtype in ('float32', 'bfloat16'):
+        text, = benchmark(['pairs'], quick=True, models=['mobilenetv2_035'], dtype=dtype, output=str(tmp_path))
+        assert f', 1 threads, {dtype}, ' in text
+        row, = json.loads((tmp_path / f'pairs-cpu-{dtype}.json').read_text())['rows']
+        assert row['kept']['median'] > 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f'pairs-cpu-{dtype}.{suffix}' for dtype in ('bfloat16', 'float32') for suffix in ('json', 'png')]
 
 
 def test_ctrl_c_leaves_nothing(tmp_path):
@@ -383,7 +394,7 @@ def test_too_large_for_the_plain_form(monkeypatch, tmp_path, caplog):
     monkeypatch.setattr('noah_zoo.benchmark.heads.kib', lambda file, field: 10)
     text, = benchmark(['training'], quick=True, output=str(tmp_path))
     assert '| needs up to 0.0 GiB, 0.0 GiB are free | - | - | - |' in text and 'plain form' in caplog.text
-    rows = json.loads((tmp_path / 'training-cpu.json').read_text())['rows']
+    rows = json.loads((tmp_path / 'training-cpu-float32.json').read_text())['rows']
     assert [('skipped' in row, 'seconds' in row) for row in rows] == [(False, True), (True, False), (False, True)]
 
 
@@ -431,7 +442,7 @@ def test_help_does_not_wait_for_torch():
 
 def test_the_figures_of_the_documentation():
     head, pairs, training = (
-        json.loads((ROOT / 'results' / 'benchmark' / f'{name}-cpu.json').read_text())
+        json.loads((ROOT / 'results' / 'benchmark' / f'{name}-cpu-float32.json').read_text())
         for name in ('head', 'pairs', 'two_threads/training'))
     text = ' '.join((ROOT / 'docs' / 'numbers.md').read_text(encoding='utf-8').replace('\\\n', '').split())
     for result in (head, pairs, training):
