@@ -7,7 +7,8 @@ and the accuracy of heads on the features of a frozen model.
     python scripts/benchmark.py probe --model resnet50.a1_in1k --dataset folder --data-dir /data/pets --threads 2
     python scripts/benchmark.py head pairs training growth probe --quick --output runs/benchmark
 
-head      the head alone, four shapes: NOAH, its plain form, pooling and linear, ML-Decoder, CSRA
+head      the head alone, four shapes: NOAH, its plain form, that under torch.compile (cuda only), pooling and linear,
+          ML-Decoder, CSRA
 pairs     images/s of the pairs of Table XVII, and the share of speed that is kept, beside the paper's
 training  a training step of the head: time, peak memory, memory kept for the backward pass
 growth    time and peak memory as the number of classes and of positions grows

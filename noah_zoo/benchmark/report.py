@@ -11,9 +11,11 @@ from ..text import table
 
 Row = Dict[str, Any]
 HEAD_LOOKS = {  # label and colour, after Okabe and Ito, for every kind of colour vision
-    'noah': ('NOAH', '#0072B2'), 'plain': ('NOAH, plain form', '#D55E00'), 'linear': ('pooling + linear', '#009E73'),
+    'noah': ('NOAH', '#0072B2'), 'plain': ('NOAH, plain form', '#D55E00'),
+    'compiled': ('NOAH, plain form, compiled', '#000000'), 'linear': ('pooling + linear', '#009E73'),
     'ml_decoder': ('ML-Decoder', '#CC79A7'), 'csra': ('CSRA', '#E69F00'), 'simpool': ('SimPool', '#D55E00'),
     'efficient_probing': ('Efficient Probing', '#000000'), 'latent': ('AttentionPoolLatent', '#56B4E9')}
+PLAIN_FORMS = ('plain', 'compiled')  # that the others are as many times as fast as
 MARKERS = dict(zip(('linear', 'noah', 'csra', 'simpool', 'efficient_probing', 'ml_decoder', 'latent'), 'osD^vPX'))
 QUARTILES = ('q1', 'median', 'q3')
 STEPS = {False: 'forward', True: 'forward + backward'}
@@ -24,14 +26,17 @@ FIGURES = {  # of a row: its name, unit, and what to multiply by
 
 def table_head(rows: Sequence[Row]) -> str:
     """A line per case, the heads side by side, and the geometric mean over the shapes of plain / NOAH."""
-    lines = []
+    lines, others = [], _plain_forms(rows)
     for group in by_case(rows):
         case = group[0]['case']
         times = [row.get('skipped') or _cell(row, 'seconds') for row in group]
-        lines.append([_shape(case).replace('\n', ', '), case['input_fmt'], _step(case), *times, _faster(group[0])])
+        lines.append([
+            _shape(case).replace('\n', ', '), case['input_fmt'], _step(case), *times,
+            *(_faster(group[0], other) for other in others)])
     labels = [f'{HEAD_LOOKS[row["head"]][0]}, ms' for row in by_case(rows)[0]]
+    header = ['features', 'layout', 'step', *labels, *(f'{other} / NOAH' for other in others)]
     means = '; '.join(f'{step}: {mean:.2f}' for step, mean in mean_ratios(rows).items())
-    return (f'{table(["features", "layout", "step", *labels, "plain / NOAH"], lines)}\n\n'
+    return (f'{table(header, lines)}\n\n'
             f'Plain / NOAH, geometric mean over the shapes: {means}.')
 
 
@@ -46,7 +51,7 @@ def mean_ratios(rows: Sequence[Row]) -> Dict[str, float]:
 
 def table_costs(rows: Sequence[Row]) -> str:
     """A line per case and head: time, peak memory, and what is kept for backward, and its share of the plain form's."""
-    lines = []
+    lines, others = [], _plain_forms(rows)
     for group in by_case(rows):
         plain = next(row for row in group if row['head'] == 'plain').get('saved_bytes')
         for row in group:
@@ -54,10 +59,12 @@ def table_costs(rows: Sequence[Row]) -> str:
             share = f' ({row["saved_bytes"] / plain:.1%} of plain)' if plain and 'saved_bytes' in row else ''
             lines.append([
                 *(f'{case[name]:,}' for name in ('num_classes', 'positions', 'batch_size')), STEPS[case['training']],
-                HEAD_LOOKS[row['head']][0], row.get('skipped') or _cell(row, 'seconds'), _faster(row),
-                _cell(row, 'peak_bytes'), _cell(row, 'saved_bytes') + share])
-    return table(
-        ['K', 'L', 'batch', 'step', 'head', 'ms', 'plain / this', 'peak memory, MiB', 'kept for backward, MiB'], lines)
+                HEAD_LOOKS[row['head']][0], row.get('skipped') or _cell(row, 'seconds'),
+                *(_faster(row, other) for other in others), _cell(row, 'peak_bytes'),
+                _cell(row, 'saved_bytes') + share])
+    return table([
+        'K', 'L', 'batch', 'step', 'head', 'ms', *(f'{other} / this' for other in others), 'peak memory, MiB',
+        'kept for backward, MiB'], lines)
 
 
 def table_pairs(rows: Sequence[Row]) -> str:
@@ -210,7 +217,7 @@ def _side_by_side(axes: Axes, rows: Sequence[Row], key: str, labels: Sequence[st
     axes.grid(alpha=0.3)
 
 
-def _with_legend(figure: Figure, axes: Axes, ncols: int = 5) -> Figure:
+def _with_legend(figure: Figure, axes: Axes, ncols: int = 6) -> Figure:
     figure.legend(*axes.get_legend_handles_labels(), loc='outside lower center', ncols=ncols, fontsize=9)
     return figure
 
@@ -232,8 +239,13 @@ def _step(case: Dict[str, Any]) -> str:
     return f'batch {case["batch_size"]}, {STEPS[case["training"]]}'
 
 
-def _faster(row: Row) -> str:
-    return _number(row['plain_by_this']['median']) if 'plain_by_this' in row else '-'
+def _plain_forms(rows: Sequence[Row]) -> List[str]:
+    return [head for head in PLAIN_FORMS if any(row['head'] == head for row in rows)]
+
+
+def _faster(row: Row, other: str) -> str:
+    key = f'{other}_by_this'
+    return _number(row[key]['median']) if key in row else '-'
 
 
 def _shape(case: Dict[str, Any]) -> str:

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from noah_zoo import NoahHead
-from noah_zoo.benchmark.heads import HEADS, SHAPES, Case, head_step
+from noah_zoo.benchmark.heads import HEADS, SHAPES, Case, head_parts, head_step, measure_heads
 from noah_zoo.benchmark.measure import peak_memory, ratio, saved_bytes, summary, time_in_turn
-from noah_zoo.benchmark.report import mean_losses, mean_ratios, table_pairs
+from noah_zoo.benchmark.report import mean_losses, mean_ratios, table_costs, table_head, table_pairs
 from noah_zoo.benchmark.run import benchmark
 from noah_zoo.benchmark.settings import Run
 from noah_zoo.catalog import CATALOG
@@ -180,7 +180,7 @@ def test_efficient_probing_needs_queries_that_divide():
 def test_heads_take_every_shape(case):
     x = case.features('cpu', torch.float32)[:2]
     assert x.is_contiguous() and x.numel() == 2 * case.in_features * case.positions
-    heads = {name: build(case).eval() for name, build in HEADS.items()}
+    heads = {name: build(case).eval() for name, build in HEADS.items() if name != 'compiled'}
     heads['plain'].load_state_dict(heads['noah'].state_dict())
     with torch.inference_mode():
         logits = {name: head(x) for name, head in heads.items()}
@@ -189,6 +189,49 @@ def test_heads_take_every_shape(case):
     pooled = x.mean(dim=(2, 3) if x.ndim == 4 else 1)
     torch.testing.assert_close(logits['linear'], heads['linear'][1](pooled), rtol=1e-4, atol=1e-4)
     assert type(heads['plain']) is PocaVariant and type(heads['noah']) is NoahHead
+
+
+@pytest.fixture
+def eager_backend(monkeypatch):
+    """torch.compile traces as ever, and calls no compiler."""
+    monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend='eager'))
+
+
+@torch._dynamo.config.patch(recompile_limit=1)
+def test_the_compiled_plain_form_at_many_shapes(eager_backend):
+    for size in (1, 2, 3):
+        case = Case(8, 2, 1 / 2, 4, num_classes=3, batch_size=size, training=True)
+        heads = {name: head_parts(name, case, 'cpu', torch.float32) for name in ('plain', 'compiled')}
+        torch.testing.assert_close(*(module(x) for module, x, _ in heads.values()), rtol=1e-5, atol=1e-5)
+
+
+def test_a_compiled_step_is_compiled_before_it_is_timed(eager_backend):
+    case = Case(8, 2, 1 / 2, 4, num_classes=3, batch_size=5, training=True)
+    step, stats = head_step('compiled', case, 'cpu', torch.bfloat16), torch._dynamo.utils.counters['stats']
+    before = stats['unique_graphs']
+    step()  # as `time_in_turn` does, first of all
+    compiled = stats['unique_graphs']
+    step()
+    assert before < compiled == stats['unique_graphs']
+
+
+def test_compiled_on_cuda_only(eager_backend, monkeypatch):
+    heads, case = ['noah', 'plain', 'compiled'], Case(8, 2, 1 / 2, 4, num_classes=3, batch_size=2)
+    assert [row['head'] for row in measure_heads(Run(['head'], quick=True), [case], heads, False)] == heads[:2]
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda: free)
+    monkeypatch.setattr('noah_zoo.benchmark.heads.head_step', lambda *args: lambda: time.sleep(0.001))
+    monkeypatch.setattr('noah_zoo.benchmark.measure.synchronize', lambda device: None)
+    run, free = Run(['head'], device='cuda', quick=True), (2 ** 30, 2 ** 30)
+    noah, _, compiled = rows = measure_heads(run, [case], heads, False)
+    assert compiled['head'] == 'compiled' and compiled['compiled_by_this']['median'] == 1.
+    found = f'{noah["compiled_by_this"]["median"]:.3g}'
+    header, _, line = table_head(rows).splitlines()[:3]
+    assert header.endswith('NOAH, plain form, compiled, ms | plain / NOAH | compiled / NOAH |')
+    assert line.endswith(f' | {found} |')
+    assert '| ms | plain / this | compiled / this | peak memory' in table_costs(rows)
+    free = (0, 2 ** 30)
+    assert ['skipped' in row for row in measure_heads(run, [case], heads, False)] == [False, True, True]
 
 
 # Time
