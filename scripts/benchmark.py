@@ -7,8 +7,8 @@ and the accuracy of heads on the features of a frozen model.
     python scripts/benchmark.py probe --model resnet50.a1_in1k --dataset folder --data-dir /data/pets --threads 2
     python scripts/benchmark.py head pairs training growth probe --quick --output runs/benchmark
 
-head      the head alone, four shapes: NOAH, its plain form, that under torch.compile (cuda only), pooling and linear,
-          ML-Decoder, CSRA
+head      the head alone, four shapes and other numbers of classes: NOAH, its plain form, that under torch.compile (cuda
+          only), pooling and linear, ML-Decoder, CSRA
 pairs     images/s of the pairs of Table XVII, and the share of speed that is kept, beside the paper's
 training  a training step of the head: time, peak memory, memory kept for the backward pass
 growth    time and peak memory as the number of classes and of positions grows
@@ -35,7 +35,8 @@ def parse_args():
     add('--output', metavar='DIR', help='folder of the results (results/benchmark)')
     add('--repeats', type=int, metavar='N', help='samples of every candidate, taken in turn (21)')
     add('-b', '--batch-size', type=int, nargs='+', metavar='N', dest='batch_sizes',
-        help='head: 1 16, training steps at the largest; pairs: 1 on a CPU, 200 on a GPU; training: 64; growth: 16')
+        help='head: 1 16, on a GPU 1 200, training steps at the largest; pairs: 1, on a GPU 200; training: 64; '
+             'growth: 16')
     add('--num-classes', type=int, nargs='+', metavar='N', help='of training (1000 21843)')
     add('--models', nargs='+', metavar='NAME', help='of pairs (all 25)')
     add('--dtype', metavar='NAME', help='float32 (default), or autocast to bfloat16 or float16')

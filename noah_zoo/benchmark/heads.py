@@ -149,12 +149,23 @@ def _too_large(case: Case, device: str) -> Optional[str]:
 
 
 def measure_head(run: Run) -> List[report.Row]:
-    """The head alone beside others: forward at every batch size, a training step at the largest."""
-    batch_sizes = run.batch_sizes or ((1, 2) if run.quick else (1, 16))
+    """The head alone beside others, on CUDA also what memory each needs."""
+    return measure_heads(run, head_cases(run), list(HEADS), memory=run.device == 'cuda')
+
+
+def head_cases(run: Run) -> List[Case]:
+    """Four shapes, forward at every batch size and a training step at the largest; a CNN with other numbers of classes.
+
+    The batch sizes on CUDA are 1 and the paper's 200. Very many classes are for CUDA alone: on a CPU they take minutes.
+    """
+    batch_sizes = run.batch_sizes or ((1, 2) if run.quick else (1, 16) if run.device == 'cpu' else (1, 200))
     steps = [*itertools.product(batch_sizes, [False]), (max(batch_sizes), True)]
     shapes = SHAPES[::2] if run.quick else SHAPES
     cases = [replace(shape, batch_size=size, training=training) for size, training in steps for shape in shapes]
-    return measure_heads(run, cases, list(HEADS), memory=False)
+    num_classes, size = ((10,), 2) if run.quick else ((10, 100) if run.device == 'cpu' else (10, 100, 21843), 64)
+    return cases + [
+        replace(CNN, num_classes=k, batch_size=size, training=training)
+        for training in (False, True) for k in num_classes]
 
 
 def measure_training(run: Run) -> List[report.Row]:

@@ -25,7 +25,7 @@ FIGURES = {  # of a row: its name, unit, and what to multiply by
 
 
 def table_head(rows: Sequence[Row]) -> str:
-    """A line per case, the heads side by side, and the geometric mean over the shapes of plain / NOAH."""
+    """A line per case, the heads side by side, and the geometric means of `mean_ratios`."""
     lines, others = [], _plain_forms(rows)
     for group in by_case(rows):
         case = group[0]['case']
@@ -37,14 +37,14 @@ def table_head(rows: Sequence[Row]) -> str:
     header = ['features', 'layout', 'step', *labels, *(f'{other} / NOAH' for other in others)]
     means = '; '.join(f'{step}: {mean:.2f}' for step, mean in mean_ratios(rows).items())
     return (f'{table(header, lines)}\n\n'
-            f'Plain / NOAH, geometric mean over the shapes: {means}.')
+            f'Plain / NOAH, geometric mean over the shapes at K=1,000: {means}.')
 
 
 def mean_ratios(rows: Sequence[Row]) -> Dict[str, float]:
-    """Plain / NOAH, the geometric mean over the shapes, for every batch size and kind of step."""
+    """Plain / NOAH, the geometric mean over the shapes at K = 1000, for every batch size and kind of step."""
     ratios = {}
     for row in rows:
-        if row['head'] == 'noah' and 'plain_by_this' in row:
+        if row['head'] == 'noah' and row['case']['num_classes'] == 1000 and 'plain_by_this' in row:
             ratios.setdefault(_step(row['case']), []).append(row['plain_by_this']['median'])
     return {step: statistics.geometric_mean(values) for step, values in ratios.items()}
 
@@ -92,10 +92,12 @@ def mean_losses(rows: Sequence[Row]) -> Dict[str, Any]:
 
 
 def draw_head(rows: Sequence[Row]) -> Figure:
-    """A panel per batch size and kind of step; shapes from left to right."""
+    """A panel per batch size and kind of step, three to a line; shapes from left to right."""
     steps = list(dict.fromkeys(_step(row['case']) for row in rows))
-    figure = Figure(figsize=(4.5 * len(steps), 4.5), layout='constrained')
-    for axes, step in zip(figure.subplots(1, len(steps), squeeze=False)[0], steps):
+    lines = -(-len(steps) // 3)
+    figure = Figure(figsize=(15, 0.6 + 4.2 * lines), layout='constrained')
+    for place, step in enumerate(steps, 1):
+        axes = figure.add_subplot(lines, min(len(steps), 3), place)
         chosen = [row for row in rows if _step(row['case']) == step]
         _side_by_side(axes, chosen, 'seconds', [_shape(group[0]['case']) for group in by_case(chosen)])
         axes.set_title(step)
@@ -107,7 +109,7 @@ def draw_training(rows: Sequence[Row]) -> Figure:
     figure = Figure(figsize=(13, 4.5), layout='constrained')
     cases = [group[0]['case'] for group in by_case(rows)]
     for axes, key in reversed([*zip(figure.subplots(1, len(FIGURES)), FIGURES)]):  # the first has every head
-        _side_by_side(axes, rows, key, [f'K={case["num_classes"]}\nbatch {case["batch_size"]}' for case in cases])
+        _side_by_side(axes, rows, key, [f'{_classes(case)}\nbatch {case["batch_size"]}' for case in cases])
         axes.set_title(f'{FIGURES[key][0]}, {STEPS[True]}')
     return _with_legend(figure, axes)
 
@@ -248,9 +250,13 @@ def _faster(row: Row, other: str) -> str:
     return _number(row[key]['median']) if key in row else '-'
 
 
+def _classes(case: Dict[str, Any]) -> str:
+    return f'K={case["num_classes"]:,}'
+
+
 def _shape(case: Dict[str, Any]) -> str:
     r = 1 / case['key_ratio']
-    return f'C={case["in_features"]}, L={case["positions"]}\nN={case["num_groups"]}, r=1/{r:.0f}'
+    return f'C={case["in_features"]}, L={case["positions"]}\nN={case["num_groups"]}, r=1/{r:.0f}\n{_classes(case)}'
 
 
 def _number(value: float) -> str:

@@ -1,4 +1,5 @@
 """The benchmark: the other heads against their formulas, the measures on what is known, real runs, refusals."""
+import dataclasses
 import functools
 import json
 import math
@@ -16,9 +17,17 @@ import torch.nn.functional as F
 from PIL import Image
 
 from noah_zoo import NoahHead
-from noah_zoo.benchmark.heads import HEADS, SHAPES, Case, head_parts, head_step, measure_heads
+from noah_zoo.benchmark.heads import CNN, HEADS, SHAPES, Case, head_cases, head_parts, head_step, measure_heads
 from noah_zoo.benchmark.measure import peak_memory, ratio, saved_bytes, summary, time_in_turn
-from noah_zoo.benchmark.report import mean_losses, mean_ratios, table_costs, table_head, table_pairs
+from noah_zoo.benchmark.report import (
+    HEAD_LOOKS,
+    draw_head,
+    mean_losses,
+    mean_ratios,
+    table_costs,
+    table_head,
+    table_pairs,
+)
 from noah_zoo.benchmark.run import benchmark
 from noah_zoo.benchmark.settings import Run
 from noah_zoo.catalog import CATALOG
@@ -350,10 +359,13 @@ def test_peak_memory_tells_that_the_process_died():
 
 
 def test_means():
-    def row(head, training, ratio):
-        return {'head': head, 'case': {'batch_size': 16, 'training': training}, 'plain_by_this': {'median': ratio}}
+    def row(head, training, ratio, num_classes=1000):
+        case = {'batch_size': 16, 'training': training, 'num_classes': num_classes}
+        return {'head': head, 'case': case, 'plain_by_this': {'median': ratio}}
 
-    rows = [row('noah', False, 2.), row('linear', False, 100.), row('noah', False, 8.), row('noah', True, 3.)]
+    rows = [
+        row('noah', False, 2.), row('linear', False, 100.), row('noah', False, 8.), row('noah', True, 3.),
+        row('noah', True, 50., 10)]
     assert mean_ratios(rows) == pytest.approx({'batch 16, forward': 4., 'batch 16, forward + backward': 3.})
 
     def pair(model, kept, paper):
@@ -382,7 +394,8 @@ def quick_run(tmp_path_factory):
     return output, subprocess.run(command, capture_output=True, text=True, timeout=600)
 
 
-@pytest.mark.parametrize('what, num_rows', [('head', 2 * 3 * 5), ('pairs', 1), ('training', 3), ('growth', 2 * 3 * 2)])
+@pytest.mark.parametrize('what, num_rows', [
+    ('head', (2 * 3 + 2) * 5), ('pairs', 1), ('training', 3), ('growth', 2 * 3 * 2)])
 def test_quick_run(quick_run, what, num_rows):
     output, done = quick_run
     assert done.returncode == 0, done.stderr
@@ -414,6 +427,31 @@ def test_geometric_mean_is_of_the_rows(quick_run):
     ratios = [row['plain_by_this']['median'] for row in result['rows'] if row['head'] == 'noah'
               and row['case']['batch_size'] == 1]
     assert result['summary']['batch 1, forward'] == pytest.approx(statistics.geometric_mean(ratios))
+
+
+def test_cases_of_head(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    for device, large, num_classes in (('cpu', 16, [10, 100]), ('cuda', 200, [10, 100, 21843])):
+        cases = head_cases(Run(['head'], device=device))
+        assert [(case.batch_size, case.training) for case in cases[:12]] == [
+            *[(1, False)] * 4, *[(large, False)] * 4, *[(large, True)] * 4]
+        assert {case.num_classes for case in cases[:12]} == {1000}
+        assert cases[12:] == [
+            dataclasses.replace(CNN, num_classes=k, batch_size=64, training=training)
+            for training in (False, True) for k in num_classes]
+    assert head_cases(Run(['head'], batch_sizes=[3]))[7].batch_size == 3
+
+
+def test_picture_of_head():
+    stats = {'q1': 1., 'median': 2., 'q3': 3.}
+    rows = [{'head': head, 'case': dataclasses.asdict(case), 'seconds': stats}
+            for case in head_cases(Run(['head'])) for head in HEADS]
+    figure = draw_head(rows)
+    assert [axes.get_title() for axes in figure.axes] == [
+        f'batch {step}' for step in (
+            '1, forward', '16, forward', '16, forward + backward', '64, forward', '64, forward + backward')]
+    assert [text.get_text() for text in figure.legends[0].texts] == [HEAD_LOOKS[head][0] for head in HEADS]
+    assert [label.get_text().split('\n')[-1] for label in figure.axes[3].get_xticklabels()] == ['K=10', 'K=100']
 
 
 def test_a_dtype_leaves_the_files_of_another(tmp_path):
