@@ -19,6 +19,7 @@ PLAIN_FORMS = ('plain', 'compiled')  # that the others are as many times as fast
 MARKERS = dict(zip(('linear', 'noah', 'csra', 'simpool', 'efficient_probing', 'ml_decoder', 'latent'), 'osD^vPX'))
 QUARTILES = ('q1', 'median', 'q3')
 STEPS = {False: 'forward', True: 'forward + backward'}
+PAIR_HEADER = ['model', 'batch', 'NOAH, images/s', 'vanilla, images/s', 'speed kept, %']
 FIGURES = {  # of a row: its name, unit, and what to multiply by
     'seconds': ('time', 'ms', 1e3), 'peak_bytes': ('peak memory', 'MiB', 2**-20),
     'saved_bytes': ('kept for backward', 'MiB', 2**-20)}
@@ -69,12 +70,9 @@ def table_costs(rows: Sequence[Row]) -> str:
 
 def table_pairs(rows: Sequence[Row]) -> str:
     """A line per pair, which pairs keep less speed than in the paper, and how much is lost on average."""
-    lines = [[
-        row['model'], row['batch_size'], _quartiles(row['images_per_second']),
-        _quartiles(row['vanilla_images_per_second']), _quartiles(row['kept'], 100), f'{100 * row["paper_kept"]:.1f}',
-        f'{row["lost_by_paper_lost"]:.2f}'] for row in rows]
-    header = [
-        'model', 'batch', 'NOAH, images/s', 'vanilla, images/s', 'speed kept, %', "the paper's, %", "lost / paper's"]
+    lines = [
+        [*_pair(row), f'{100 * row["paper_kept"]:.1f}', f'{row["lost_by_paper_lost"]:.2f}'] for row in rows]
+    header = [*PAIR_HEADER, "the paper's, %", "lost / paper's"]
     mean = mean_losses(rows)
     return (
         f'{table(header, lines)}\n\n'
@@ -83,11 +81,21 @@ def table_pairs(rows: Sequence[Row]) -> str:
         f"{mean['lost'] / mean['paper_lost']:.2f} of it.")
 
 
+def table_train_pairs(rows: Sequence[Row]) -> str:
+    """A line per pair, and how much speed of a training step is lost on average."""
+    return f'{table(PAIR_HEADER, map(_pair, rows))}\n\nMean loss of speed: {mean_loss(rows)["lost"]:.1%}.'
+
+
+def mean_loss(rows: Sequence[Row]) -> Dict[str, float]:
+    """The share of speed that the pairs lose on average."""
+    return {'lost': 1 - statistics.mean(row['kept']['median'] for row in rows)}
+
+
 def mean_losses(rows: Sequence[Row]) -> Dict[str, Any]:
     """The share of speed that the pairs lose on average, here and in the paper, and which lose more than there."""
     return {
         'below_paper': [row['model'] for row in rows if row['kept']['median'] < row['paper_kept']],
-        'lost': 1 - statistics.mean(row['kept']['median'] for row in rows),
+        **mean_loss(rows),
         'paper_lost': 1 - statistics.mean(row['paper_kept'] for row in rows)}
 
 
@@ -137,14 +145,15 @@ def draw_growth(rows: Sequence[Row]) -> Figure:
 
 
 def draw_pairs(rows: Sequence[Row]) -> Figure:
-    """The share of speed that every pair keeps, and the paper's."""
+    """The share of speed that every pair keeps, and the paper's where there is one."""
     figure = Figure(figsize=(8, 1.5 + 0.25 * len(rows)), layout='constrained')
     axes = figure.subplots()
     y = np.arange(len(rows))
     q1, median, q3 = (np.array([100 * row['kept'][name] for row in rows]) for name in QUARTILES)
     axes.errorbar(
         median, y, xerr=[median - q1, q3 - median], fmt='o', color=HEAD_LOOKS['noah'][1], capsize=2, label='here')
-    axes.plot([100 * row['paper_kept'] for row in rows], y, 'D', color='#D55E00', label='paper, Table XVII')
+    if 'paper_kept' in rows[0]:
+        axes.plot([100 * row['paper_kept'] for row in rows], y, 'D', color='#D55E00', label='paper, Table XVII')
     axes.set_yticks(y, [f'{row["model"]}, batch {row["batch_size"]}' for row in rows], fontsize=8)
     axes.invert_yaxis()
     axes.set(xlabel='speed of NOAH, % of the vanilla twin', title='share of speed that is kept')
@@ -265,6 +274,11 @@ def _number(value: float) -> str:
 
 def _quartiles(stats: Dict[str, float], scale: float = 1.) -> str:
     return '{} ({}–{})'.format(*(_number(stats[name] * scale) for name in ('median', 'q1', 'q3')))
+
+
+def _pair(row: Row) -> List[Any]:
+    speeds = [_quartiles(row[key]) for key in ('images_per_second', 'vanilla_images_per_second')]
+    return [row['model'], row['batch_size'], *speeds, _quartiles(row['kept'], 100)]
 
 
 def _cell(row: Row, key: str) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -19,6 +20,7 @@ from PIL import Image
 from noah_zoo import NoahHead
 from noah_zoo.benchmark.heads import CNN, HEADS, SHAPES, Case, head_cases, head_parts, head_step, measure_heads
 from noah_zoo.benchmark.measure import peak_memory, ratio, saved_bytes, summary, time_in_turn
+from noah_zoo.benchmark.pairs import training_step
 from noah_zoo.benchmark.report import (
     HEAD_LOOKS,
     draw_head,
@@ -455,13 +457,28 @@ def test_picture_of_head():
 
 
 def test_a_dtype_leaves_the_files_of_another(tmp_path):
+    what = ['pairs', 'train_pairs']
     for dtype in ('float32', 'bfloat16'):
-        text, = benchmark(['pairs'], quick=True, models=['mobilenetv2_035'], dtype=dtype, output=str(tmp_path))
-        assert f', 1 threads, {dtype}, ' in text
-        row, = json.loads((tmp_path / f'pairs-cpu-{dtype}.json').read_text())['rows']
-        assert row['kept']['median'] > 0
+        texts = benchmark(what, quick=True, models=['mobilenetv2_035'], dtype=dtype, output=str(tmp_path))
+        for name, text in zip(what, texts, strict=True):
+            assert f', 1 threads, {dtype}, ' in text and '| mobilenetv2_035_noah | ' in text
+            row, = json.loads((tmp_path / f'{name}-cpu-{dtype}.json').read_text())['rows']
+            assert row['kept']['median'] > 0 and ('paper_kept' in row) == (name == 'pairs')
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        f'pairs-cpu-{dtype}.{suffix}' for dtype in ('bfloat16', 'float32') for suffix in ('json', 'png')]
+        f'{name}-cpu-{dtype}.{suffix}' for name in what for dtype in ('bfloat16', 'float32')
+        for suffix in ('json', 'png')]
+
+
+def test_a_training_step_of_a_model_trains_it(monkeypatch):
+    model = timm.create_model('test_resnet')
+    monkeypatch.setattr(timm, 'create_model', lambda name: model)
+    first, *_, last = model.parameters()
+    before = first.clone(), last.clone()
+    step = training_step('test_resnet', 2, 'cpu', torch.float32)
+    assert torch.equal(first, before[0]) and torch.equal(last, before[1])
+    step()
+    assert not torch.equal(first, before[0]) and not torch.equal(last, before[1])
+    assert first.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_ctrl_c_leaves_nothing(tmp_path):
@@ -483,7 +500,7 @@ def test_too_large_for_the_plain_form(monkeypatch, tmp_path, caplog):
 
 
 @pytest.mark.parametrize('settings, message', [
-    (dict(what=['heads']), "what: 'heads' is not one of head, pairs, training, growth, probe"),
+    (dict(what=['heads']), "what: 'heads' is not one of head, pairs, train_pairs, training, growth, probe"),
     (dict(device='tpu'), "device: 'tpu' is not one of cpu, cuda"),
     (dict(dtype='int8'), "dtype: 'int8' is not one of float32, bfloat16, float16"),
     (dict(models=['resnet50', 'resnet51']), "'resnet51' is not a model of Table XVII; choose from resnet18_noah, "),
