@@ -2,20 +2,23 @@
 and the accuracy of heads on the features of a frozen model.
 
     python scripts/benchmark.py head pairs training growth --device cpu --threads 1 --output results/benchmark
-    python scripts/benchmark.py head pairs training growth --device cuda
+    python scripts/benchmark.py head pairs train_pairs training growth --device cuda --dtype bfloat16
     python scripts/benchmark.py pairs --models resnet50_noah mobilenetv2_100_noah --repeats 31
     python scripts/benchmark.py probe --model resnet50.a1_in1k --dataset folder --data-dir /data/pets --threads 2
     python scripts/benchmark.py head pairs training growth probe --quick --output runs/benchmark
 
-head      the head alone, four shapes: NOAH, its plain form, pooling and linear, ML-Decoder, CSRA
+head      the head alone, four shapes and other numbers of classes: NOAH, its plain form, that under torch.compile (cuda
+          only), pooling and linear, ML-Decoder, CSRA
 pairs     images/s of the pairs of Table XVII, and the share of speed that is kept, beside the paper's
+train_pairs
+          images/s of a whole training step, NOAH and vanilla, channels last, and the share of speed that is kept
 training  a training step of the head: time, peak memory, memory kept for the backward pass
 growth    time and peak memory as the number of classes and of positions grows
 probe     heads trained on cached features, each at the best of a few learning rates: test accuracy over seeds,
           parameters, seconds; pooling and linear, NOAH, CSRA, SimPool, Efficient Probing, ML-Decoder, timm's
           AttentionPoolLatent
 
-Each prints a Markdown table, and leaves OUTPUT/WHAT-DEVICE.json and OUTPUT/WHAT-DEVICE.png.
+Each prints a Markdown table, and leaves OUTPUT/WHAT-DEVICE-DTYPE.json and OUTPUT/WHAT-DEVICE-DTYPE.png.
 """
 import argparse
 import logging
@@ -28,15 +31,16 @@ def parse_args():
         prog='benchmark.py', description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
     add = parser.add_argument
-    add('what', nargs='+', metavar='WHAT', help='head, pairs, training, growth, probe')
+    add('what', nargs='+', metavar='WHAT', help='head, pairs, train_pairs, training, growth, probe')
     add('--device', metavar='NAME', help='cpu (default) or cuda')
     add('--threads', type=int, metavar='N', help='CPU threads (1)')
     add('--output', metavar='DIR', help='folder of the results (results/benchmark)')
     add('--repeats', type=int, metavar='N', help='samples of every candidate, taken in turn (21)')
     add('-b', '--batch-size', type=int, nargs='+', metavar='N', dest='batch_sizes',
-        help='head: 1 16, training steps at the largest; pairs: 1 on a CPU, 200 on a GPU; training: 64; growth: 16')
+        help='head: 1 16, on a GPU 1 200, training steps at the largest; pairs: 1, on a GPU 200; '
+             'train_pairs: 8, on a GPU 128; training: 64; growth: 16')
     add('--num-classes', type=int, nargs='+', metavar='N', help='of training (1000 21843)')
-    add('--models', nargs='+', metavar='NAME', help='of pairs (all 25)')
+    add('--models', nargs='+', metavar='NAME', help='of pairs (all 25) and train_pairs (resnet18_noah)')
     add('--dtype', metavar='NAME', help='float32 (default), or autocast to bfloat16 or float16')
     add('--quick', action='store_true', help='a smoke run: few cases, two repeats or seeds; its figures mean nothing')
     add = parser.add_argument_group('probe', 'refused unless probe is among WHAT').add_argument

@@ -49,9 +49,15 @@ def _linear(case: Case) -> nn.Module:
     return nn.Sequential(pool, nn.Linear(case.in_features, case.num_classes))
 
 
+def _compiled(case: Case) -> nn.Module:
+    torch.compiler.reset()  # of the cases before: many shapes of one function would be more than it recompiles
+    return torch.compile(_noah(PocaVariant, case), fullgraph=True, dynamic=False)  # an error where it would stay eager
+
+
 HEADS: Dict[str, Callable[[Case], nn.Module]] = {  # all without dropout
     'noah': functools.partial(_noah, NoahHead),
     'plain': functools.partial(_noah, PocaVariant),
+    'compiled': _compiled,
     'linear': _linear,
     'ml_decoder': lambda case: MLDecoder(case.in_features, case.num_classes, input_fmt=case.input_fmt),
     'csra': lambda case: CSRA(case.in_features, case.num_classes, input_fmt=case.input_fmt),
@@ -98,9 +104,11 @@ def forward_step(module: nn.Module, x: Tensor, autocast: Callable) -> Callable[[
 def measure_heads(run: Run, cases: Sequence[Case], heads: Sequence[str], memory: bool) -> List[report.Row]:
     """A row per case and head: time, `plain_by_this` (how much faster it is than the plain form), memory if asked.
 
-    Under autocast the casts of the weights count as kept for backward.
+    On CUDA the compiled plain form is one of `heads`, and there is `compiled_by_this` as well; on a CPU it would take a
+    C++ compiler and minutes, and is left out. Under autocast the casts of the weights count as kept for backward.
     """
     rows, dtype = [], DTYPES[run.dtype]
+    heads = [head for head in heads if head != 'compiled' or run.device == 'cuda']
     with tqdm(total=len(cases) * run.timing['repeats'], unit='repeat') as bar:
         for case in cases:
             bar.set_description(f'K={case.num_classes} L={case.positions} C={case.in_features} B={case.batch_size}')
@@ -108,7 +116,8 @@ def measure_heads(run: Run, cases: Sequence[Case], heads: Sequence[str], memory:
             skipped = _too_large(case, run.device) if 'plain' in heads else None
             if skipped:
                 _logger.warning('plain form, %s: %s', case, skipped)
-                here['plain']['skipped'] = skipped
+                for head in {*report.PLAIN_FORMS} & {*heads}:
+                    here[head]['skipped'] = skipped
             measured = [head for head in heads if 'skipped' not in here[head]]
             steps = {head: head_step(head, case, run.device, dtype) for head in measured}
             samples = time_in_turn(steps, tick=bar.update, **run.timing)
@@ -116,8 +125,9 @@ def measure_heads(run: Run, cases: Sequence[Case], heads: Sequence[str], memory:
             for head in measured:
                 row = here[head]
                 row['seconds'] = summary(samples[head])
-                if 'plain' in samples:
-                    row['plain_by_this'] = ratio(samples['plain'], samples[head])
+                for other in report.PLAIN_FORMS:
+                    if other in samples:
+                        row[f'{other}_by_this'] = ratio(samples[other], samples[head])
                 if memory:
                     build = functools.partial(head_step, head, case, run.device, dtype)
                     row['peak_bytes'] = peak_memory(build, run.device, run.threads)
@@ -139,12 +149,23 @@ def _too_large(case: Case, device: str) -> Optional[str]:
 
 
 def measure_head(run: Run) -> List[report.Row]:
-    """The head alone beside others: forward at every batch size, a training step at the largest."""
-    batch_sizes = run.batch_sizes or ((1, 2) if run.quick else (1, 16))
+    """The head alone beside others, on CUDA also what memory each needs."""
+    return measure_heads(run, head_cases(run), list(HEADS), memory=run.device == 'cuda')
+
+
+def head_cases(run: Run) -> List[Case]:
+    """Four shapes, forward at every batch size and a training step at the largest; a CNN with other numbers of classes.
+
+    The batch sizes on CUDA are 1 and the paper's 200. Very many classes are for CUDA alone: on a CPU they take minutes.
+    """
+    batch_sizes = run.batch_sizes or ((1, 2) if run.quick else (1, 16) if run.device == 'cpu' else (1, 200))
     steps = [*itertools.product(batch_sizes, [False]), (max(batch_sizes), True)]
     shapes = SHAPES[::2] if run.quick else SHAPES
     cases = [replace(shape, batch_size=size, training=training) for size, training in steps for shape in shapes]
-    return measure_heads(run, cases, list(HEADS), memory=False)
+    num_classes, size = ((10,), 2) if run.quick else ((10, 100) if run.device == 'cpu' else (10, 100, 21843), 64)
+    return cases + [
+        replace(CNN, num_classes=k, batch_size=size, training=training)
+        for training in (False, True) for k in num_classes]
 
 
 def measure_training(run: Run) -> List[report.Row]:
@@ -152,7 +173,7 @@ def measure_training(run: Run) -> List[report.Row]:
     batch_sizes = run.batch_sizes or ((2,) if run.quick else (64,))
     num_classes = run.num_classes or ((100,) if run.quick else (1000, 21843))
     cases = [replace(CNN, num_classes=k, batch_size=b, training=True) for k in num_classes for b in batch_sizes]
-    return measure_heads(run, cases, ['noah', 'plain', 'linear'], memory=True)
+    return measure_heads(run, cases, ['noah', 'plain', 'compiled', 'linear'], memory=True)
 
 
 def measure_growth(run: Run) -> List[report.Row]:

@@ -11,42 +11,48 @@ from ..text import table
 
 Row = Dict[str, Any]
 HEAD_LOOKS = {  # label and colour, after Okabe and Ito, for every kind of colour vision
-    'noah': ('NOAH', '#0072B2'), 'plain': ('NOAH, plain form', '#D55E00'), 'linear': ('pooling + linear', '#009E73'),
+    'noah': ('NOAH', '#0072B2'), 'plain': ('NOAH, plain form', '#D55E00'),
+    'compiled': ('NOAH, plain form, compiled', '#000000'), 'linear': ('pooling + linear', '#009E73'),
     'ml_decoder': ('ML-Decoder', '#CC79A7'), 'csra': ('CSRA', '#E69F00'), 'simpool': ('SimPool', '#D55E00'),
     'efficient_probing': ('Efficient Probing', '#000000'), 'latent': ('AttentionPoolLatent', '#56B4E9')}
+PLAIN_FORMS = ('plain', 'compiled')  # that the others are as many times as fast as
 MARKERS = dict(zip(('linear', 'noah', 'csra', 'simpool', 'efficient_probing', 'ml_decoder', 'latent'), 'osD^vPX'))
 QUARTILES = ('q1', 'median', 'q3')
 STEPS = {False: 'forward', True: 'forward + backward'}
+PAIR_HEADER = ['model', 'batch', 'NOAH, images/s', 'vanilla, images/s', 'speed kept, %']
 FIGURES = {  # of a row: its name, unit, and what to multiply by
     'seconds': ('time', 'ms', 1e3), 'peak_bytes': ('peak memory', 'MiB', 2**-20),
     'saved_bytes': ('kept for backward', 'MiB', 2**-20)}
 
 
 def table_head(rows: Sequence[Row]) -> str:
-    """A line per case, the heads side by side, and the geometric mean over the shapes of plain / NOAH."""
-    lines = []
+    """A line per case, the heads side by side, and the geometric means of `mean_ratios`."""
+    lines, others = [], _plain_forms(rows)
     for group in by_case(rows):
         case = group[0]['case']
         times = [row.get('skipped') or _cell(row, 'seconds') for row in group]
-        lines.append([_shape(case).replace('\n', ', '), case['input_fmt'], _step(case), *times, _faster(group[0])])
+        lines.append([
+            _shape(case).replace('\n', ', '), case['input_fmt'], _step(case), *times,
+            *(_faster(group[0], other) for other in others)])
     labels = [f'{HEAD_LOOKS[row["head"]][0]}, ms' for row in by_case(rows)[0]]
+    header = ['features', 'layout', 'step', *labels, *(f'{other} / NOAH' for other in others)]
     means = '; '.join(f'{step}: {mean:.2f}' for step, mean in mean_ratios(rows).items())
-    return (f'{table(["features", "layout", "step", *labels, "plain / NOAH"], lines)}\n\n'
-            f'Plain / NOAH, geometric mean over the shapes: {means}.')
+    return (f'{table(header, lines)}\n\n'
+            f'Plain / NOAH, geometric mean over the shapes at K=1,000: {means}.')
 
 
 def mean_ratios(rows: Sequence[Row]) -> Dict[str, float]:
-    """Plain / NOAH, the geometric mean over the shapes, for every batch size and kind of step."""
+    """Plain / NOAH, the geometric mean over the shapes at K = 1000, for every batch size and kind of step."""
     ratios = {}
     for row in rows:
-        if row['head'] == 'noah' and 'plain_by_this' in row:
+        if row['head'] == 'noah' and row['case']['num_classes'] == 1000 and 'plain_by_this' in row:
             ratios.setdefault(_step(row['case']), []).append(row['plain_by_this']['median'])
     return {step: statistics.geometric_mean(values) for step, values in ratios.items()}
 
 
 def table_costs(rows: Sequence[Row]) -> str:
     """A line per case and head: time, peak memory, and what is kept for backward, and its share of the plain form's."""
-    lines = []
+    lines, others = [], _plain_forms(rows)
     for group in by_case(rows):
         plain = next(row for row in group if row['head'] == 'plain').get('saved_bytes')
         for row in group:
@@ -54,20 +60,19 @@ def table_costs(rows: Sequence[Row]) -> str:
             share = f' ({row["saved_bytes"] / plain:.1%} of plain)' if plain and 'saved_bytes' in row else ''
             lines.append([
                 *(f'{case[name]:,}' for name in ('num_classes', 'positions', 'batch_size')), STEPS[case['training']],
-                HEAD_LOOKS[row['head']][0], row.get('skipped') or _cell(row, 'seconds'), _faster(row),
-                _cell(row, 'peak_bytes'), _cell(row, 'saved_bytes') + share])
-    return table(
-        ['K', 'L', 'batch', 'step', 'head', 'ms', 'plain / this', 'peak memory, MiB', 'kept for backward, MiB'], lines)
+                HEAD_LOOKS[row['head']][0], row.get('skipped') or _cell(row, 'seconds'),
+                *(_faster(row, other) for other in others), _cell(row, 'peak_bytes'),
+                _cell(row, 'saved_bytes') + share])
+    return table([
+        'K', 'L', 'batch', 'step', 'head', 'ms', *(f'{other} / this' for other in others), 'peak memory, MiB',
+        'kept for backward, MiB'], lines)
 
 
 def table_pairs(rows: Sequence[Row]) -> str:
     """A line per pair, which pairs keep less speed than in the paper, and how much is lost on average."""
-    lines = [[
-        row['model'], row['batch_size'], _quartiles(row['images_per_second']),
-        _quartiles(row['vanilla_images_per_second']), _quartiles(row['kept'], 100), f'{100 * row["paper_kept"]:.1f}',
-        f'{row["lost_by_paper_lost"]:.2f}'] for row in rows]
-    header = [
-        'model', 'batch', 'NOAH, images/s', 'vanilla, images/s', 'speed kept, %', "the paper's, %", "lost / paper's"]
+    lines = [
+        [*_pair(row), f'{100 * row["paper_kept"]:.1f}', f'{row["lost_by_paper_lost"]:.2f}'] for row in rows]
+    header = [*PAIR_HEADER, "the paper's, %", "lost / paper's"]
     mean = mean_losses(rows)
     return (
         f'{table(header, lines)}\n\n'
@@ -76,19 +81,31 @@ def table_pairs(rows: Sequence[Row]) -> str:
         f"{mean['lost'] / mean['paper_lost']:.2f} of it.")
 
 
+def table_train_pairs(rows: Sequence[Row]) -> str:
+    """A line per pair, and how much speed of a training step is lost on average."""
+    return f'{table(PAIR_HEADER, map(_pair, rows))}\n\nMean loss of speed: {mean_loss(rows)["lost"]:.1%}.'
+
+
+def mean_loss(rows: Sequence[Row]) -> Dict[str, float]:
+    """The share of speed that the pairs lose on average."""
+    return {'lost': 1 - statistics.mean(row['kept']['median'] for row in rows)}
+
+
 def mean_losses(rows: Sequence[Row]) -> Dict[str, Any]:
     """The share of speed that the pairs lose on average, here and in the paper, and which lose more than there."""
     return {
         'below_paper': [row['model'] for row in rows if row['kept']['median'] < row['paper_kept']],
-        'lost': 1 - statistics.mean(row['kept']['median'] for row in rows),
+        **mean_loss(rows),
         'paper_lost': 1 - statistics.mean(row['paper_kept'] for row in rows)}
 
 
 def draw_head(rows: Sequence[Row]) -> Figure:
-    """A panel per batch size and kind of step; shapes from left to right."""
+    """A panel per batch size and kind of step, three to a line; shapes from left to right."""
     steps = list(dict.fromkeys(_step(row['case']) for row in rows))
-    figure = Figure(figsize=(4.5 * len(steps), 4.5), layout='constrained')
-    for axes, step in zip(figure.subplots(1, len(steps), squeeze=False)[0], steps):
+    lines = -(-len(steps) // 3)
+    figure = Figure(figsize=(15, 0.6 + 4.2 * lines), layout='constrained')
+    for place, step in enumerate(steps, 1):
+        axes = figure.add_subplot(lines, min(len(steps), 3), place)
         chosen = [row for row in rows if _step(row['case']) == step]
         _side_by_side(axes, chosen, 'seconds', [_shape(group[0]['case']) for group in by_case(chosen)])
         axes.set_title(step)
@@ -100,7 +117,7 @@ def draw_training(rows: Sequence[Row]) -> Figure:
     figure = Figure(figsize=(13, 4.5), layout='constrained')
     cases = [group[0]['case'] for group in by_case(rows)]
     for axes, key in reversed([*zip(figure.subplots(1, len(FIGURES)), FIGURES)]):  # the first has every head
-        _side_by_side(axes, rows, key, [f'K={case["num_classes"]}\nbatch {case["batch_size"]}' for case in cases])
+        _side_by_side(axes, rows, key, [f'{_classes(case)}\nbatch {case["batch_size"]}' for case in cases])
         axes.set_title(f'{FIGURES[key][0]}, {STEPS[True]}')
     return _with_legend(figure, axes)
 
@@ -128,14 +145,15 @@ def draw_growth(rows: Sequence[Row]) -> Figure:
 
 
 def draw_pairs(rows: Sequence[Row]) -> Figure:
-    """The share of speed that every pair keeps, and the paper's."""
+    """The share of speed that every pair keeps, and the paper's where there is one."""
     figure = Figure(figsize=(8, 1.5 + 0.25 * len(rows)), layout='constrained')
     axes = figure.subplots()
     y = np.arange(len(rows))
     q1, median, q3 = (np.array([100 * row['kept'][name] for row in rows]) for name in QUARTILES)
     axes.errorbar(
         median, y, xerr=[median - q1, q3 - median], fmt='o', color=HEAD_LOOKS['noah'][1], capsize=2, label='here')
-    axes.plot([100 * row['paper_kept'] for row in rows], y, 'D', color='#D55E00', label='paper, Table XVII')
+    if 'paper_kept' in rows[0]:
+        axes.plot([100 * row['paper_kept'] for row in rows], y, 'D', color='#D55E00', label='paper, Table XVII')
     axes.set_yticks(y, [f'{row["model"]}, batch {row["batch_size"]}' for row in rows], fontsize=8)
     axes.invert_yaxis()
     axes.set(xlabel='speed of NOAH, % of the vanilla twin', title='share of speed that is kept')
@@ -210,7 +228,7 @@ def _side_by_side(axes: Axes, rows: Sequence[Row], key: str, labels: Sequence[st
     axes.grid(alpha=0.3)
 
 
-def _with_legend(figure: Figure, axes: Axes, ncols: int = 5) -> Figure:
+def _with_legend(figure: Figure, axes: Axes, ncols: int = 6) -> Figure:
     figure.legend(*axes.get_legend_handles_labels(), loc='outside lower center', ncols=ncols, fontsize=9)
     return figure
 
@@ -232,13 +250,22 @@ def _step(case: Dict[str, Any]) -> str:
     return f'batch {case["batch_size"]}, {STEPS[case["training"]]}'
 
 
-def _faster(row: Row) -> str:
-    return _number(row['plain_by_this']['median']) if 'plain_by_this' in row else '-'
+def _plain_forms(rows: Sequence[Row]) -> List[str]:
+    return [head for head in PLAIN_FORMS if any(row['head'] == head for row in rows)]
+
+
+def _faster(row: Row, other: str) -> str:
+    key = f'{other}_by_this'
+    return _number(row[key]['median']) if key in row else '-'
+
+
+def _classes(case: Dict[str, Any]) -> str:
+    return f'K={case["num_classes"]:,}'
 
 
 def _shape(case: Dict[str, Any]) -> str:
     r = 1 / case['key_ratio']
-    return f'C={case["in_features"]}, L={case["positions"]}\nN={case["num_groups"]}, r=1/{r:.0f}'
+    return f'C={case["in_features"]}, L={case["positions"]}\nN={case["num_groups"]}, r=1/{r:.0f}\n{_classes(case)}'
 
 
 def _number(value: float) -> str:
@@ -247,6 +274,11 @@ def _number(value: float) -> str:
 
 def _quartiles(stats: Dict[str, float], scale: float = 1.) -> str:
     return '{} ({}–{})'.format(*(_number(stats[name] * scale) for name in ('median', 'q1', 'q3')))
+
+
+def _pair(row: Row) -> List[Any]:
+    speeds = [_quartiles(row[key]) for key in ('images_per_second', 'vanilla_images_per_second')]
+    return [row['model'], row['batch_size'], *speeds, _quartiles(row['kept'], 100)]
 
 
 def _cell(row: Row, key: str) -> str:

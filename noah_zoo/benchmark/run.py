@@ -22,7 +22,7 @@ import noah_zoo
 
 from . import report
 from .heads import measure_growth, measure_head, measure_training
-from .pairs import measure_pairs
+from .pairs import measure_pairs, measure_train_pairs
 from .probe import ProbeConfig, probe
 from .settings import Run
 
@@ -44,6 +44,7 @@ class What(NamedTuple):
 MEASURES = {
     'head': What(measure_head, report.mean_ratios, report.table_head, report.draw_head),
     'pairs': What(measure_pairs, report.mean_losses, report.table_pairs, report.draw_pairs),
+    'train_pairs': What(measure_train_pairs, report.mean_loss, report.table_train_pairs, report.draw_pairs),
     'training': What(measure_training, lambda rows: {}, report.table_costs, report.draw_training),
     'growth': What(measure_growth, lambda rows: {}, report.table_costs, report.draw_growth),
     'probe': What(
@@ -53,10 +54,10 @@ MEASURES = {
 
 
 def benchmark(what: Sequence[str], **settings) -> Iterator[str]:
-    """Measure, and write OUTPUT/WHAT-DEVICE.json and .png when all of it is measured.
+    """Measure, and write OUTPUT/WHAT-DEVICE-DTYPE.json and .png when all of it is measured.
 
     Args:
-        what: Of `MEASURES`: 'head', 'pairs', 'training', 'growth', 'probe'.
+        what: Of `MEASURES`: 'head', 'pairs', 'train_pairs', 'training', 'growth', 'probe'.
         **settings: Of `Run`; and of `ProbeConfig`, with 'probe' only.
 
     Yields:
@@ -97,7 +98,7 @@ def _measure(name: str, run: Run, partial: Path, output: Path) -> str:
     note = 'smoke run: the figures mean nothing' if run.quick else MEASURES[name].note.format(run=run)
     figure = MEASURES[name].draw(rows)
     figure.suptitle(f'{title}\n{note}', fontsize=9)
-    stem = f'{name}-{run.device}'
+    stem = f'{name}-{run.device}-{run.dtype}'
     figure.savefig(partial / f'{stem}.png', dpi=120)
     (partial / f'{stem}.json').write_text(json.dumps(result, indent=1, allow_nan=False) + '\n', encoding='utf-8')
     for suffix in ('.png', '.json'):

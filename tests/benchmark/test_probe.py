@@ -262,8 +262,8 @@ def test_quick_run(data_dir, tmp_path):
     args = (*QUICK, '--data-dir', data_dir, '--output', output, '--cache-features', cache)
     done = call('benchmark.py', *args)
     assert done.returncode == 0, done.stderr
-    assert sorted(path.name for path in output.iterdir()) == ['probe-cpu.json', 'probe-cpu.png']
-    result = json.loads((output / 'probe-cpu.json').read_text())
+    assert sorted(path.name for path in output.iterdir()) == ['probe-cpu-float32.json', 'probe-cpu-float32.png']
+    result = json.loads((output / 'probe-cpu-float32.json').read_text())
     assert result['what'] == 'probe' and result['quick'] and result['versions']['torch'] == torch.__version__
     assert [row['head'] for row in result['rows']] == list(HEADS)
     for found in result['rows']:
@@ -272,12 +272,12 @@ def test_quick_run(data_dir, tmp_path):
         assert case['updates'] == 4 and case['model'] == 'test_resnet' and case['data_dir'] == data_dir
         assert len(found['top1']['each']) == len(found['seconds']) == 2 == len(found['held_out_top1'])
         assert found['top1']['mean'] == statistics.mean(found['top1']['each']) and found['lr_at_edge']
-    assert Image.open(output / 'probe-cpu.png').width > 500
+    assert Image.open(output / 'probe-cpu-float32.png').width > 500
     assert 'smoke run' in done.stdout and '| NOAH | ' in done.stdout and 'images, L=4, ' in done.stdout
     assert len(list(cache.glob('*.bin'))) == 2
     again = call('benchmark.py', *args, '--heads', 'noah', 'linear')
     assert again.returncode == 0 and len(list(cache.glob('*.bin'))) == 2  # the same features
-    rows = json.loads((output / 'probe-cpu.json').read_text())['rows']
+    rows = json.loads((output / 'probe-cpu-float32.json').read_text())['rows']
     assert [row['head'] for row in rows] == ['noah', 'linear']
     assert rows[0]['top1'] == result['rows'][1]['top1']
 

@@ -1,4 +1,5 @@
 """The benchmark: the other heads against their formulas, the measures on what is known, real runs, refusals."""
+import dataclasses
 import functools
 import json
 import math
@@ -11,14 +12,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
 from noah_zoo import NoahHead
-from noah_zoo.benchmark.heads import HEADS, SHAPES, Case, head_step
+from noah_zoo.benchmark.heads import CNN, HEADS, SHAPES, Case, head_cases, head_parts, head_step, measure_heads
 from noah_zoo.benchmark.measure import peak_memory, ratio, saved_bytes, summary, time_in_turn
-from noah_zoo.benchmark.report import mean_losses, mean_ratios, table_pairs
+from noah_zoo.benchmark.pairs import training_step
+from noah_zoo.benchmark.report import (
+    HEAD_LOOKS,
+    draw_head,
+    mean_losses,
+    mean_ratios,
+    table_costs,
+    table_head,
+    table_pairs,
+)
 from noah_zoo.benchmark.run import benchmark
 from noah_zoo.benchmark.settings import Run
 from noah_zoo.catalog import CATALOG
@@ -180,7 +191,7 @@ def test_efficient_probing_needs_queries_that_divide():
 def test_heads_take_every_shape(case):
     x = case.features('cpu', torch.float32)[:2]
     assert x.is_contiguous() and x.numel() == 2 * case.in_features * case.positions
-    heads = {name: build(case).eval() for name, build in HEADS.items()}
+    heads = {name: build(case).eval() for name, build in HEADS.items() if name != 'compiled'}
     heads['plain'].load_state_dict(heads['noah'].state_dict())
     with torch.inference_mode():
         logits = {name: head(x) for name, head in heads.items()}
@@ -189,6 +200,49 @@ def test_heads_take_every_shape(case):
     pooled = x.mean(dim=(2, 3) if x.ndim == 4 else 1)
     torch.testing.assert_close(logits['linear'], heads['linear'][1](pooled), rtol=1e-4, atol=1e-4)
     assert type(heads['plain']) is PocaVariant and type(heads['noah']) is NoahHead
+
+
+@pytest.fixture
+def eager_backend(monkeypatch):
+    """torch.compile traces as ever, and calls no compiler."""
+    monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend='eager'))
+
+
+@torch._dynamo.config.patch(recompile_limit=1)
+def test_the_compiled_plain_form_at_many_shapes(eager_backend):
+    for size in (1, 2, 3):
+        case = Case(8, 2, 1 / 2, 4, num_classes=3, batch_size=size, training=True)
+        heads = {name: head_parts(name, case, 'cpu', torch.float32) for name in ('plain', 'compiled')}
+        torch.testing.assert_close(*(module(x) for module, x, _ in heads.values()), rtol=1e-5, atol=1e-5)
+
+
+def test_a_compiled_step_is_compiled_before_it_is_timed(eager_backend):
+    case = Case(8, 2, 1 / 2, 4, num_classes=3, batch_size=5, training=True)
+    step, stats = head_step('compiled', case, 'cpu', torch.bfloat16), torch._dynamo.utils.counters['stats']
+    before = stats['unique_graphs']
+    step()  # as `time_in_turn` does, first of all
+    compiled = stats['unique_graphs']
+    step()
+    assert before < compiled == stats['unique_graphs']
+
+
+def test_compiled_on_cuda_only(eager_backend, monkeypatch):
+    heads, case = ['noah', 'plain', 'compiled'], Case(8, 2, 1 / 2, 4, num_classes=3, batch_size=2)
+    assert [row['head'] for row in measure_heads(Run(['head'], quick=True), [case], heads, False)] == heads[:2]
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda: free)
+    monkeypatch.setattr('noah_zoo.benchmark.heads.head_step', lambda *args: lambda: time.sleep(0.001))
+    monkeypatch.setattr('noah_zoo.benchmark.measure.synchronize', lambda device: None)
+    run, free = Run(['head'], device='cuda', quick=True), (2 ** 30, 2 ** 30)
+    noah, _, compiled = rows = measure_heads(run, [case], heads, False)
+    assert compiled['head'] == 'compiled' and compiled['compiled_by_this']['median'] == 1.
+    found = f'{noah["compiled_by_this"]["median"]:.3g}'
+    header, _, line = table_head(rows).splitlines()[:3]
+    assert header.endswith('NOAH, plain form, compiled, ms | plain / NOAH | compiled / NOAH |')
+    assert line.endswith(f' | {found} |')
+    assert '| ms | plain / this | compiled / this | peak memory' in table_costs(rows)
+    free = (0, 2 ** 30)
+    assert ['skipped' in row for row in measure_heads(run, [case], heads, False)] == [False, True, True]
 
 
 # Time
@@ -307,10 +361,13 @@ def test_peak_memory_tells_that_the_process_died():
 
 
 def test_means():
-    def row(head, training, ratio):
-        return {'head': head, 'case': {'batch_size': 16, 'training': training}, 'plain_by_this': {'median': ratio}}
+    def row(head, training, ratio, num_classes=1000):
+        case = {'batch_size': 16, 'training': training, 'num_classes': num_classes}
+        return {'head': head, 'case': case, 'plain_by_this': {'median': ratio}}
 
-    rows = [row('noah', False, 2.), row('linear', False, 100.), row('noah', False, 8.), row('noah', True, 3.)]
+    rows = [
+        row('noah', False, 2.), row('linear', False, 100.), row('noah', False, 8.), row('noah', True, 3.),
+        row('noah', True, 50., 10)]
     assert mean_ratios(rows) == pytest.approx({'batch 16, forward': 4., 'batch 16, forward + backward': 3.})
 
     def pair(model, kept, paper):
@@ -339,17 +396,19 @@ def quick_run(tmp_path_factory):
     return output, subprocess.run(command, capture_output=True, text=True, timeout=600)
 
 
-@pytest.mark.parametrize('what, num_rows', [('head', 2 * 3 * 5), ('pairs', 1), ('training', 3), ('growth', 2 * 3 * 2)])
+@pytest.mark.parametrize('what, num_rows', [
+    ('head', (2 * 3 + 2) * 5), ('pairs', 1), ('training', 3), ('growth', 2 * 3 * 2)])
 def test_quick_run(quick_run, what, num_rows):
     output, done = quick_run
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in output.iterdir()) == sorted(
-        f'{name}-cpu.{suffix}' for name in ('head', 'pairs', 'training', 'growth') for suffix in ('json', 'png'))
-    result = json.loads((output / f'{what}-cpu.json').read_text())
+        f'{name}-cpu-float32.{suffix}'
+        for name in ('head', 'pairs', 'training', 'growth') for suffix in ('json', 'png'))
+    result = json.loads((output / f'{what}-cpu-float32.json').read_text())
     assert result['what'] == what and result['threads'] == 1 and result['quick'] and 'scripts/benchmark.py' in (
         result['command']) and result['versions']['torch'] == torch.__version__ and result['hardware']
     assert len(result['rows']) == num_rows
-    assert Image.open(output / f'{what}-cpu.png').width > 500
+    assert Image.open(output / f'{what}-cpu-float32.png').width > 500
     line, _, *table = done.stdout[done.stdout.index(f'{what} on '):].split('\n')
     assert 'smoke run' in line and table[1].startswith('| --- | --- ') and table[2].startswith('| ')
     assert 'repeat/s' in done.stderr or 's/repeat' in done.stderr
@@ -366,10 +425,60 @@ def test_quick_run(quick_run, what, num_rows):
 
 
 def test_geometric_mean_is_of_the_rows(quick_run):
-    result = json.loads((quick_run[0] / 'head-cpu.json').read_text())
+    result = json.loads((quick_run[0] / 'head-cpu-float32.json').read_text())
     ratios = [row['plain_by_this']['median'] for row in result['rows'] if row['head'] == 'noah'
               and row['case']['batch_size'] == 1]
     assert result['summary']['batch 1, forward'] == pytest.approx(statistics.geometric_mean(ratios))
+
+
+def test_cases_of_head(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    for device, large, num_classes in (('cpu', 16, [10, 100]), ('cuda', 200, [10, 100, 21843])):
+        cases = head_cases(Run(['head'], device=device))
+        assert [(case.batch_size, case.training) for case in cases[:12]] == [
+            *[(1, False)] * 4, *[(large, False)] * 4, *[(large, True)] * 4]
+        assert {case.num_classes for case in cases[:12]} == {1000}
+        assert cases[12:] == [
+            dataclasses.replace(CNN, num_classes=k, batch_size=64, training=training)
+            for training in (False, True) for k in num_classes]
+    assert head_cases(Run(['head'], batch_sizes=[3]))[7].batch_size == 3
+
+
+def test_picture_of_head():
+    stats = {'q1': 1., 'median': 2., 'q3': 3.}
+    rows = [{'head': head, 'case': dataclasses.asdict(case), 'seconds': stats}
+            for case in head_cases(Run(['head'])) for head in HEADS]
+    figure = draw_head(rows)
+    assert [axes.get_title() for axes in figure.axes] == [
+        f'batch {step}' for step in (
+            '1, forward', '16, forward', '16, forward + backward', '64, forward', '64, forward + backward')]
+    assert [text.get_text() for text in figure.legends[0].texts] == [HEAD_LOOKS[head][0] for head in HEADS]
+    assert [label.get_text().split('\n')[-1] for label in figure.axes[3].get_xticklabels()] == ['K=10', 'K=100']
+
+
+def test_a_dtype_leaves_the_files_of_another(tmp_path):
+    what = ['pairs', 'train_pairs']
+    for dtype in ('float32', 'bfloat16'):
+        texts = benchmark(what, quick=True, models=['mobilenetv2_035'], dtype=dtype, output=str(tmp_path))
+        for name, text in zip(what, texts, strict=True):
+            assert f', 1 threads, {dtype}, ' in text and '| mobilenetv2_035_noah | ' in text
+            row, = json.loads((tmp_path / f'{name}-cpu-{dtype}.json').read_text())['rows']
+            assert row['kept']['median'] > 0 and ('paper_kept' in row) == (name == 'pairs')
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f'{name}-cpu-{dtype}.{suffix}' for name in what for dtype in ('bfloat16', 'float32')
+        for suffix in ('json', 'png')]
+
+
+def test_a_training_step_of_a_model_trains_it(monkeypatch):
+    model = timm.create_model('test_resnet')
+    monkeypatch.setattr(timm, 'create_model', lambda name: model)
+    first, *_, last = model.parameters()
+    before = first.clone(), last.clone()
+    step = training_step('test_resnet', 2, 'cpu', torch.float32)
+    assert torch.equal(first, before[0]) and torch.equal(last, before[1])
+    step()
+    assert not torch.equal(first, before[0]) and not torch.equal(last, before[1])
+    assert first.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_ctrl_c_leaves_nothing(tmp_path):
@@ -383,7 +492,7 @@ def test_too_large_for_the_plain_form(monkeypatch, tmp_path, caplog):
     monkeypatch.setattr('noah_zoo.benchmark.heads.kib', lambda file, field: 10)
     text, = benchmark(['training'], quick=True, output=str(tmp_path))
     assert '| needs up to 0.0 GiB, 0.0 GiB are free | - | - | - |' in text and 'plain form' in caplog.text
-    rows = json.loads((tmp_path / 'training-cpu.json').read_text())['rows']
+    rows = json.loads((tmp_path / 'training-cpu-float32.json').read_text())['rows']
     assert [('skipped' in row, 'seconds' in row) for row in rows] == [(False, True), (True, False), (False, True)]
 
 
@@ -391,7 +500,7 @@ def test_too_large_for_the_plain_form(monkeypatch, tmp_path, caplog):
 
 
 @pytest.mark.parametrize('settings, message', [
-    (dict(what=['heads']), "what: 'heads' is not one of head, pairs, training, growth, probe"),
+    (dict(what=['heads']), "what: 'heads' is not one of head, pairs, train_pairs, training, growth, probe"),
     (dict(device='tpu'), "device: 'tpu' is not one of cpu, cuda"),
     (dict(dtype='int8'), "dtype: 'int8' is not one of float32, bfloat16, float16"),
     (dict(models=['resnet50', 'resnet51']), "'resnet51' is not a model of Table XVII; choose from resnet18_noah, "),
@@ -431,7 +540,7 @@ def test_help_does_not_wait_for_torch():
 
 def test_the_figures_of_the_documentation():
     head, pairs, training = (
-        json.loads((ROOT / 'results' / 'benchmark' / f'{name}-cpu.json').read_text())
+        json.loads((ROOT / 'results' / 'benchmark' / f'{name}-cpu-float32.json').read_text())
         for name in ('head', 'pairs', 'two_threads/training'))
     text = ' '.join((ROOT / 'docs' / 'numbers.md').read_text(encoding='utf-8').replace('\\\n', '').split())
     for result in (head, pairs, training):
