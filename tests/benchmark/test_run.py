@@ -227,7 +227,7 @@ def test_a_compiled_step_is_compiled_before_it_is_timed(eager_backend):
 
 
 def test_compiled_on_cuda_only(eager_backend, monkeypatch):
-    heads, case = ['noah', 'plain', 'compiled'], Case(8, 2, 1 / 2, 4, num_classes=3, batch_size=2)
+    heads, case = ['noah', 'plain', 'compiled'], Case(8, 2, 1 / 2, 4, batch_size=2, training=True)
     assert [row['head'] for row in measure_heads(Run(['head'], quick=True), [case], heads, False)] == heads[:2]
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda: free)
