@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -19,14 +19,13 @@ from timm.layers import convert_sync_batchnorm
 from timm.utils import distribute_bn
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.utils.data import DataLoader
 
 from ..config import TrainConfig
 from ..data.factory import create_datasets
-from ..data.loader import EpochBatchSampler, EvalBatchSampler, create_loader, seed_everything
+from ..data.loader import EpochBatchSampler, EvalBatchSampler, create_loader, on_device, seed_everything
 from ..data.streams import Stream
-from ..data.transforms import create_transforms
-from ..models.attach import data_config_of
+from ..data.transforms import create_erasing, create_transforms
+from ..models.attach import data_config_of, eval_transform
 from ..tasks import find_task
 from .builders import (
     build_ema,
@@ -113,15 +112,16 @@ class Trainer:
         self.damaged = {**getattr(train_set, 'damaged', {}), **getattr(val_set, 'damaged', {})}
         model = build_model(config, self.class_names)
         rank, size = accelerator.process_index, plan.per_device
-        train_transform, val_transform = create_transforms(config, data_config_of(model))
+        data_config = data_config_of(model)
+        train_transform, val_transform = create_transforms(config, data_config)
         self.sampler = None if isinstance(train_set, Stream) else EpochBatchSampler(
             len(train_set), size, plan.processes, rank, config.seed, config.aug_repeats,
             config.epoch_updates * plan.accumulation)
         val_sampler = None if isinstance(val_set, Stream) else EvalBatchSampler(
             len(val_set), size, plan.processes, rank)
-        self.train_loader = create_loader(
-            train_set, train_transform, self.sampler, config.workers, size, config.seed, rank)
-        self.val_loader = create_loader(val_set, val_transform, val_sampler, config.workers, size)
+        self.train_loader, self.val_loader = (on_device(loader, data_config, accelerator.device) for loader in (
+            create_loader(train_set, train_transform, self.sampler, config.workers, size, config.seed, rank),
+            create_loader(val_set, val_transform, val_sampler, config.workers, size)))
         self.batches = len(self.sampler) if self.sampler else len(train_set) // size  # of a process, in an epoch
         if config.smoke:
             self.batches = min(self.batches, config.smoke * plan.accumulation)
@@ -165,6 +165,7 @@ class Trainer:
         self.loss = math.nan  # the last that was read
         self.read_every = 1 if config.skip_nonfinite or accelerator.device.type == 'cpu' else READ_EVERY
         accelerator.register_for_checkpointing(*filter(None, (self.progress, self.scheduler, self.ema)))
+        self.erasing = create_erasing(config, accelerator.device)
         self.mixup = Mixup(
             config.mixup, config.cutmix, switch_prob=config.mixup_switch_prob, label_smoothing=config.smoothing,
             num_classes=len(self.class_names)) if config.mixup or config.cutmix else None
@@ -174,7 +175,7 @@ class Trainer:
             self.train_loader, self.val_loader = (
                 FeatureBatches(
                     cache_features(
-                        self.model, images, val_transform, Path(config.cache_features), size, config.workers),
+                        self.model, images, eval_transform(model), Path(config.cache_features), size, config.workers),
                     loader.batch_sampler)
                 for images, loader in ((train_set, self.train_loader), (val_set, self.val_loader)))
         self.terminated = False
@@ -268,8 +269,8 @@ class Trainer:
                     self.accelerator.end_training()
                     raise SystemExit(TERMINATED)
 
-    def epoch_batches(self) -> DataLoader:
-        """The loader, from where the epoch stands."""
+    def epoch_batches(self) -> Iterable:
+        """The batches, from where the epoch stands."""
         if self.sampler is not None:
             self.sampler.epoch, self.sampler.start = self.progress.epoch, self.progress.batch
             return self.train_loader
@@ -294,6 +295,8 @@ class Trainer:
             images = images.to(accelerator.device, non_blocking=True, memory_format=self.memory_format)
             targets = targets.to(accelerator.device, non_blocking=True)
             seed_everything(config.seed, 1, progress.epoch, progress.batch + micro, accelerator.process_index)
+            if self.erasing is not None:
+                images = self.erasing(images)
             if self.mixup is not None:
                 images, targets = self.mixup(images, targets)
             accelerator.sync_gradients = last = micro == window - 1
@@ -424,7 +427,7 @@ def _tell_deepspeed(accelerator: Accelerator, config: TrainConfig, batch: int, p
 
 @torch.inference_mode()
 def evaluate(
-        accelerator: Accelerator, model: nn.Module, loader: DataLoader, metrics: Any,
+        accelerator: Accelerator, model: nn.Module, loader: Iterable, metrics: Any,
         max_batches: Optional[int] = None,
 ) -> Dict[str, float]:
     """Update a task's metrics with the loaders of all processes, and give the figures; every image counts once if each

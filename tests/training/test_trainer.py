@@ -117,6 +117,23 @@ def test_a_loss_that_is_read_late_is_told_of_and_not_saved(checkpoint_steps, new
     assert not (tmp_path / 'best').exists()
 
 
+def test_random_erasing_depends_on_the_step_alone(idx_dir, tmp_path):
+    def inputs(reprob, first):
+        run, seen = small_run(idx_dir, tmp_path, reprob=reprob), []
+        run.model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()))
+        run.progress.batch = first
+        batches = iter(run.epoch_batches())
+        while run.progress.batch < 4:
+            run.train_step(batches, 1)
+            run.progress.batch += 1
+        return torch.stack(seen)
+
+    plain, erased, last = inputs(0., 0), inputs(1., 0), inputs(1., 2)
+    share = (erased != plain).float().mean(dim=(2, 3, 4))
+    assert share.min() > 0.01 and share.max() < 0.4
+    assert torch.equal(last, erased[2:])
+
+
 @pytest.mark.gpu
 def test_nothing_in_a_step_waits_for_the_device(idx_dir, tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)  # of runs on the CPU, before
