@@ -51,7 +51,8 @@ class TrainConfig(Recipe):
     checkpoint_hist: int = setting(2, 'Checkpoints to keep, besides the best weights.')
     resume: Optional[str] = setting(None,
         "'auto' goes on with the newest checkpoint in `output`, if there is one; or a checkpoint's folder.")
-    skip_nonfinite: int = setting(0, 'Updates with a loss that is not finite to leave out before giving up.')
+    skip_nonfinite: int = setting(0,
+        'Updates with a loss that is not finite to leave out before giving up; unless 0, each waits for its loss.')
     log_with: Optional[str] = setting(None, "A tracker of Accelerate, 'tensorboard' say.")
     smoke: int = setting(0,
         'A trial of two epochs: so many updates (3 without a number) and batches of evaluation; 0 for no trial.')

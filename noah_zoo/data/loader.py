@@ -5,6 +5,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import numpy as np
 import torch
+from timm.data.loader import PrefetchLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
@@ -122,7 +123,7 @@ def create_loader(
         images: Dataset, transform: Callable, sampler: Optional[Sampler], workers: int, per_device: int,
         seed: Optional[int] = None, rank: int = 0,
 ) -> DataLoader:
-    """A loader of images (B, C, H, W) and what the dataset has as their labels, stacked.
+    """A loader of images (B, C, H, W), as the transform gives them, and what the dataset has as their labels, stacked.
 
     Args:
         images: A dataset, or a stream.
@@ -141,3 +142,16 @@ def create_loader(
         return DataLoader(stream, batch_size=per_device, drop_last=seed is not None, **shared)
     return DataLoader(
         Transformed(images, transform, seed), batch_sampler=sampler, persistent_workers=workers > 0, **shared)
+
+
+def on_device(loader: DataLoader, data_config: Dict[str, Any], device: torch.device) -> PrefetchLoader:
+    """The batches of a loader on a device, where images become float32 and are normalised; a GPU copies the next ones
+    while it computes.
+
+    Args:
+        loader: Of uint8 images (B, C, H, W).
+        data_config: The model's, with 'mean' and 'std' of values from 0 to 1.
+        device: The device.
+    """
+    mean, std = data_config['mean'], data_config['std']
+    return PrefetchLoader(loader, mean, std, len(mean), device)

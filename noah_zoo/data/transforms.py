@@ -1,8 +1,10 @@
 """What an image goes through in training and in evaluation, by timm.data."""
 import math
-from typing import Any, Callable, Dict, Tuple
+from typing import Any, Callable, Dict, Optional, Tuple
 
+import torch
 from timm.data import create_transform
+from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import str_to_interp_mode
 from torchvision import transforms
 
@@ -18,7 +20,8 @@ def check_crop(config: TrainConfig) -> None:
 
 
 def create_transforms(config: TrainConfig, data_config: Dict[str, Any]) -> Tuple[Callable, Callable]:
-    """The transforms of a run, from an RGB image to a tensor: in training, and in evaluation.
+    """The transforms of a run, from an RGB image to uint8 (C, H, W): in training, and in evaluation. The loader
+    normalises on the device.
 
     Args:
         config: The settings.
@@ -28,13 +31,13 @@ def create_transforms(config: TrainConfig, data_config: Dict[str, Any]) -> Tuple
         ValueError: If `config.train_crop` is unknown.
     """
     check_crop(config)
-    val_transform = create_transform(**data_config)
+    val_transform = create_transform(**data_config, normalize=False)
     if config.no_aug or config.cache_features:
         return val_transform, val_transform
     interpolation = config.train_interpolation or data_config['interpolation']
     train_transform = create_transform(
         is_training=True, interpolation=interpolation, scale=config.scale, ratio=config.ratio, hflip=config.hflip,
-        color_jitter=config.color_jitter, auto_augment=config.aa, re_prob=config.reprob, re_mode='pixel',
+        color_jitter=config.color_jitter, auto_augment=config.aa, normalize=False,
         **{name: data_config[name] for name in ('input_size', 'mean', 'std')})
     size = data_config['input_size'][1:]
     mode = str_to_interp_mode('bilinear' if interpolation == 'random' else interpolation)
@@ -45,3 +48,10 @@ def create_transforms(config: TrainConfig, data_config: Dict[str, Any]) -> Tuple
             transforms.Resize(math.floor(min(size) / data_config['crop_pct']), mode),
             transforms.RandomCrop(size, pad_if_needed=True)])
     return train_transform, val_transform
+
+
+def create_erasing(config: TrainConfig, device: torch.device) -> Optional[RandomErasing]:
+    """Random erasing of normalised images (B, C, H, W) of a device, in place; None if the run has none."""
+    if not config.reprob or config.no_aug or config.cache_features:
+        return None
+    return RandomErasing(config.reprob, mode='pixel', device=device)

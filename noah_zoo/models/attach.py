@@ -410,9 +410,10 @@ def data_config_of(model: nn.Module) -> Dict[str, Any]:
     return dict(config, input_size=(channels, *size))
 
 
-def eval_transform(model: nn.Module, img_size: Optional[int] = None) -> Callable:
-    """From an RGB image to what a model takes in evaluation, (C, H, W); square, if another size is wanted."""
-    config = data_config_of(model)
+def eval_transform(model: nn.Module, img_size: Optional[int] = None, normalize: bool = True) -> Callable:
+    """From an RGB image to what a model takes in evaluation, (C, H, W); square, if another size is wanted. Without
+    `normalize` it is in uint8 still."""
+    config = dict(data_config_of(model), normalize=normalize)
     return create_transform(**dict(config, input_size=(3, img_size, img_size)) if img_size else config)
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -17,16 +17,15 @@ from accelerate.utils import DistributedType, tqdm
 from timm.data import Mixup
 from timm.layers import convert_sync_batchnorm
 from timm.utils import distribute_bn
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.utils.data import DataLoader
 
 from ..config import TrainConfig
 from ..data.factory import create_datasets
-from ..data.loader import EpochBatchSampler, EvalBatchSampler, create_loader, seed_everything
+from ..data.loader import EpochBatchSampler, EvalBatchSampler, create_loader, on_device, seed_everything
 from ..data.streams import Stream
-from ..data.transforms import create_transforms
-from ..models.attach import data_config_of
+from ..data.transforms import create_erasing, create_transforms
+from ..models.attach import data_config_of, eval_transform
 from ..tasks import find_task
 from .builders import (
     build_ema,
@@ -46,6 +45,7 @@ from .settings import check_settings, learning_rate, plan_batch
 _logger = logging.getLogger(__name__)
 
 TERMINATED = 143  # exit code after SIGTERM: 128 + 15
+READ_EVERY = 10  # updates, on an accelerator: to read a loss is to wait until the device has computed it
 
 
 def train(config: TrainConfig) -> Dict[str, Any]:
@@ -62,7 +62,7 @@ def train(config: TrainConfig) -> Dict[str, Any]:
     Raises:
         FileExistsError: If `config.output` has a run already, and `resume` does not say to go on with it.
         FileNotFoundError: If the data are not there.
-        FloatingPointError: If the loss is not finite.
+        FloatingPointError: If the loss of an update is not finite; nothing is saved from there on.
         OSError: If the disk is full; the checkpoints before are good.
         SystemExit: With 143, after a checkpoint, if the process is sent SIGTERM.
         ValueError: If timm does not know the model, or settings contradict each other or the run that goes on.
@@ -112,15 +112,16 @@ class Trainer:
         self.damaged = {**getattr(train_set, 'damaged', {}), **getattr(val_set, 'damaged', {})}
         model = build_model(config, self.class_names)
         rank, size = accelerator.process_index, plan.per_device
-        train_transform, val_transform = create_transforms(config, data_config_of(model))
+        data_config = data_config_of(model)
+        train_transform, val_transform = create_transforms(config, data_config)
         self.sampler = None if isinstance(train_set, Stream) else EpochBatchSampler(
             len(train_set), size, plan.processes, rank, config.seed, config.aug_repeats,
             config.epoch_updates * plan.accumulation)
         val_sampler = None if isinstance(val_set, Stream) else EvalBatchSampler(
             len(val_set), size, plan.processes, rank)
-        self.train_loader = create_loader(
-            train_set, train_transform, self.sampler, config.workers, size, config.seed, rank)
-        self.val_loader = create_loader(val_set, val_transform, val_sampler, config.workers, size)
+        self.train_loader, self.val_loader = (on_device(loader, data_config, accelerator.device) for loader in (
+            create_loader(train_set, train_transform, self.sampler, config.workers, size, config.seed, rank),
+            create_loader(val_set, val_transform, val_sampler, config.workers, size)))
         self.batches = len(self.sampler) if self.sampler else len(train_set) // size  # of a process, in an epoch
         if config.smoke:
             self.batches = min(self.batches, config.smoke * plan.accumulation)
@@ -160,7 +161,11 @@ class Trainer:
                 'ones; --model-ema-decay none evaluates the plain weights', config.model_ema_decay,
                 updates * config.epochs, 100 * kept)
         self.progress = Progress()
+        self.pending: List[Tensor] = []  # losses of the latest updates, on the device
+        self.loss = math.nan  # the last that was read
+        self.read_every = 1 if config.skip_nonfinite or accelerator.device.type == 'cpu' else READ_EVERY
         accelerator.register_for_checkpointing(*filter(None, (self.progress, self.scheduler, self.ema)))
+        self.erasing = create_erasing(config, accelerator.device)
         self.mixup = Mixup(
             config.mixup, config.cutmix, switch_prob=config.mixup_switch_prob, label_smoothing=config.smoothing,
             num_classes=len(self.class_names)) if config.mixup or config.cutmix else None
@@ -170,7 +175,7 @@ class Trainer:
             self.train_loader, self.val_loader = (
                 FeatureBatches(
                     cache_features(
-                        self.model, images, val_transform, Path(config.cache_features), size, config.workers),
+                        self.model, images, eval_transform(model), Path(config.cache_features), size, config.workers),
                     loader.batch_sampler)
                 for images, loader in ((train_set, self.train_loader), (val_set, self.val_loader)))
         self.terminated = False
@@ -248,12 +253,15 @@ class Trainer:
         with bar:
             while progress.batch < self.batches:
                 window = min(plan.accumulation, self.batches - progress.batch)
-                loss = self.train_step(batches, window)
+                self.train_step(batches, window)
                 progress.batch += window
                 bar.update(window * size)
-                bar.set_postfix(loss=f'{loss:.3f}', lr=f'{self.optimizer.param_groups[0]["lr"]:.2e}', refresh=False)
+                reads = progress.update % self.read_every == 0 or progress.batch == self.batches
+                if reads:
+                    lr = self.optimizer.param_groups[0]['lr']
+                    bar.set_postfix(loss=f'{self.read_losses():.3f}', lr=f'{lr:.2e}', refresh=False)
                 progress.seconds = elapsed()
-                stop = self._stop_requested()
+                stop = self._stop_requested(reads)
                 if stop or config.checkpoint_steps and progress.update % config.checkpoint_steps == 0:
                     path = self.save()
                 if stop:
@@ -261,8 +269,8 @@ class Trainer:
                     self.accelerator.end_training()
                     raise SystemExit(TERMINATED)
 
-    def epoch_batches(self) -> DataLoader:
-        """The loader, from where the epoch stands."""
+    def epoch_batches(self) -> Iterable:
+        """The batches, from where the epoch stands."""
         if self.sampler is not None:
             self.sampler.epoch, self.sampler.start = self.progress.epoch, self.progress.batch
             return self.train_loader
@@ -272,8 +280,11 @@ class Trainer:
             next(batches)
         return batches
 
-    def train_step(self, batches: Iterator, window: int) -> float:
-        """One step of the optimizer over `window` batches; gives the mean loss over all processes."""
+    def train_step(self, batches: Iterator, window: int) -> None:
+        """One step of the optimizer over `window` batches; the mean loss over all processes is `pending`.
+
+        Nothing in here waits for the device, unless updates may have to be left out.
+        """
         config, accelerator, progress = self.config, self.accelerator, self.progress
         if self.on_updates:
             self.scheduler.step_update(progress.update)
@@ -284,6 +295,8 @@ class Trainer:
             images = images.to(accelerator.device, non_blocking=True, memory_format=self.memory_format)
             targets = targets.to(accelerator.device, non_blocking=True)
             seed_everything(config.seed, 1, progress.epoch, progress.batch + micro, accelerator.process_index)
+            if self.erasing is not None:
+                images = self.erasing(images)
             if self.mixup is not None:
                 images, targets = self.mixup(images, targets)
             accelerator.sync_gradients = last = micro == window - 1
@@ -292,11 +305,13 @@ class Trainer:
                     loss = self.criterion(self.prepared(images), targets) / window
                 accelerator.backward(loss)
             total += loss.detach()
-        value = accelerator.reduce(total, 'mean').item()  # this waits for the device
+        self.pending.append(accelerator.reduce(total, 'mean'))
         progress.update += 1
-        if not math.isfinite(value):  # on any process
-            self._leave_out(value, before)
-            return value
+        if config.skip_nonfinite and not math.isfinite(self.read_losses()):  # on any process
+            self.optimizer.zero_grad()
+            for buffer, kept in zip(self.model.buffers(), before):  # batch norm's statistics are not finite either
+                buffer.copy_(kept)
+            return
         if progress.epoch < config.freeze_epochs:  # frozen, yet in the graph, which DDP and compiled models hold on to
             head = set(self.model.get_classifier().parameters())
             for parameter in self.model.parameters():
@@ -308,23 +323,28 @@ class Trainer:
         self.optimizer.zero_grad()
         if self.ema is not None:
             self.ema.update(self.model)
-        progress.loss += value
-        progress.updates_in_epoch += 1
-        return value
 
-    def _leave_out(self, loss: float, buffers: list) -> None:
-        """Undo an update whose loss is not finite, or give up."""
+    def read_losses(self) -> float:
+        """Add up the losses that are pending, and give the last that was read; this waits for the device.
+
+        Raises:
+            FloatingPointError: If one is not finite, and no update may be left out any more.
+        """
         progress = self.progress
-        progress.skipped += 1
-        self.optimizer.zero_grad()
-        if progress.skipped > self.config.skip_nonfinite:
-            newest = newest_checkpoint(self.folder.checkpoints)
-            raise FloatingPointError(
-                f'the loss is {loss} in update {progress.update} (epoch {progress.epoch + 1}); the last good '
-                f'checkpoint is {newest}. A lower learning rate may help, or --skip-nonfinite N')
-        for buffer, kept in zip(self.model.buffers(), buffers):  # batch norm's statistics are not finite either
-            buffer.copy_(kept)
-        _logger.info('update %d: the loss is %s; left out', progress.update, loss)
+        losses, self.pending = torch.stack(self.pending).tolist() if self.pending else [], []
+        for update, self.loss in enumerate(losses, progress.update - len(losses) + 1):
+            if math.isfinite(self.loss):
+                progress.loss += self.loss
+                progress.updates_in_epoch += 1
+                continue
+            if progress.skipped >= self.config.skip_nonfinite:
+                newest = newest_checkpoint(self.folder.checkpoints)
+                raise FloatingPointError(
+                    f'the loss is {self.loss} in update {update} (epoch {progress.epoch + 1}); the last good '
+                    f'checkpoint is {newest}. A lower learning rate may help, or --skip-nonfinite N')
+            progress.skipped += 1
+            _logger.info('update %d: the loss is %s; left out', update, self.loss)
+        return self.loss
 
     def model_to_keep(self) -> nn.Module:
         """The model to evaluate and to keep, with all of its weights on every process."""
@@ -346,7 +366,8 @@ class Trainer:
         return figures, metrics
 
     def save(self) -> Path:
-        """Write a checkpoint."""
+        """Write a checkpoint, once the losses that led to it are known to be finite."""
+        self.read_losses()
         return save_checkpoint(
             self.accelerator, self.folder.checkpoints, self.progress.update, self.config.checkpoint_hist)
 
@@ -388,12 +409,13 @@ class Trainer:
         finally:
             signal.signal(signal.SIGTERM, before)
 
-    def _stop_requested(self) -> bool:
-        """Whether any process was told to stop."""
+    def _stop_requested(self, asks: bool) -> bool:
+        """Whether any process was told to stop; several ask each other, which waits for the device, if `asks`."""
         if self.accelerator.num_processes == 1:
             return self.terminated
-        flag = torch.tensor(float(self.terminated), device=self.accelerator.device)
-        return self.accelerator.reduce(flag, 'sum').item() > 0
+        if asks and self.terminated:
+            self.accelerator.set_trigger()
+        return asks and self.accelerator.check_trigger()
 
 
 def _tell_deepspeed(accelerator: Accelerator, config: TrainConfig, batch: int, per_device: int) -> None:
@@ -405,7 +427,7 @@ def _tell_deepspeed(accelerator: Accelerator, config: TrainConfig, batch: int, p
 
 @torch.inference_mode()
 def evaluate(
-        accelerator: Accelerator, model: nn.Module, loader: DataLoader, metrics: Any,
+        accelerator: Accelerator, model: nn.Module, loader: Iterable, metrics: Any,
         max_batches: Optional[int] = None,
 ) -> Dict[str, float]:
     """Update a task's metrics with the loaders of all processes, and give the figures; every image counts once if each

@@ -8,10 +8,10 @@ from torch.utils.data import IterableDataset
 
 from ..catalog import TAG, paper_results
 from ..data.factory import create_dataset
-from ..data.loader import EvalBatchSampler, create_loader
+from ..data.loader import EvalBatchSampler, create_loader, on_device
 from ..inference.export import SUFFIXES, ExportedModel
 from ..inference.predict import check_model
-from ..models.attach import eval_transform, set_image_size
+from ..models.attach import data_config_of, eval_transform, set_image_size
 from ..tasks import find_task
 from .trainer import evaluate
 
@@ -71,10 +71,11 @@ def validate(
         set_image_size(net, img_size)
     images = judge.match(model, net, images)
     stream = isinstance(images, IterableDataset)
-    transform = eval_transform(net, img_size)
+    transform = eval_transform(net, img_size, normalize=False)
     sampler = None if stream else EvalBatchSampler(
         len(images), batch_size, accelerator.num_processes, accelerator.process_index)
     loader = create_loader(images, transform, sampler, workers, batch_size)
+    loader = on_device(loader, data_config_of(net), accelerator.device)
     metrics = judge.create_metrics(net.num_classes, accelerator.device)
     figures = evaluate(accelerator, judge.eval_model(net.to(accelerator.device)), loader, metrics)
     if picture:

@@ -3,8 +3,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import transforms
 
-from noah_zoo.data.transforms import create_transforms
+from noah_zoo.data.loader import EpochBatchSampler, create_loader, on_device
+from noah_zoo.data.transforms import TRAIN_CROPS, create_erasing, create_transforms
 from noah_zoo.training import TrainConfig
 
 
@@ -18,11 +20,12 @@ def test_crops():
     image = Image.fromarray(image)
     for transform in create_transforms(config, data_config):
         x = transform(image)
-        assert x.shape == (3, 32, 32) and x[:, :, 0].min() > 0.9 and x[:, :, 4:].max() < 0.1
+        assert x.shape == (3, 32, 32) and x.dtype == torch.uint8
+        assert x[:, :, 0].min() > 0.9 * 255 and x[:, :, 4:].max() < 0.1 * 255
     config.train_crop, data_config['crop_mode'], data_config['crop_pct'] = 'random', 'center', 0.5
     train_transform, val_transform = create_transforms(config, data_config)
     torch.manual_seed(0)
-    white = [train_transform(image)[0, 0].mean().item() for _ in range(60)]
+    white = [train_transform(image)[0, 0].float().mean().item() / 255 for _ in range(60)]
     assert max(white) > 0.1 and min(white) == 0  # crops of 32 x 32 of 64 x 128, some at the edge
     assert val_transform(image).max() == 0
     config.train_crop = 'whole'
@@ -31,3 +34,35 @@ def test_crops():
     config.no_aug = config.train_crop = 'rrc'
     same = create_transforms(config, data_config)
     assert same[0] is same[1]
+
+
+@pytest.mark.parametrize('mode, mean, std', [
+    ('RGB', (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), ('RGB', (0.5,), (0.5,)), ('L', (0.1307,), (0.3081,))])
+@pytest.mark.parametrize('crop', TRAIN_CROPS)
+def test_images_are_normalised_on_the_device_as_in_a_worker(crop, mode, mean, std):
+    rng = np.random.default_rng(0)
+    images = [
+        (Image.fromarray(rng.integers(0, 256, (40 + i, 50, 3), np.uint8)).convert(mode), i % 3) for i in range(12)]
+    data_config = dict(
+        input_size=(len(mean), 32, 32), interpolation='bicubic', mean=mean, std=std, crop_pct=0.875,
+        crop_mode='center')
+    for transform in create_transforms(TrainConfig(model='', output='', train_crop=crop), data_config):
+        whole = transforms.Compose([
+            *transform.transforms[:-1], transforms.ToTensor(), transforms.Normalize(torch.tensor(mean), std)])
+        small, expected = (
+            create_loader(images, each, EpochBatchSampler(12, 4, 1, 0, seed=1), 2, 4, 7) for each in (transform, whole))
+        batches = list(on_device(small, data_config, torch.device('cpu')))
+        assert len(batches) == 3
+        for (raw, _), (x, labels), (wanted, of_wanted) in zip(small, batches, expected, strict=True):
+            assert raw.dtype == torch.uint8 and raw.shape == x.shape and torch.equal(labels, of_wanted)
+            torch.testing.assert_close(x, wanted, rtol=0, atol=1e-6)
+
+
+def test_erasing():
+    device, config = torch.device('cpu'), TrainConfig(model='', output='', reprob=1.)
+    before = torch.randn(8, 3, 32, 32)
+    x = create_erasing(config, device)(before.clone())
+    share = (x != before).all(dim=1).float().mean(dim=(1, 2))
+    assert share.min() > 0.01 and share.max() < 0.4 and torch.equal((x != before).all(dim=1), (x != before).any(dim=1))
+    for without in (dict(reprob=0.), dict(no_aug=True), dict(cache_features='c')):
+        assert create_erasing(TrainConfig(model='', output='', **{'reprob': 1., **without}), device) is None

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 import noah_zoo  # noqa: F401
@@ -70,6 +71,92 @@ def test_an_update_that_is_left_out_leaves_nothing(idx_dir, tmp_path, caplog):
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
     assert not torch.equal(states[1]['bn2.running_mean'], states[2]['bn2.running_mean'])
     assert all(value.isfinite().all() for value in states[2].values())
+
+
+def small_run(idx_dir, output, read_every=1, **settings):
+    """A run of an epoch of 12 updates."""
+    run = Trainer(TrainConfig(**{**dict(
+        model='mobilenetv2_035_noah', output=str(output), data_dir=str(idx_dir), img_size=32, epochs=1, batch_size=4,
+        lr=0.01, workers=0, cpu=True, resume='auto'), **settings}))
+    run.read_every = read_every
+    return run
+
+
+def at_update(run, number, do):
+    """Have `do(inputs)` called by the forward pass of an update, which goes on with what it gives."""
+    run.model.bn2.register_forward_pre_hook(
+        lambda module, inputs: do(inputs[0]) if module.training and run.progress.update == number - 1 else None)
+
+
+def test_losses_read_now_and_then_are_those_of_a_run_that_reads_each(idx_dir, tmp_path):
+    small_run(idx_dir, tmp_path / '1', epochs=2).train()
+    run = small_run(idx_dir, tmp_path / '5', 5, epochs=2)
+    at_update(run, 7, lambda x: setattr(run, 'terminated', True))
+    with pytest.raises(SystemExit, match='143'):  # two losses are pending
+        run.train()
+    assert [path.name for path in (tmp_path / '5' / 'checkpoints').iterdir()] == ['update-000000007']
+    small_run(idx_dir, tmp_path / '5', 5, epochs=2).train()
+    logs = [
+        [{key: value for key, value in json.loads(line).items() if 'seconds' not in key}
+         for line in (tmp_path / name / 'log.jsonl').read_text().splitlines()] for name in '15']
+    assert len(logs[0]) == 2 and logs[1] == logs[0]
+    first, second = (
+        load_file(tmp_path / name / 'checkpoints' / 'update-000000024' / 'model.safetensors') for name in '15')
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize('checkpoint_steps, newest, seen', [(0, None, 8), (1, 5, 6), (2, 4, 6), (5, 5, 8)])
+def test_a_loss_that_is_read_late_is_told_of_and_not_saved(checkpoint_steps, newest, seen, idx_dir, tmp_path):
+    run = small_run(idx_dir, tmp_path, 4, checkpoint_steps=checkpoint_steps, checkpoint_hist=99)
+    at_update(run, 6, lambda x: x * torch.inf)
+    newest = newest and f'{tmp_path}/checkpoints/update-{newest:09}'
+    with pytest.raises(FloatingPointError, match=rf'is nan in update 6 \(epoch 1\); .* checkpoint is {newest}\. '):
+        run.train()
+    assert run.progress.update == seen
+    assert max((tmp_path / 'checkpoints').glob('*'), default=None) == (newest and Path(newest))
+    assert not (tmp_path / 'best').exists()
+
+
+def test_random_erasing_depends_on_the_step_alone(idx_dir, tmp_path):
+    def inputs(reprob, first):
+        run, seen = small_run(idx_dir, tmp_path, reprob=reprob), []
+        run.model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()))
+        run.progress.batch = first
+        batches = iter(run.epoch_batches())
+        while run.progress.batch < 4:
+            run.train_step(batches, 1)
+            run.progress.batch += 1
+        return torch.stack(seen)
+
+    plain, erased, last = inputs(0., 0), inputs(1., 0), inputs(1., 2)
+    share = (erased != plain).float().mean(dim=(2, 3, 4))
+    assert share.min() > 0.01 and share.max() < 0.4
+    assert torch.equal(last, erased[2:])
+
+
+@pytest.mark.gpu
+def test_nothing_in_a_step_waits_for_the_device(idx_dir, tmp_path):
+    AcceleratorState._reset_state(reset_partial_state=True)  # of runs on the CPU, before
+    run = small_run(
+        idx_dir, tmp_path, cpu=False, workers=2, batch_size=8, device_batch_size=4, epoch_updates=24, opt='adamw',
+        clip_grad=1., model_ema_decay=0.9, mixup=0.2, cutmix=1., reprob=0.5, drop_path=0.1, mixed_precision='bf16')
+    assert run.accelerator.device.type == 'cuda' and run.batches == 48
+    run.resume()
+    run.prepared.train()
+    batches = iter(run.epoch_batches())
+    try:
+        for update in range(24):
+            if update == 4:  # kernels are compiled, the optimizer has its state
+                torch.cuda.set_sync_debug_mode('error')
+            run.train_step(batches, 2)
+            run.progress.batch += 2
+        with pytest.raises(RuntimeError, match='synchronizing'):
+            run.read_losses()
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+        AcceleratorState._reset_state(reset_partial_state=True)
+    losses = torch.stack(run.pending)
+    assert len(losses) == 24 and losses.isfinite().all() and losses.unique().numel() > 1
 
 
 def test_averages_over_too_few_updates_are_told_of(idx_dir, tmp_path):
