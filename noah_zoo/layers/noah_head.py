@@ -215,7 +215,7 @@ class NoahHead(nn.Module):
 def is_plain(layer: nn.Module) -> bool:
     """Whether a convolution does what its weights say, and no more: no hook, parametrization, mask or wrapper on it."""
     return (
-        type(layer) is nn.Conv2d and getattr(layer.forward, '__func__', None) is nn.Conv2d.forward
+        type(layer) is nn.Conv2d and 'forward' not in layer.__dict__
         and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
         and not torch.nn.modules.module._has_any_global_hook())
 

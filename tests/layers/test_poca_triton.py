@@ -303,7 +303,8 @@ def check_compiled_and_captured(kernels, device):
             if drop_rate:  # another mask every time
                 assert not torch.equal(results[0][0], results[1][0])
             else:
-                assert all(error(ours, eager) < 1e-4 for ours, eager in zip(*results) if eager.any()), number
+                errors = [error(ours, eager) for eager, ours in zip(*results)]
+                assert max(errors) < 1e-4, (number, errors)
     head, x = NoahHead(64, 10, 4).to(device), torch.randn(8, 64, 7, 7, device=device)
     captured = torch.cuda.make_graphed_callables(NoahHead(64, 10, 4).to(device), (x.clone().requires_grad_(),))
     head.load_state_dict(captured.state_dict())
