@@ -202,17 +202,9 @@ def _backward(
         dweights = [empty(weight.shape, dtype=dtype, device=x_BLC.device) for weight in (key_weight, value_weight)]
         if value_bias is not None:
             dvalue_bias = (empty if seed is None else torch.zeros)(value_bias.shape, dtype=dtype, device=x_BLC.device)
-    for groups, images, maps, features, weights, dmaps in blocks:
-        rows = slice(images.start * height * width, images.stop * height * width)
-        for part in (0, 1):
-            if need_x:
-                dx_GRC = _of_features(dx_BLC, first[part], widths[part], groups, rows)
-                _put_product(dx_GRC, dmaps[part], weights[part], not one_write)
-            if need_weights:
-                dweight_GMC = _of_weight(dweights[part], conv_groups, groups, maps)
-                _put_product(dweight_GMC, dmaps[part].mT, features[part], images.start > 0)
-        if dvalue_bias is not None and seed is not None:
-            dvalue_bias.view(conv_groups, -1)[groups, maps] += dmaps[1].sum(dim=1, dtype=dtype)
+    _add_products(
+        blocks, dx_BLC, dweights, None if seed is None else dvalue_bias, (*zip(first, widths),), conv_groups,
+        height * width, one_write)
     if dvalue_bias is not None and seed is None:
         dvalue_bias.view(num_groups, -1).copy_(grad_BK.sum(dim=0))
     dx_BCHW = dkey_weight = dvalue_weight = none = x_BCHW.new_empty(0)
@@ -225,6 +217,31 @@ def _backward(
     if need_weights:
         dkey_weight, dvalue_weight = dweights[0].to(key_weight.dtype), dweights[1].to(value_weight.dtype)
     return dx_BCHW, dkey_weight, dvalue_weight, none if dvalue_bias is None else dvalue_bias.to(value_bias.dtype)
+
+
+def _add_products(
+        blocks: Iterator[tuple], dx_BLC: Optional[Tensor], dweights: Optional[List[Tensor]],
+        dvalue_bias: Optional[Tensor], parts: Tuple[Tuple[int, int], ...], conv_groups: int, length: int,
+        one_write: bool) -> None:
+    """The second step: from gradients of scores and values to those of features and weights, which are written into.
+
+    Args:
+        blocks: As `_map_grads` gives them.
+        parts: First channel and channels of a group, of keys and of values.
+        one_write: Whether every gradient of a feature is written once, else it is added to.
+        Others: As in `_backward`.
+    """
+    for groups, images, maps, features, weights, dmaps in blocks:
+        rows = slice(images.start * length, images.stop * length)
+        for part, (first, width) in enumerate(parts):
+            if dx_BLC is not None:
+                dx_GRC = _of_features(dx_BLC, first, width, groups, rows)
+                _put_product(dx_GRC, dmaps[part], weights[part], not one_write)
+            if dweights is not None:
+                dweight_GMC = _of_weight(dweights[part], conv_groups, groups, maps)
+                _put_product(dweight_GMC, dmaps[part].mT, features[part], images.start > 0)
+        if dvalue_bias is not None:
+            dvalue_bias.view(conv_groups, -1)[groups, maps] += dmaps[1].sum(dim=1, dtype=dvalue_bias.dtype)
 
 
 def _copy(x_BLC: Tensor, to_BLC: Tensor) -> Tensor:

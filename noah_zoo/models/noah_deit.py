@@ -64,9 +64,23 @@ default_cfgs = generate_default_cfgs({
        for row in family('deit')},
 })
 _FEATURES = dict(feature_cls='getter', out_indices=3)
+
+
+class Contiguous(nn.Identity):
+    """Tokens in the order of their memory. A class token has that effect; without one, the tokens that the embedding
+    transposed would stay so through all blocks, and every norm would copy them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.contiguous()
+
+
+def _contiguous(*args, **kwargs) -> nn.Module:
+    return Contiguous()
+
+
 _create_noah = partial(
-    build_noah, input_fmt='NLC', twin_args=dict(class_token=False, global_pool='avg', fc_norm=False),
-    filter_fn=checkpoint_filter_fn, feature_cfg=_FEATURES)
+    build_noah, input_fmt='NLC', filter_fn=checkpoint_filter_fn, feature_cfg=_FEATURES,
+    twin_args=dict(class_token=False, global_pool='avg', fc_norm=False, embed_norm_layer=_contiguous))
 
 
 def _create_thin(variant: str, pretrained: bool, **kwargs) -> ThinDeit:
