@@ -4,9 +4,12 @@ from pathlib import Path
 from typing import Optional, Union
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 UNREADABLE = ': not a readable image: '
+ORIENTATIONS = dict(zip(range(2, 9), (  # of EXIF, and what undoes them; 1 is upright
+    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90)))
 
 
 class DamagedImageError(ValueError):
@@ -17,8 +20,9 @@ class DamagedImageError(ValueError):
 def read_image(source: Union[str, Path, bytes], where: Optional[str] = None) -> Image.Image:
     """Read an image file whole, as RGB.
 
-    As everywhere in timm, transparency is dropped, the first frame of several is taken, and EXIF orientation is not
-    applied. Not as in timm, where they become white: see `to_rgb` for 16-bit and floating-point images.
+    As everywhere in timm, the first frame of several is taken. Not as in timm: what EXIF says of the orientation is
+    applied, as cameras turn no image themselves; transparency becomes white, where otherwise whatever lies under it
+    would be seen; and see `to_rgb` for 16-bit and floating-point images.
 
     Args:
         source: The file's path or content.
@@ -38,7 +42,7 @@ def read_image(source: Union[str, Path, bytes], where: Optional[str] = None) -> 
         raise
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return to_rgb(image)
+            return to_rgb(_upright(image))
     except (MemoryError, Warning):  # not the image's fault; warnings come here under python -W error
         raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others
@@ -48,8 +52,19 @@ def read_image(source: Union[str, Path, bytes], where: Optional[str] = None) -> 
         raise DamagedImageError(f'{where}{UNREADABLE}{reason}') from None
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()  # what of the image is damaged is told from here on
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except MemoryError:
+        raise
+    except Exception:  # of the metadata, which an image can do without
+        return image
+    return image.transpose(ORIENTATIONS[orientation]) if orientation in ORIENTATIONS else image
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
-    """`image.convert('RGB')`, but for the modes that it clips to white.
+    """`image.convert('RGB')`, on white where it is transparent, and but for the modes that are clipped to white.
 
     16-bit grey, which is 'I;16' or 'I' by format and version of Pillow, is divided by 256. Floating-point grey of 0 to
     1 is multiplied by 255; of 0 to 255 it is rounded down.
@@ -58,8 +73,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         ValueError: If values are out of these ranges.
     """
     if image.mode != 'F' and not image.mode.startswith('I'):
-        if image.mode == 'P' and isinstance(image.info.get('transparency'), bytes):
-            image = image.convert('RGBA')  # the same colours, without Pillow's warning
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
         return image.convert('RGB')
     values = np.asarray(image)
     low, high = values.min(), values.max()
