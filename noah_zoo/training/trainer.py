@@ -13,7 +13,7 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tupl
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, tqdm
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, tqdm
 from timm.data import Mixup
 from timm.layers import convert_sync_batchnorm
 from timm.utils import distribute_bn
@@ -100,7 +100,13 @@ class Trainer:
     def __init__(self, config: TrainConfig) -> None:
         self.config, self.folder, self.task = config, RunFolder(config.output), find_task(config.task)
         self.accelerator = accelerator = Accelerator(
-            cpu=config.cpu, mixed_precision=config.mixed_precision, log_with=config.log_with, project_dir=config.output)
+            cpu=config.cpu, mixed_precision=config.mixed_precision, log_with=config.log_with, project_dir=config.output,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1))  # which `train_step` does itself
+        steps = os.environ.get('ACCELERATE_GRADIENT_ACCUMULATION_STEPS', '1')
+        if steps != '1' and accelerator.distributed_type != DistributedType.DEEPSPEED:
+            _logger.warning(
+                'ACCELERATE_GRADIENT_ACCUMULATION_STEPS=%s is not followed; --batch-size and --device-batch-size say '
+                'how many batches are accumulated', steps)
         self.is_sharded = accelerator.distributed_type == DistributedType.FSDP
         check_settings(config, accelerator)
         self.plan = plan = plan_batch(config, accelerator.num_processes)

@@ -134,6 +134,20 @@ def test_random_erasing_depends_on_the_step_alone(idx_dir, tmp_path):
     assert torch.equal(last, erased[2:])
 
 
+def test_what_the_environment_says_of_accumulation_is_not_followed(idx_dir, tmp_path, monkeypatch, caplog):
+    weights = []
+    for steps in (None, '4'):
+        if steps:
+            monkeypatch.setenv('ACCELERATE_GRADIENT_ACCUMULATION_STEPS', steps)
+        run = small_run(idx_dir, tmp_path, opt='sgd')
+        run.resume()
+        run.prepared.train()
+        run.train_step(iter(run.epoch_batches()), 1)
+        weights.append(run.model.get_classifier().value.weight.detach().clone())
+    assert torch.equal(*weights)
+    assert 'ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4 is not followed' in caplog.text
+
+
 @pytest.mark.gpu
 def test_nothing_in_a_step_waits_for_the_device(idx_dir, tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)  # of runs on the CPU, before
