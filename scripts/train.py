@@ -17,6 +17,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple, get_args
 
 SHORT = {'batch_size': ['-b'], 'workers': ['-j']}
 MORE = {
+    'data_dir': dict(type=str),  # 'none' is a folder's name
     'smoke': dict(nargs='?', const=3),
     'cache_features': dict(nargs='?', const='~/.cache/noah_zoo/features', metavar='DIR')}
 METAVARS = {int: 'N', float: 'F', str: 'NAME'}

@@ -13,7 +13,7 @@ from ..catalog import CATALOG, TAG
 from ..data.images import read_image
 from ..models.attach import name_of
 from .attention import attention_maps
-from .predict import DEFAULT_MODEL, SAMPLES, label_names, load_model, load_twin, probabilities
+from .predict import DEFAULT_MODEL, SAMPLES, load_model, load_twin, probabilities, short_names
 from .visualize import as_model_sees, grad_cam, overlay
 
 SHOWN = 256  # pixels of the shorter side of a picture, at least
@@ -124,7 +124,7 @@ def make_pair(name: str, device: str = 'cpu') -> Pair:
         twin = load_twin(name, device)
     except ValueError as error:
         reason = f'Without its vanilla twin. {error}'
-    return Pair(model, twin, reason, distinct([label.split(',')[0] for label in label_names(model)]))
+    return Pair(model, twin, reason, distinct(short_names(model)))
 
 
 def distinct(names: Sequence[str]) -> List[str]:

@@ -87,6 +87,12 @@ def label_names(model: nn.Module) -> List[str]:
     return [str(i) for i in range(model.num_classes)]
 
 
+def short_names(model: nn.Module) -> List[str]:
+    """`label_names` for pictures: of ImageNet's, which list synonyms, the first; a model's own as they are."""
+    own = len(model.pretrained_cfg.get('label_names') or ()) == model.num_classes
+    return [name if own else name.split(',')[0] for name in label_names(model)]
+
+
 def find_images(paths: Sequence[str]) -> List[Path]:
     """The image files among files and folders; folders are searched through, in natural order.
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..models.attach import data_config_of, eval_transform, name_of
 from .attention import attention_maps, token_grid
-from .predict import label_names, load_model, load_twin, probabilities
+from .predict import label_names, load_model, load_twin, probabilities, short_names
 
 COLOURS = 'viridis'  # told apart by eyes that see fewer colours, and in grey
 
@@ -83,8 +83,8 @@ def find_classes(model: nn.Module, names: Sequence[str]) -> List[int]:
     """
     labels = label_names(model)
     known = {}
-    for index, label in reversed(list(enumerate(labels))):
-        known.update({label.casefold(): index, label.split(',')[0].casefold(): index, str(index): index})
+    for texts in (map(str, range(len(labels))), (label.split(',')[0] for label in labels), labels):  # the last counts
+        known.update({text.casefold(): index for index, text in reversed(list(enumerate(texts)))})
     for name in names:
         if name.casefold() not in known:
             close = difflib.get_close_matches(name.casefold(), known, n=3)
@@ -177,7 +177,7 @@ def draw(
     if twin is not None and twin.num_classes != model.num_classes:
         raise ValueError(f'the twin has {twin.num_classes} classes, the model {model.num_classes}')
     maps = attention_maps(model, x, classes)
-    num_blocks, labels = maps.attention.shape[1], [label.split(',')[0] for label in label_names(model)]
+    num_blocks, labels = maps.attention.shape[1], short_names(model)
     if not 0 <= block < num_blocks:
         raise ValueError(f'no POCA block {block + 1}; {name_of(model)} has blocks 1 to {num_blocks}')
     columns = max(1 + num_blocks, len(classes))

@@ -262,6 +262,9 @@ def add_noah_head(
         raise ValueError(f'{name}: the model has a NOAH head already; reset_classifier gives it another')
     if not isinstance(model, nn.Module):
         raise ValueError(f'{model!r} is not a model; expected what timm.create_model gives')
+    if hasattr(model, '_orig_mod'):
+        raise ValueError(
+            f'{name}: the model is compiled; add the head to model._orig_mod, or before, and compile that')
     for method in ('forward_features', 'forward_head', 'get_classifier', 'reset_classifier'):
         if not hasattr(model, method):
             raise ValueError(f"{name}: the model has no {method}; expected one of timm's classifiers")

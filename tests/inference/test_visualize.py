@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from noah_zoo import add_noah_head
 from noah_zoo.data.images import read_image
 from noah_zoo.inference import predict as inference
-from noah_zoo.inference.predict import DEFAULT_MODEL, SAMPLES, load_model, load_twin
+from noah_zoo.inference.predict import DEFAULT_MODEL, SAMPLES, load_model, load_twin, short_names
 from noah_zoo.inference.visualize import as_model_sees, draw, find_classes, grad_cam, load_pair, overlay
 from noah_zoo.models.attach import find_classifier
 
@@ -75,6 +75,14 @@ def trained(name):
     model = timm.create_model(name, num_classes=5).eval()
     torch.nn.init.normal_(model.get_submodule(find_classifier(model)).weight, std=0.1)
     return model
+
+
+def test_names_of_ones_own_are_whole():
+    model = timm.create_model('mobilenetv2_035_noah', num_classes=3)
+    model.pretrained_cfg['label_names'] = ['knot, live', 'knot', 'knot, dead']
+    assert short_names(model) == ['knot, live', 'knot', 'knot, dead']
+    assert find_classes(model, ['knot', 'Knot, dead', '0']) == [1, 2, 0]
+    assert short_names(timm.create_model('mobilenetv2_035_noah'))[:2] == ['tench', 'goldfish']
 
 
 @pytest.mark.parametrize('name', TWINS)

@@ -190,6 +190,7 @@ def test_bad_arguments(kwargs, message):
     (lambda: timm.create_model('test_vit', num_classes=0), 'test_vit: num_classes=0; the model has no classes'),
     (lambda: timm.create_model('test_vit', features_only=True), 'test_vit: the model has no forward_features'),
     (lambda: timm.create_model('resnet18_noah'), 'resnet18_noah: the model has a NOAH head already'),
+    (lambda: torch.compile(timm.create_model('resnet18')), 'the model is compiled; add the head to model._orig_mod'),
 ])
 def test_not_a_model_for_it(make, message):
     with pytest.raises(ValueError, match=message):

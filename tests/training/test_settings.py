@@ -245,7 +245,9 @@ def flags_of(config):
 
 @pytest.mark.parametrize('name', RECIPES)
 def test_every_field_is_a_flag(name):
-    config = configure('resnet18', 'out', recipe=name, channels_last=True, model_kwargs=dict(a=1, b='x', c=(1, 2)))
+    config = configure(
+        'resnet18', 'out', recipe=name, channels_last=True, model_kwargs=dict(a=1, b='x', c=(1, 2)),
+        data_dir='none')  # a folder of this name
     assert parse(*flags_of(config), '--recipe', 'none') == config  # also none and --no-...
 
 
