@@ -20,6 +20,7 @@ from torch import nn
 
 from ..config import TrainConfig
 from ..files import clear_partial, write
+from ..text import some
 from .builders import model_kwargs
 
 MAY_CHANGE = (  # settings that a run may go on with another value of: they do not change what it leaves
@@ -62,6 +63,20 @@ class RunFolder:
             raise ValueError(f'{self.path} cannot go on with other settings: {"; ".join(different)}')
         return json.loads(summary.read_text(encoding='utf-8')) if summary.exists() else None
 
+    def check_classes(self, class_names: Sequence[str]) -> None:
+        """Raise ValueError, with their names, if a run that goes on had other classes, or in another order."""
+        file = self.path / 'classes.json'
+        before = json.loads(file.read_text(encoding='utf-8')) if file.exists() else list(class_names)
+        if before == list(class_names):
+            return
+        gone, new = ([name for name in names if name not in others] for names, others in (
+            (before, set(class_names)), (class_names, set(before))))
+        changes = [
+            f'{what} {some(map(repr, names), 10)}' for what, names in (('without', gone), ('with', new)) if names]
+        raise ValueError(
+            f'{self.path} cannot go on with other classes: '
+            + (' and '.join(changes) or f'their order was {some(map(repr, before), 10)}'))
+
     def damaged(self) -> Optional[Dict[str, str]]:
         """Where -> reason, of the images that a run left out; it has looked at every one."""
         file = self.path / 'damaged.json'
@@ -73,10 +88,11 @@ class RunFolder:
         if old.exists() and not best.exists():
             os.replace(old, best)
 
-    def begin(self, config: TrainConfig, epoch: int, damaged: Dict[str, str]) -> None:
+    def begin(self, config: TrainConfig, class_names: Sequence[str], epoch: int, damaged: Dict[str, str]) -> None:
         """Write down what the run is; drop what the log has of epochs after `epoch`, which are done again."""
         self.path.mkdir(parents=True, exist_ok=True)
         clear_partial(self.path)
+        write(self.path / 'classes.json', json.dumps(list(class_names), ensure_ascii=False, indent=0) + '\n')
         write(self.path / 'args.yaml', yaml.safe_dump(_plain(config), sort_keys=False))
         if config.skip_damaged:
             write(self.path / 'damaged.json', json.dumps(damaged, indent=2) + '\n')

@@ -53,8 +53,8 @@ def train(config: TrainConfig) -> Dict[str, Any]:
     was stopped anywhere, and goes on with `resume='auto'`, ends with the same weights.
 
     Written under `config.output`: `best/` in timm's Hub layout, the weights of the best epoch as they were evaluated;
-    `checkpoints/`; `log.jsonl` with a line per epoch; `args.yaml`; for several classes per image `per_class.csv`, of
-    the best epoch; at the end `summary.json` with settings, versions and figures, and `curve.png`.
+    `checkpoints/`; `log.jsonl` with a line per epoch; `args.yaml`; `classes.json`; for several classes per image
+    `per_class.csv`, of the best epoch; at the end `summary.json` with settings, versions and figures, and `curve.png`.
 
     Returns:
         The summary.
@@ -114,6 +114,7 @@ class Trainer:
         seed_everything(config.seed)
         train_set, val_set = create_datasets(config, self.folder.damaged(), self.task.reads)
         self.class_names = train_set.class_names
+        self.folder.check_classes(self.class_names)
         self.streams = [images for images in (train_set, val_set) if isinstance(images, Stream)]
         self.damaged = {**getattr(train_set, 'damaged', {}), **getattr(val_set, 'damaged', {})}
         model = build_model(config, self.class_names)
@@ -192,7 +193,7 @@ class Trainer:
         self.resume()
         accelerator.wait_for_everyone()  # a late process must look at `output` before anything is written there
         if accelerator.is_main_process:
-            self.folder.begin(config, progress.epoch, self.damaged)
+            self.folder.begin(config, self.class_names, progress.epoch, self.damaged)
         if config.log_with:
             accelerator.init_trackers('noah_zoo')
         with self._sigterm():

@@ -1,0 +1,34 @@
+"""What a run leaves in its folder."""
+import os
+
+import pytest
+
+from noah_zoo.training import configure, train
+from noah_zoo.training.run_folder import RunFolder
+
+from ..data.files import make_folder
+
+
+def test_a_run_goes_on_with_its_classes_only(tmp_path):
+    folder = RunFolder(str(tmp_path))
+    folder.check_classes(['a', 'b'])  # a new run
+    folder.begin(configure('resnet18', str(tmp_path)), ['a', 'b', 'ç'], 0, {})
+    folder.check_classes(('a', 'b', 'ç'))
+    for names, told in (
+            (['a', 'b', 'c'], "without 'ç' and with 'c'"), (['a', 'b'], "without 'ç'$"),
+            (['a', 'b', 'c', 'ç'], "classes: with 'c'$"), (['b', 'a', 'ç'], "their order was 'a', 'b', 'ç'")):
+        with pytest.raises(ValueError, match=f'cannot go on with other classes: .*{told}' if told[0] != 'c' else told):
+            folder.check_classes(names)
+
+
+def test_a_renamed_class_stops_a_run_that_goes_on(tmp_path):
+    make_folder(tmp_path / 'data', {'cat': 8, 'dog': 8})
+    config = configure(
+        'mobilenetv2_035_noah', str(tmp_path / 'run'), 'none', dataset='folder', data_dir=str(tmp_path / 'data'),
+        img_size=32, epochs=1, batch_size=8, workers=0, cpu=True, resume='auto')
+    train(config)
+    (tmp_path / 'run/summary.json').unlink()  # as if it had not come to its end
+    for split in ('train', 'validation'):
+        os.rename(tmp_path / 'data' / split / 'dog', tmp_path / 'data' / split / 'wolf')
+    with pytest.raises(ValueError, match="run cannot go on with other classes: without 'dog' and with 'wolf'"):
+        train(config)
