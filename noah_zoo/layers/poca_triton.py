@@ -171,9 +171,10 @@ def _copy_kernel(
         from_ptr, to_ptr, rows, columns, from_b, from_i, from_j, to_b, to_i, to_j,
         ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """A program per (matrix, tile)."""
-    tiles = tl.cdiv(columns, COLUMNS)
-    b = tl.program_id(1).to(tl.int64)
-    i_start, j_start = tl.program_id(0) // tiles * ROWS, tl.program_id(0) % tiles * COLUMNS
+    pid, tiles = tl.program_id(0), tl.cdiv(columns, COLUMNS)
+    tiles_of_matrix = tl.cdiv(rows, ROWS) * tiles
+    b = (pid // tiles_of_matrix).to(tl.int64)
+    i_start, j_start = pid % tiles_of_matrix // tiles * ROWS, pid % tiles * COLUMNS
     tile_IJ = _load(
         from_ptr + b * from_b + i_start * from_i + j_start * from_j, rows - i_start, columns - j_start, from_i, from_j,
         ROWS, COLUMNS)
@@ -246,9 +247,9 @@ def forward(
 def copy(x_BLC: Tensor, to_BLC: Tensor) -> Tensor:
     """Copy into another layout, a tile at a time: PyTorch's `copy_` takes some times as long where both differ."""
     batch, positions, channels = x_BLC.shape
-    programs = _cdiv(positions, 64) * _cdiv(channels, 64)
+    programs = batch * _cdiv(positions, 64) * _cdiv(channels, 64)
     with torch.cuda.device_of(x_BLC):
-        _copy_kernel[programs, batch](x_BLC, to_BLC, positions, channels, *x_BLC.stride(), *to_BLC.stride(), 64, 64)
+        _copy_kernel[programs,](x_BLC, to_BLC, positions, channels, *x_BLC.stride(), *to_BLC.stride(), 64, 64)
     return to_BLC
 
 

@@ -119,8 +119,9 @@ class RunFolder:
         head = getattr(model, 'noah_cfg', {})
         head = {name: head[name] for name in ('num_groups', 'key_ratio') if name in head}
         model_args = {**head, **model_kwargs(config)}
-        for name in ('pretrained_backbone', 'init'):  # it has weights of its own now
-            model_args.pop(name, None)
+        for args in (model_args, model.__dict__.get('_model_args', {})):  # given here, and recorded by timm
+            for name in ('pretrained_backbone', 'init'):  # it has weights of its own now; and the path is the machine's
+                args.pop(name, None)
         save_for_hf(
             model, str(partial), safe_serialization=True, model_args=model_args,
             model_config=dict(label_names=list(class_names)))

@@ -2,6 +2,8 @@
 import os
 
 import pytest
+import timm
+from safetensors.torch import save_file
 
 from noah_zoo.training import configure, train
 from noah_zoo.training.run_folder import RunFolder
@@ -32,3 +34,22 @@ def test_a_renamed_class_stops_a_run_that_goes_on(tmp_path):
         os.rename(tmp_path / 'data' / split / 'dog', tmp_path / 'data' / split / 'wolf')
     with pytest.raises(ValueError, match="run cannot go on with other classes: without 'dog' and with 'wolf'"):
         train(config)
+
+
+def test_no_path_of_the_machine_is_kept_with_the_weights(tmp_path):
+    secret = tmp_path / 'secret' / 'weights.safetensors'
+    secret.parent.mkdir()
+    save_file(timm.create_model('mobilenetv2_035').state_dict(), secret)
+    make_folder(tmp_path / 'data', {'cat': 8, 'dog': 8})
+    for name, model, kwargs in (
+            ('own', 'mobilenetv2_035_noah', {}), ('any', 'noah', dict(backbone='mobilenetv2_035'))):
+        config = configure(
+            model, str(tmp_path / name), 'none', dataset='folder', data_dir=str(tmp_path / 'data'), img_size=32,
+            epochs=1, batch_size=8, workers=0, cpu=True,
+            model_kwargs=dict(pretrained_backbone=str(secret), init='random', **kwargs))
+        train(config)
+        best = tmp_path / name / 'best'
+        assert (best / 'config.json').exists()
+        for file in best.rglob('*'):
+            assert not file.is_file() or str(tmp_path).encode() not in file.read_bytes(), file
+        assert timm.create_model(f'local-dir:{best}', pretrained=True).num_classes == 2
