@@ -110,7 +110,8 @@ def main(prog: str = 'train.py', description: str = __doc__, **defaults: Any) ->
         if getattr(args, 'check_data', False):
             del args.check_data
             config = configure(**{'model': '', 'output': '', **vars(args), 'recipe': 'none'})
-            print(check_data(config, find_task(config.task).reads))
+            task = find_task(config.task)
+            print(check_data(config, task.reads, task.check_images))
             return
         summary = train(configure(**vars(args)))
     except (OSError, ValueError, RuntimeError, FloatingPointError) as error:
@@ -120,7 +121,8 @@ def main(prog: str = 'train.py', description: str = __doc__, **defaults: Any) ->
         parser.exit(130, f'\n{prog}: interrupted{has}\n')
     if is_main:
         task = find_task(summary['config'].get('task', 'multiclass'))  # runs from before there were tasks
-        figure = f'{task.figures[task.metric]} {summary[task.metric]:.2f}'
+        value = summary[task.metric]  # None if it was no number
+        figure = f'{task.figures[task.metric]} {"undefined" if value is None else f"{value:.2f}"}'
         print(f'{args.model}: test {figure} after {summary["epoch"]} epochs, {summary["seconds"]:.0f} s')
 
 

@@ -115,10 +115,15 @@ def create_datasets(
     return train_set, val_set
 
 
-def check_data(config: TrainConfig, reads: Optional[str] = None) -> str:
+def check_data(
+        config: TrainConfig, reads: Optional[str] = None, check: Callable[[Images, Images], None] = lambda *_: None,
+) -> str:
     """Look at everything of the training and the validation split that could stop a run, and read every image once.
 
-    Arguments are those of `create_datasets`.
+    Args:
+        config: The settings.
+        reads: As of `create_datasets`.
+        check: Raises ValueError if a task cannot do with the images of training and validation.
 
     Returns:
         A line on what is there.
@@ -126,8 +131,9 @@ def check_data(config: TrainConfig, reads: Optional[str] = None) -> str:
     Raises:
         FileNotFoundError, ValueError: As `create_datasets`; or with the images that cannot be read.
     """
-    parts = []
-    for split, images in zip(('training', 'validation'), create_datasets(config, reads=reads)):
+    parts, splits = [], create_datasets(config, reads=reads)
+    check(*splits)
+    for split, images in zip(('training', 'validation'), splits):
         if isinstance(images, Stream):
             raise ValueError(f'{config.dataset}: a stream cannot be checked but by training on it')
         damaged = find_damaged(images, config.workers)

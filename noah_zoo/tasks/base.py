@@ -41,6 +41,10 @@ class Task:
     def check(self, config: TrainConfig) -> None:
         """Raise ValueError if a setting does not go with the task; no data have been read yet."""
 
+    def check_images(self, train_set: Images, val_set: Images) -> None:
+        """Raise ValueError if nothing can be learned of the images, or no figure be told of those of evaluation; they
+        may be streams, of which nobody knows."""
+
     def create_criterion(self, config: TrainConfig, images: Images) -> nn.Module:
         """The loss of what the model gives for a batch and its targets.
 

@@ -20,6 +20,12 @@ class Multiclass(Task):
     figures = {'top1': 'top-1', 'top5': 'top-5'}
     on_card = {'top1': ('accuracy', 'Top-1 accuracy'), 'top5': ('accuracy', 'Top-5 accuracy')}
 
+    def check_images(self, train_set: Images, val_set: Images) -> None:
+        if len(train_set.class_names) < 2:
+            raise ValueError(
+                f'the training images have {len(train_set.class_names)} class ({", ".join(train_set.class_names)}); '
+                f'expected 2 or more')
+
     def create_criterion(self, config: TrainConfig, images: Images) -> nn.Module:
         """The loss of logits (B, K) and targets, (B,) class numbers or, after mixup, (B, K) probabilities.
 

@@ -5,6 +5,7 @@ classes, CP and CR are the means over classes of TP / P and TP / T, and F1 is 2 
 recall) of either pair. AP is not interpolated. A class without positives is left out of mAP, CR and CP, and the
 precision of one without predictions counts as 0.
 """
+from functools import partial
 from typing import Any, Dict, List, Sequence
 
 import numpy as np
@@ -12,7 +13,12 @@ import torch
 from timm.loss import create_classification_loss
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
-from torchmetrics.classification import MultilabelAveragePrecision, MultilabelStatScores
+from torchmetrics.classification import (
+    BinaryAveragePrecision,
+    BinaryStatScores,
+    MultilabelAveragePrecision,
+    MultilabelStatScores,
+)
 
 from ..config import TrainConfig
 from ..data.base import Images
@@ -35,6 +41,11 @@ class Multilabel(Task):
             raise ValueError(f'loss={config.loss!r} is not one of {", ".join(LOSSES)}')
         if config.mixup or config.cutmix:
             raise ValueError('mixup and cutmix are for one class per image; give --mixup 0 --cutmix 0')
+
+    def check_images(self, train_set: Images, val_set: Images) -> None:
+        for name, images in (('training', train_set), ('validation', val_set)):
+            if isinstance(images, Images) and not images.labels[images.rows].any():
+                raise ValueError(f'none of the {len(images):,} {name} images has a class: there is nothing to find')
 
     def create_criterion(self, config: TrainConfig, images: Images) -> nn.Module:
         """timm's loss of logits and targets (B, K), by `config.loss`; smoothing moves targets towards 1/2."""
@@ -71,9 +82,12 @@ class Metrics:
     """
 
     def __init__(self, num_classes: int, device: torch.device) -> None:
-        self.ap = MultilabelAveragePrecision(num_classes, average='none').to(device)
-        self.counts = {
-            suffix: MultilabelStatScores(num_classes, average='none').to(device) for suffix in ('', '_top3')}
+        several = dict(num_labels=num_classes, average='none')
+        ap, counts = (  # torchmetrics calls one class binary
+            (partial(MultilabelAveragePrecision, **several), partial(MultilabelStatScores, **several))
+            if num_classes > 1 else (BinaryAveragePrecision, BinaryStatScores))
+        self.ap = ap().to(device)
+        self.counts = {suffix: counts().to(device) for suffix in ('', '_top3')}
         self.loss = MeanMetric().to(device)
 
     def update(self, logits: Tensor, targets: Tensor) -> None:
@@ -115,7 +129,7 @@ class Metrics:
         """AP (K,), NaN without positives; suffix -> hits, predictions and positives (K,), as float64."""
         counts = {}
         for suffix, metric in self.counts.items():
-            hits, wrong, _, missed, positives = metric.compute().double().cpu().unbind(1)
+            hits, wrong, _, missed, positives = metric.compute().double().cpu().view(-1, 5).unbind(1)
             counts[suffix] = hits, hits + wrong, positives
-        ap = torch.where(positives > 0, self.ap.compute().double().cpu(), torch.nan)
+        ap = torch.where(positives > 0, self.ap.compute().double().cpu().view(-1), torch.nan)
         return ap, counts

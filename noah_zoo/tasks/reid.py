@@ -14,6 +14,7 @@ from torchmetrics import Metric
 
 from ..config import TrainConfig
 from ..data.base import Images
+from ..text import some
 from .multiclass import Multiclass
 from .ranking import Identified, cmc_map, draw_rankings
 
@@ -30,6 +31,15 @@ class Reid(Multiclass):
     def check(self, config: TrainConfig) -> None:
         if config.cache_features:
             raise ValueError('cache_features does not go with the task reid, whose embedding is to be trained')
+
+    def check_images(self, train_set: Images, val_set: Images) -> None:
+        super().check_images(train_set, val_set)
+        ids, cameras, queries = val_set.labels[val_set.rows].T
+        query, gallery = ({*zip(ids[x].tolist(), cameras[x].tolist())} for x in (queries == 1, queries != 1))
+        if not any(id == other and camera != by for id, camera in query for other, by in gallery):
+            raise ValueError(
+                f'none of the {int((queries == 1).sum()):,} queries has an image of the same identity by another '
+                f'camera in the gallery; the cameras are {some(sorted({*cameras.tolist()}), 10)}')
 
     def eval_model(self, model: nn.Module) -> nn.Module:
         return Embedding(model)

@@ -1,5 +1,6 @@
 """The learning curve of a run as a picture."""
 import json
+import math
 from pathlib import Path
 from typing import Dict
 
@@ -16,7 +17,9 @@ def draw_curve(log: Path, path: Path, title: str, figures: Dict[str, str]) -> No
         title: Title of the picture.
         figures: `Task.figures`; the first is said of the best epoch.
     """
-    records = [json.loads(line) for line in log.read_text(encoding='utf-8').splitlines()]
+    records = [  # null is what was no number
+        {k: math.nan if v is None else v for k, v in json.loads(line).items()}
+        for line in log.read_text(encoding='utf-8').splitlines()]
     epochs = [record['epoch'] for record in records]
     figure = Figure(figsize=(9, 3.5), layout='constrained')
     losses, accuracy = figure.subplots(1, 2)
@@ -28,7 +31,7 @@ def draw_curve(log: Path, path: Path, title: str, figures: Dict[str, str]) -> No
     for key, style in zip(drawn, ('-', '--', ':')):
         accuracy.plot(epochs, [record[key] for record in records], style, marker='.', label=figures[key])
     first = drawn[0]
-    best = max(records, key=lambda record: record[first])
+    best = max(records, key=lambda record: (not math.isnan(record[first]), record[first]))
     accuracy.set(xlabel='epoch', ylabel='%', title=f'best {figures[first]} {best[first]:.2f} in epoch {best["epoch"]}')
     for axes in (losses, accuracy):
         axes.legend()

@@ -2,6 +2,7 @@
 import csv
 import io
 import json
+import math
 import os
 import platform
 import shutil
@@ -102,9 +103,10 @@ class RunFolder:
                 line for line in lines if line.endswith('\n') and json.loads(line)['epoch'] <= epoch))
 
     def add(self, record: Dict[str, Any]) -> None:
-        """Add an epoch to the log."""
+        """Add an epoch to the log; what is no number, as JSON has it, is null."""
+        record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         with self.log.open('a', encoding='utf-8') as log:
-            log.write(json.dumps(record) + '\n')
+            log.write(json.dumps(record, allow_nan=False) + '\n')
 
     def records(self) -> List[Dict[str, Any]]:
         """The epochs of the log."""
@@ -141,7 +143,7 @@ class RunFolder:
 
     def end(self, summary: Dict[str, Any]) -> None:
         """Write the summary, by which the run is finished."""
-        write(self.path / 'summary.json', json.dumps(summary, indent=2) + '\n')
+        write(self.path / 'summary.json', json.dumps(summary, indent=2, allow_nan=False) + '\n')
 
 
 def settings_of(config: TrainConfig) -> Dict[str, Any]:

@@ -113,6 +113,7 @@ class Trainer:
 
         seed_everything(config.seed)
         train_set, val_set = create_datasets(config, self.folder.damaged(), self.task.reads)
+        self.task.check_images(train_set, val_set)
         self.class_names = train_set.class_names
         self.folder.check_classes(self.class_names)
         self.streams = [images for images in (train_set, val_set) if isinstance(images, Stream)]
@@ -215,7 +216,8 @@ class Trainer:
                     record['damaged'] = accelerator.reduce(skipped.to(accelerator.device), 'sum').item()
                 if not self.on_updates:
                     self.scheduler.step(progress.epoch)
-                if figures[self.task.metric] > progress.best:
+                # the first epoch is the best so far whatever it is, also if it is no number
+                if not progress.best_epoch or math.isnan(progress.best) or figures[self.task.metric] > progress.best:
                     progress.best, progress.best_epoch = figures[self.task.metric], progress.epoch
                     rows = self.task.rows(metrics, self.class_names)
                     if accelerator.is_main_process:
@@ -225,7 +227,7 @@ class Trainer:
                     self.folder.add(record)
                     _logger.info(
                         'epoch %d: train loss %.4f, %s %.2f, %.0f s', record['epoch'], record['train_loss'],
-                        self.task.figures[self.task.metric], record[self.task.metric], record['seconds'])
+                        self.task.figures[self.task.metric], figures[self.task.metric], record['seconds'])
                 if config.log_with:
                     accelerator.log({k: v for k, v in record.items() if k != 'epoch'}, step=progress.epoch)
                 progress.batch = progress.updates_in_epoch = 0
