@@ -6,14 +6,17 @@ from collections import Counter
 from pathlib import Path
 from typing import List, Tuple
 
+import timm.data
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
 from ..text import some
 from .base import TRAINING, VALIDATION, Files, synonyms
 
 _logger = logging.getLogger(__name__)
 
 IMG_ENDINGS = (
-    '.avif', '.bmp', '.dib', '.gif', '.ico', '.j2k', '.jfif', '.jp2', '.jpe', '.jpeg', '.jpg', '.jpx', '.pbm', '.pgm',
-    '.png', '.pnm', '.ppm', '.tga', '.tif', '.tiff', '.webp')
+    '.avif', '.bmp', '.dib', '.gif', '.ico', '.j2k', '.jfif', '.jp2', '.jpe', '.jpeg', '.jpg', '.jpx', '.mpo', '.pbm',
+    '.pcx', '.pgm', '.png', '.pnm', '.ppm', '.tga', '.tif', '.tiff', '.webp')
 NOT_FOLDERS = ('__MACOSX', '@eaDir', '$RECYCLE.BIN', 'System Volume Information')  # copies that systems make
 
 
@@ -29,25 +32,36 @@ def find_image_files(root: Path) -> Tuple[List[str], str]:
     `IMG_ENDINGS`.
     """
     paths, hidden, others = [], [], Counter()
+    endings = {*IMG_ENDINGS, *timm.data.get_img_extensions()}
     for folder, folders, files in os.walk(root, followlinks=True):
-        kept = [name for name in folders if name not in NOT_FOLDERS and not name.startswith('.')]
+        kept = [
+            name for name in folders
+            if name not in NOT_FOLDERS and not name.startswith('.') and not _leads_back(os.path.join(folder, name))]
         hidden += [name for name in folders if name not in kept]
         folders[:] = kept
         for name in files:
             ending = os.path.splitext(name)[1].lower()
             if name.startswith('.'):
-                hidden += [name] if ending in IMG_ENDINGS else []
-            elif ending in IMG_ENDINGS:
+                hidden += [name] if ending in endings else []
+            elif ending in endings:
                 paths.append(os.path.join(folder, name))
             else:
                 others[ending or name] += 1
     left_out = []
     if others:
-        endings = (f'{count} {ending}' for ending, count in sorted(others.items()))
-        left_out.append(f'{others.total():,} files that are no images by their ending ({some(endings, 10)})')
+        counts = (f'{count} {ending}' for ending, count in sorted(others.items()))
+        left_out.append(f'{others.total():,} files that are no images by their ending ({some(counts, 10)})')
     if hidden:
         left_out.append(f'hidden {some(sorted(set(hidden)), 10)}')
     return sorted(paths, key=natural), ' and '.join(left_out)
+
+
+def _leads_back(folder: str) -> bool:
+    """Whether it is a link to a folder that it is in, which has no end."""
+    if not os.path.islink(folder):
+        return False
+    target, place = os.path.realpath(folder), os.path.realpath(os.path.dirname(folder))
+    return os.path.commonpath([target, place]) == target
 
 
 class Folder(Files):
@@ -55,7 +69,7 @@ class Folder(Files):
 
     Args:
         data_dir: Folder of the splits' folders, or of one split.
-        split: 'train', 'validation' or the name of a folder; `val` and so on stand for 'validation', as for timm.
+        split: 'train', 'validation' or the name of a folder; `val` and so on stand for 'validation', but not `test`.
 
     Raises:
         FileNotFoundError: If there is no such folder, or `data_dir` has other splits only.
@@ -65,7 +79,7 @@ class Folder(Files):
     def __init__(self, data_dir: str, split: str) -> None:
         if not Path(data_dir).is_dir():
             raise FileNotFoundError(f'folder: {data_dir} is not a folder')
-        splits = (Path(data_dir, name) for name in synonyms(split))
+        splits = (Path(data_dir, name) for name in synonyms(split) if name == split or 'test' not in (name, split))
         self.root = root = next((folder for folder in splits if folder.is_dir()), Path(data_dir))
         others = [name for name in TRAINING + VALIDATION if (root / name).is_dir()]
         if root == Path(data_dir) and others:  # not the whole of it, which timm takes
@@ -75,10 +89,15 @@ class Folder(Files):
             raise ValueError(
                 f'folder: no images in {root}; looked for {", ".join(IMG_ENDINGS)}'
                 f'{"; left out: " if left_out else ""}{left_out}')
-        folders = [os.path.relpath(path, root).split(os.sep)[:-1] for path in self.paths]
+        start = len(os.path.join(root, ''))
+        folders = [path[start:].split(os.sep)[:-1] for path in self.paths]
         outside = [path for path, parts in zip(self.paths, folders) if not parts]
-        if outside:
+        if any(path.lower().endswith(IMG_EXTENSIONS) for path in outside):
             raise ValueError(f'folder: {outside[0]} is an image outside of class folders')
+        if outside:  # a preview, an icon
+            _logger.warning('%s: left out %s, outside of class folders', root, some(map(os.path.basename, outside), 5))
+            self.paths = [path for path, parts in zip(self.paths, folders) if parts]
+            folders = [parts for parts in folders if parts]
         names = [self._name(parts) for parts in folders]
         class_names = sorted(set(names), key=natural)
         index = {name: i for i, name in enumerate(class_names)}

@@ -60,6 +60,8 @@ class NoahHead(nn.Module):
             an input has the wrong rank or width.
     """
 
+    fused_attn: bool = True  # of heads that were pickled before there was a choice
+
     def __init__(
             self,
             in_features: int,
@@ -184,7 +186,8 @@ class NoahHead(nn.Module):
     def classify(self, x_BCHW: Tensor) -> Tensor:
         """Logits (B, num_classes) of a map (B, C, H, W)."""
         if not torch.jit.is_scripting():
-            if self.fused_attn and is_plain(self.key) and is_plain(self.value):
+            if self.fused_attn and all(
+                    is_plain(layer) and layer.groups == self.conv_groups for layer in (self.key, self.value)):
                 return poca(
                     x_BCHW, self.key.weight, self.key.bias, self.value.weight, self.value.bias, self.num_groups,
                     self.conv_groups, self.drop_rate, self.training)
@@ -213,11 +216,12 @@ class NoahHead(nn.Module):
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether a convolution does what its weights say, and no more: no hook, parametrization, mask or wrapper on it."""
-    return (
-        type(layer) is nn.Conv2d and 'forward' not in layer.__dict__
-        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
-        and not torch.nn.modules.module._has_any_global_hook())
+    """Whether it is a 1x1 convolution that does what its weights say, and no more: no hook, parametrization, mask or
+    wrapper on it."""
+    if type(layer) is not nn.Conv2d or 'forward' in layer.__dict__:
+        return False
+    hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
+    return not any(hooks) and (layer.kernel_size, layer.stride, layer.padding) == ((1, 1), (1, 1), (0, 0))
 
 
 def _check_key_ratio(in_features: int, num_groups: int, key_ratio: float) -> None:

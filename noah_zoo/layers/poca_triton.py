@@ -190,12 +190,12 @@ def supports(x_BLC: Tensor) -> bool:
 @functools.cache
 def works(device: torch.device) -> bool:
     """Try the kernels on a tiny problem, once for a device; a warning says why they cannot be used."""
-    x_BLC, grad_BK = torch.ones(1, 2, 2, device=device), torch.ones(1, 1, device=device)
-    weight = torch.ones(1, 1, device=device)
+    x_BLC, grad_BK, weight = (
+        torch.ones(shape, dtype=torch.float32, device=device) for shape in ((1, 2, 2), (1, 1), (1, 1)))
     if device.type == 'cuda' and (torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0)):
         return False
     try:
-        out_BK, stats_2BM = torch.empty_like(grad_BK), torch.empty(2, 1, 1, device=device)
+        out_BK, stats_2BM = torch.empty_like(grad_BK), grad_BK.new_empty(2, 1, 1)
         forward(x_BLC, weight, weight, None, 1, 1, 0., None, out_BK, stats_2BM)
         _, dvalue_GRM = map_grads(
             grad_BK, x_BLC, weight[None], weight[None], None, stats_2BM, 1, 0., None, slice(0, 1), slice(0, 1),
@@ -236,6 +236,7 @@ def forward(
     classes, widths = all_maps // num_groups, (key_weight.shape[1], value_weight.shape[1])
     if batch * all_maps * sum(widths) >= CAST_FROM:
         key_weight, value_weight = key_weight.to(x_BLC.dtype), value_weight.to(x_BLC.dtype)
+    value_bias = None if value_bias is None else value_bias.contiguous()
     tiles = _tiles(positions, classes, max(widths), batch)
     with torch.cuda.device_of(x_BLC):
         _forward_kernel[batch * _cdiv(classes, tiles['BLOCK_M']),](
@@ -279,6 +280,7 @@ def map_grads(
     """
     (batch, positions, channels), (groups, num_maps, key_width) = x_BLC.shape, key_weight.shape
     num_images, value_width = images.stop - images.start, value_weight.shape[2]
+    value_bias = None if value_bias is None else value_bias.contiguous()
     part_stride, *strides = room_2GRM.stride()
     dscore_GRM, dvalue_GRM = (
         room_2GRM.as_strided((groups, num_images * positions, num_maps), strides, at) for at in (0, part_stride))

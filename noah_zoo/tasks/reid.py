@@ -31,6 +31,8 @@ class Reid(Multiclass):
     def check(self, config: TrainConfig) -> None:
         if config.cache_features:
             raise ValueError('cache_features does not go with the task reid, whose embedding is to be trained')
+        if config.val_fraction:
+            raise ValueError('val_fraction does not go with the task reid, which is evaluated by queries and a gallery')
 
     def check_images(self, train_set: Images, val_set: Images) -> None:
         super().check_images(train_set, val_set)

@@ -1,5 +1,6 @@
 """Figures over the seeds of a comparison."""
 import json
+import math
 import statistics
 from collections import defaultdict
 from pathlib import Path
@@ -36,7 +37,7 @@ def report(folders: Sequence[str]) -> str:
     rows = []
     for model, found in sorted(runs.items()):
         found.sort(key=lambda summary: summary['config']['seed'])
-        figures = [summary[task.metric] for summary in found]
+        figures = [math.nan if summary[task.metric] is None else summary[task.metric] for summary in found]
         spread = f' ± {statistics.stdev(figures):.2f}' if len(figures) > 1 else ''
         rows.append((
             model, f'{found[0]["params"]:,}', str(len(found)), f'{statistics.mean(figures):.2f}{spread}',

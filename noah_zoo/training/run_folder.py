@@ -64,10 +64,15 @@ class RunFolder:
             raise ValueError(f'{self.path} cannot go on with other settings: {"; ".join(different)}')
         return json.loads(summary.read_text(encoding='utf-8')) if summary.exists() else None
 
-    def check_classes(self, class_names: Sequence[str]) -> None:
-        """Raise ValueError, with their names, if a run that goes on had other classes, or in another order."""
-        file = self.path / 'classes.json'
-        before = json.loads(file.read_text(encoding='utf-8')) if file.exists() else list(class_names)
+    def check_classes(self, class_names: Sequence[str], resume: Optional[str]) -> None:
+        """Raise ValueError, with their names, if the run that `resume` goes on with had other classes, or in another
+        order."""
+        run = Path(resume).parent.parent if resume and resume != 'auto' else self.path
+        kept, saved = run / 'classes.json', run / 'best' / 'config.json'  # the other was kept before the one was
+        if not resume or not (run / 'args.yaml').exists() or not (kept.exists() or saved.exists()):
+            return
+        before = json.loads((kept if kept.exists() else saved).read_text(encoding='utf-8'))
+        before = before if kept.exists() else before.get('label_names') or list(class_names)
         if before == list(class_names):
             return
         gone, new = ([name for name in names if name not in others] for names, others in (
@@ -75,7 +80,7 @@ class RunFolder:
         changes = [
             f'{what} {some(map(repr, names), 10)}' for what, names in (('without', gone), ('with', new)) if names]
         raise ValueError(
-            f'{self.path} cannot go on with other classes: '
+            f'{run} cannot go on with other classes: '
             + (' and '.join(changes) or f'their order was {some(map(repr, before), 10)}'))
 
     def damaged(self) -> Optional[Dict[str, str]]:
@@ -93,8 +98,8 @@ class RunFolder:
         """Write down what the run is; drop what the log has of epochs after `epoch`, which are done again."""
         self.path.mkdir(parents=True, exist_ok=True)
         clear_partial(self.path)
-        write(self.path / 'classes.json', json.dumps(list(class_names), ensure_ascii=False, indent=0) + '\n')
         write(self.path / 'args.yaml', yaml.safe_dump(_plain(config), sort_keys=False))
+        write(self.path / 'classes.json', json.dumps(list(class_names), indent=0) + '\n')
         if config.skip_damaged:
             write(self.path / 'damaged.json', json.dumps(damaged, indent=2) + '\n')
         if self.log.exists():
@@ -103,10 +108,9 @@ class RunFolder:
                 line for line in lines if line.endswith('\n') and json.loads(line)['epoch'] <= epoch))
 
     def add(self, record: Dict[str, Any]) -> None:
-        """Add an epoch to the log; what is no number, as JSON has it, is null."""
-        record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        """Add an epoch to the log."""
         with self.log.open('a', encoding='utf-8') as log:
-            log.write(json.dumps(record, allow_nan=False) + '\n')
+            log.write(json.dumps(_finite(record), allow_nan=False) + '\n')
 
     def records(self) -> List[Dict[str, Any]]:
         """The epochs of the log."""
@@ -143,7 +147,7 @@ class RunFolder:
 
     def end(self, summary: Dict[str, Any]) -> None:
         """Write the summary, by which the run is finished."""
-        write(self.path / 'summary.json', json.dumps(summary, indent=2, allow_nan=False) + '\n')
+        write(self.path / 'summary.json', json.dumps(_finite(summary), indent=2, allow_nan=False) + '\n')
 
 
 def settings_of(config: TrainConfig) -> Dict[str, Any]:
@@ -160,6 +164,13 @@ def versions() -> Dict[str, Any]:
         'timm': timm.__version__, 'accelerate': accelerate.__version__, 'machine': platform.machine(),
         'device': torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu',
         'threads': torch.get_num_threads()}
+
+
+def _finite(value: Any) -> Any:
+    """What JSON can say: of what is no number, or not finite, null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _plain(config: TrainConfig) -> Dict[str, Any]:

@@ -45,7 +45,7 @@ from .settings import check_settings, learning_rate, plan_batch
 _logger = logging.getLogger(__name__)
 
 TERMINATED = 143  # exit code after SIGTERM: 128 + 15
-READ_EVERY = 10  # updates, on an accelerator: to read a loss is to wait until the device has computed it
+READ_EVERY = 10  # batches, on an accelerator: to read a loss is to wait until the device has computed it
 
 
 def train(config: TrainConfig) -> Dict[str, Any]:
@@ -115,7 +115,7 @@ class Trainer:
         train_set, val_set = create_datasets(config, self.folder.damaged(), self.task.reads)
         self.task.check_images(train_set, val_set)
         self.class_names = train_set.class_names
-        self.folder.check_classes(self.class_names)
+        self.folder.check_classes(self.class_names, config.resume)
         self.streams = [images for images in (train_set, val_set) if isinstance(images, Stream)]
         self.damaged = {**getattr(train_set, 'damaged', {}), **getattr(val_set, 'damaged', {})}
         model = build_model(config, self.class_names)
@@ -171,7 +171,8 @@ class Trainer:
         self.progress = Progress()
         self.pending: List[Tensor] = []  # losses of the latest updates, on the device
         self.loss = math.nan  # the last that was read
-        self.read_every = 1 if config.skip_nonfinite or accelerator.device.type == 'cpu' else READ_EVERY
+        waits = config.skip_nonfinite or accelerator.device.type == 'cpu'
+        self.read_every = 1 if waits else max(READ_EVERY // plan.accumulation, 1)
         accelerator.register_for_checkpointing(*filter(None, (self.progress, self.scheduler, self.ema)))
         self.erasing = create_erasing(config, accelerator.device)
         self.mixup = Mixup(

@@ -100,6 +100,26 @@ def test_names_that_are_alike_have_one_order(names, tmp_path):
     assert [Path(images.where(i)).stem for i in range(3)] == ['A1', 'a01', 'a1']
 
 
+def test_the_test_images_are_not_those_of_validation(tmp_path):
+    make_folder(tmp_path, {'cat': 2, 'dog': 2}, ['train', 'test'])
+    with pytest.raises(FileNotFoundError, match="no folder for split 'validation'"):
+        create_dataset('folder', str(tmp_path), 'validation')
+    assert create_dataset('folder', str(tmp_path), 'test').root.name == 'test'
+    (tmp_path / 'test').rename(tmp_path / 'val')
+    with pytest.raises(FileNotFoundError, match="no folder for split 'test'"):
+        create_dataset('folder', str(tmp_path), 'test')
+
+
+def test_links_that_lead_back_and_previews(tmp_path, caplog):
+    make_folder(tmp_path, {'cat': 2, 'dog': 2}, ['train'])
+    (tmp_path / 'train/cat/again').symlink_to(tmp_path / 'train')
+    (tmp_path / 'train/more').symlink_to(tmp_path / 'train/dog')  # a class elsewhere
+    photo().save(tmp_path / 'train/folder.ico')
+    images = create_dataset('folder', str(tmp_path), 'train')
+    assert images.class_names == ('cat', 'dog', 'more') and images.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert 'left out folder.ico, outside of class folders' in caplog.text and 'again' in caplog.text
+
+
 def test_a_link_to_nothing_is_a_damaged_image(tmp_path):
     make_folder(tmp_path, {'cat': 2, 'dog': 2}, ['train', 'validation'])
     (tmp_path / 'train/cat/9.png').symlink_to(tmp_path / 'nowhere.png')

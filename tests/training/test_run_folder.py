@@ -13,14 +13,30 @@ from ..data.files import make_folder
 
 def test_a_run_goes_on_with_its_classes_only(tmp_path):
     folder = RunFolder(str(tmp_path))
-    folder.check_classes(['a', 'b'])  # a new run
+    folder.check_classes(['a', 'b'], 'auto')  # a new run
     folder.begin(configure('resnet18', str(tmp_path)), ['a', 'b', 'ç'], 0, {})
-    folder.check_classes(('a', 'b', 'ç'))
-    for names, told in (
-            (['a', 'b', 'c'], "without 'ç' and with 'c'"), (['a', 'b'], "without 'ç'$"),
-            (['a', 'b', 'c', 'ç'], "classes: with 'c'$"), (['b', 'a', 'ç'], "their order was 'a', 'b', 'ç'")):
-        with pytest.raises(ValueError, match=f'cannot go on with other classes: .*{told}' if told[0] != 'c' else told):
-            folder.check_classes(names)
+    folder.check_classes(('a', 'b', 'ç'), 'auto')
+    other = RunFolder(str(tmp_path / 'other'))  # a branch of it
+    for resume, goes_on in (('auto', folder), (str(tmp_path / 'checkpoints' / '3'), other)):
+        for names, told in (
+                (['a', 'b', 'c'], "other classes: without 'ç' and with 'c'$"),
+                (['a', 'b'], "other classes: without 'ç'$"),
+                (['a', 'b', 'c', 'ç'], "other classes: with 'c'$"), (['b', 'a', 'ç'], "their order was 'a', 'b', 'ç'")):
+            with pytest.raises(ValueError, match=told):
+                goes_on.check_classes(names, resume)
+    (tmp_path / 'classes.json').unlink()  # of a run from before
+    folder.check_classes(['x'], 'auto')
+    (tmp_path / 'best').mkdir()
+    (tmp_path / 'best/config.json').write_text('{"label_names": ["a", "b"]}')
+    with pytest.raises(ValueError, match="without 'a', 'b' and with 'x'"):
+        folder.check_classes(['x'], 'auto')
+
+
+def test_names_of_any_bytes(tmp_path):
+    names = [os.fsdecode(b'caf\xe9'), 'b']
+    folder = RunFolder(str(tmp_path))
+    folder.begin(configure('resnet18', str(tmp_path)), names, 0, {})
+    folder.check_classes(names, 'auto')
 
 
 def test_a_renamed_class_stops_a_run_that_goes_on(tmp_path):
