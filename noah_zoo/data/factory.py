@@ -20,7 +20,8 @@ _logger = logging.getLogger(__name__)
 
 FOLDERS: Dict[str, Callable[..., Images]] = {  # what is read from a folder, of folder and split
     'fashion_mnist': FashionMnist, 'folder': Folder, 'leaf_folder': LeafFolder, 'inaturalist': INaturalist,
-    'coco': Coco, 'csv': Csv, 'market1501': Market}
+    'coco': Coco, 'csv': Csv,
+    'market1501': Market}
 DATASETS = ', '.join((*FOLDERS, 'hfds/NAME', 'hfids/NAME', 'wds/'))
 
 
