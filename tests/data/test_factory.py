@@ -16,7 +16,7 @@ from .files import config, make_folder
 
 def test_unknown_datasets():
     for name in ('imagenet', 'torch/cifar10', 'tfds/mnist', 'hfds/', 'hfids', 'wds'):
-        with pytest.raises(ValueError, match='accepted are fashion_mnist, folder, leaf_folder, inaturalist, .*, hfds/NAME'):
+        with pytest.raises(ValueError, match='accepted are fashion_mnist, folder, leaf_folder, .*, hfds/NAME'):
             create_dataset(name, None, 'train')
     with pytest.raises(ValueError, match='--data-dir'):
         create_dataset('wds/', None, 'train')
