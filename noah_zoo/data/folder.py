@@ -36,7 +36,7 @@ def find_image_files(root: Path) -> Tuple[List[str], str]:
     for folder, folders, files in os.walk(root, followlinks=True):
         kept = [
             name for name in folders
-            if name not in NOT_FOLDERS and not name.startswith('.') and not _leads_back(os.path.join(folder, name))]
+            if not _is_hidden(name) and not _leads_back(os.path.join(folder, name))]
         hidden += [name for name in folders if name not in kept]
         folders[:] = kept
         for name in files:
@@ -54,6 +54,10 @@ def find_image_files(root: Path) -> Tuple[List[str], str]:
     if hidden:
         left_out.append(f'hidden {some(sorted(set(hidden)), 10)}')
     return sorted(paths, key=natural), ' and '.join(left_out)
+
+
+def _is_hidden(folder: str) -> bool:
+    return folder in NOT_FOLDERS or folder.startswith('.')
 
 
 def _leads_back(folder: str) -> bool:
@@ -107,7 +111,7 @@ class Folder(Files):
         filled = {parts[0] for parts in folders}
         empty = sorted(
             path.name for path in root.iterdir()
-            if path.is_dir() and path.name not in {*filled, *NOT_FOLDERS} and not path.name.startswith('.'))
+            if path.is_dir() and path.name not in filled and not _is_hidden(path.name))
         if empty:
             _logger.warning('%s: no images in %s, which are no classes therefore', root, ', '.join(empty))
         self._tell_of_depth(folders)

@@ -190,9 +190,8 @@ def _backward(
         blocks, one_write = _map_grads(
             grad_BK.repeat(1, num_groups), x_BLC, key_weight, value_weight, value_bias, conv_groups, drop_rate, seed,
         ), False
-    widths = key_weight.shape[1], value_weight.shape[1]
-    first = 0, channels - conv_groups * widths[1]
-    one_write = one_write and first[1] == conv_groups * widths[0]  # of every gradient of a feature
+    parts = _parts(channels, key_weight, value_weight, conv_groups)
+    one_write = one_write and parts[1][0] == conv_groups * parts[0][1]  # of every gradient of a feature
     empty = torch.empty if batch else torch.zeros
     dx_BLC, dweights, dvalue_bias = None, None, None
     if need_x:
@@ -203,8 +202,7 @@ def _backward(
         if value_bias is not None:
             dvalue_bias = (empty if seed is None else torch.zeros)(value_bias.shape, dtype=dtype, device=x_BLC.device)
     _add_products(
-        blocks, dx_BLC, dweights, None if seed is None else dvalue_bias, (*zip(first, widths),), conv_groups,
-        height * width, one_write)
+        blocks, dx_BLC, dweights, None if seed is None else dvalue_bias, parts, conv_groups, height * width, one_write)
     if dvalue_bias is not None and seed is None:
         dvalue_bias.view(num_groups, -1).copy_(grad_BK.sum(dim=0))
     dx_BCHW = dkey_weight = dvalue_weight = none = x_BCHW.new_empty(0)
@@ -227,7 +225,7 @@ def _add_products(
 
     Args:
         blocks: As `_map_grads` gives them.
-        parts: First channel and channels of a group, of keys and of values.
+        parts: As `_parts` gives them.
         one_write: Whether every gradient of a feature is written once, else it is added to.
         Others: As in `_backward`.
     """
@@ -417,7 +415,7 @@ def _map_grads_on_cuda(
     The gradients of the next block take the place of this one's.
     """
     (batch, length, channels), dtype = x_BLC.shape, x_BLC.dtype
-    num_maps, widths = key_weight.shape[0] // conv_groups, (key_weight.shape[1], value_weight.shape[1])
+    num_maps, parts = key_weight.shape[0] // conv_groups, _parts(channels, key_weight, value_weight, conv_groups)
     num_images, most = _block_size_on_cuda(conv_groups, batch, length, num_maps, dtype.itemsize)
 
     def blocks() -> Iterator[tuple]:
@@ -429,9 +427,7 @@ def _map_grads_on_cuda(
                 for weight in (key_weight, value_weight)]
             for images in _slices(batch, num_images):
                 rows = slice(images.start * length, images.stop * length)
-                features = (
-                    _of_features(x_BLC, 0, widths[0], groups, rows),
-                    _of_features(x_BLC, channels - conv_groups * widths[1], widths[1], groups, rows))
+                features = [_of_features(x_BLC, *part, groups, rows) for part in parts]
                 dmaps = kernels.map_grads(
                     grad, x_BLC, *weights, value_bias, stats_2BM, num_groups, drop_rate, seed, images, maps, workspace)
                 yield groups, images, maps, features, weights, dmaps
@@ -441,6 +437,13 @@ def _map_grads_on_cuda(
 
 def _slices(size: int, step: int) -> Iterator[slice]:
     return (slice(start, min(start + step, size)) for start in range(0, size, step))
+
+
+def _parts(
+        channels: int, key_weight: Tensor, value_weight: Tensor, conv_groups: int) -> Tuple[Tuple[int, int], ...]:
+    """First channel and channels of a group, of keys, which read the first ones, and of values, which read the last."""
+    key_width, value_width = key_weight.shape[1], value_weight.shape[1]
+    return (0, key_width), (channels - conv_groups * value_width, value_width)
 
 
 def _of_features(x_BLC: Tensor, first: int, width: int, groups: slice, rows: slice) -> Tensor:
@@ -469,8 +472,7 @@ def _blocks(
     batch, length, channels = x_BLC.shape
     device, dtype = x_BLC.device, torch.promote_types(x_BLC.dtype, torch.float32)
     x_BLC, *weights = (tensor.to(dtype).contiguous() for tensor in (x_BLC, key_weight, value_weight))
-    widths = [weight.shape[1] for weight in weights]
-    first = 0, channels - conv_groups * widths[1]
+    parts = _parts(channels, key_weight, value_weight, conv_groups)
     num_maps = len(key_weight) // conv_groups
     num_groups, num_images, most = _block_size(conv_groups, batch, length, num_maps, device.type)
     buffers = torch.empty(2, num_groups * num_images * length * most, device=device, dtype=dtype)
@@ -481,8 +483,7 @@ def _blocks(
             weights_GMC = [_of_weight(weight, conv_groups, groups, maps) for weight in weights]
             for images in _slices(batch, num_images):
                 rows = slice(images.start * length, images.stop * length)
-                features_GRC = [
-                    _of_features(x_BLC, start, width, groups, rows) for start, width in zip(first, widths)]
+                features_GRC = [_of_features(x_BLC, *part, groups, rows) for part in parts]
                 shape = len(weights_GMC[0]), rows.stop - rows.start, weights_GMC[0].shape[1]
                 score_GRM, value_GRM = (buffer[:math.prod(shape)].view(shape) for buffer in buffers)
                 exp_GBLM, value_GBLM = (x.unflatten(1, (-1, length)) for x in (score_GRM, value_GRM))
