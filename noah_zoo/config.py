@@ -50,7 +50,8 @@ class TrainConfig(Recipe):
     checkpoint_steps: int = setting(0, 'Updates between checkpoints inside an epoch; 0 for none.')
     checkpoint_hist: int = setting(2, 'Checkpoints to keep, besides the best weights.')
     resume: Optional[str] = setting(None,
-        "'auto' goes on with the newest checkpoint in `output`, if there is one; or a checkpoint's folder.")
+        "'auto' goes on with the newest checkpoint in `output`, if there is one; a checkpoint's folder goes back to it, "
+        'or begins a branch of another run.')
     skip_nonfinite: int = setting(0,
         'Updates with a loss that is not finite to leave out before giving up; unless 0, each waits for its loss.')
     log_with: Optional[str] = setting(None, "A tracker of Accelerate, 'tensorboard' say.")

@@ -17,6 +17,7 @@ class Progress:
     Attributes:
         epoch: Epochs done.
         update: Updates done, in all epochs.
+        updates: Updates of an epoch; 0 in checkpoints from before it was kept.
         batch: Batches of a process done in the epoch under way.
         updates_in_epoch: Updates done in it.
         loss: Sum of the losses of the epoch's updates so far.
@@ -28,6 +29,7 @@ class Progress:
 
     def __init__(self) -> None:
         self.epoch = self.update = self.batch = self.best_epoch = self.skipped = self.updates_in_epoch = 0
+        self.updates = 0
         self.loss = self.seconds = 0.
         self.best = -1.
 
@@ -39,7 +41,8 @@ class Progress:
 
 
 def save_checkpoint(accelerator: Accelerator, folder: Path, update: int, keep: int) -> Path:
-    """Write a checkpoint beside its place, rename it, and remove all but the newest.
+    """Write a checkpoint beside its place, rename it, and remove all but the newest, and those of later updates, from
+    which the run went back.
 
     Args:
         accelerator: What it prepared and registered is saved.
@@ -70,8 +73,10 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, update: int, keep: i
     if accelerator.is_main_process:
         shutil.rmtree(path, ignore_errors=True)
         os.replace(partial, path)
-        for old in checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
+        others = checkpoints(folder)
+        place = others.index(path)
+        for other in (*others[place + 1:], *others[:max(place + 1 - keep, 0)]):
+            shutil.rmtree(other)
     accelerator.wait_for_everyone()
     return path
 

@@ -10,7 +10,7 @@ import subprocess
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, Optional, Sequence
 
 import accelerate
 import timm
@@ -23,9 +23,13 @@ from ..config import TrainConfig
 from ..files import clear_partial, write
 from ..text import some
 from .builders import model_kwargs
+from .checkpoint import PREFIX, newest_checkpoint
 
 MAY_CHANGE = (  # settings that a run may go on with another value of: they do not change what it leaves
     'output', 'data_dir', 'resume', 'workers', 'log_with', 'checkpoint_hist', 'device_batch_size')
+OF_CHECKPOINT = (  # settings that a branch has from its checkpoint: they say what is in there
+    'model', 'model_kwargs', 'noah_variant', 'task', 'opt', 'amsgrad', 'layer_decay', 'head_lr_factor',
+    'model_ema_decay')
 
 
 class RunFolder:
@@ -46,28 +50,37 @@ class RunFolder:
 
         Raises:
             FileExistsError: If there is a run, and `config.resume` does not say to go on with it.
-            ValueError: If it is to go on with other settings.
+            FileNotFoundError: If `config.resume` or the checkpoint of a run that is to be trained on is not there.
+            ValueError: If it is to go on with other settings, but for more `epochs`; or a checkpoint of another run is
+                of another model or optimizer.
         """
-        args, summary = self.path / 'args.yaml', self.path / 'summary.json'
+        args, summary, now = self.path / 'args.yaml', self.path / 'summary.json', _plain(config)
+        source = None if config.resume in (None, 'auto') else run_of(config.resume)
+        if source and (source / 'args.yaml').exists():
+            _refuse_changes(f'{config.resume} does not go with', _settings(source / 'args.yaml', config), {
+                name: now[name] for name in OF_CHECKPOINT})
         if not args.exists():
             return None
-        if not config.resume:
+        if not config.resume or source and source.resolve() != self.path.resolve():
             state = 'a finished' if summary.exists() else 'an unfinished'
             raise FileExistsError(
                 f'{self.path} has {state} run; go on with it by --resume auto, or name another --output')
-        defaults = _plain(TrainConfig(model=config.model, output=config.output))  # of settings that came later
-        before = {**defaults, **yaml.safe_load(args.read_text(encoding='utf-8'))}
-        now = _plain(config)
-        different = [
-            f'{k} was {before[k]!r}, now {v!r}' for k, v in now.items() if before[k] != v and k not in MAY_CHANGE]
-        if different:
-            raise ValueError(f'{self.path} cannot go on with other settings: {"; ".join(different)}')
-        return json.loads(summary.read_text(encoding='utf-8')) if summary.exists() else None
+        before = _settings(args, config)
+        more = config.epochs > before['epochs']
+        _refuse_changes(f'{self.path} cannot go on with', before, {
+            name: value for name, value in now.items() if name not in MAY_CHANGE and not (more and name == 'epochs')})
+        if not summary.exists() or not more:
+            return json.loads(summary.read_text(encoding='utf-8')) if summary.exists() else None
+        if not newest_checkpoint(self.checkpoints):
+            raise FileNotFoundError(
+                f'{self.path} is a finished run of {before["epochs"]} epochs without checkpoints, from which it could '
+                f'go on to {config.epochs}')
+        return None
 
     def check_classes(self, class_names: Sequence[str], resume: Optional[str]) -> None:
         """Raise ValueError, with their names, if the run that `resume` goes on with had other classes, or in another
         order."""
-        run = Path(resume).parent.parent if resume and resume != 'auto' else self.path
+        run = self.path if resume in (None, 'auto') else run_of(resume)
         kept, saved = run / 'classes.json', run / 'best' / 'config.json'  # the other was kept before the one was
         if not resume or not (run / 'args.yaml').exists() or not (kept.exists() or saved.exists()):
             return
@@ -94,16 +107,20 @@ class RunFolder:
         if old.exists() and not best.exists():
             os.replace(old, best)
 
-    def begin(self, config: TrainConfig, class_names: Sequence[str], epoch: int, damaged: Dict[str, str]) -> None:
-        """Write down what the run is; drop what the log has of epochs after `epoch`, which are done again."""
+    def begin(
+            self, config: TrainConfig, class_names: Sequence[str], epoch: int, damaged: Dict[str, str]) -> None:
+        """Write down what the run is; drop what the log has of epochs after `epoch`, which are done again. The log of a
+        run that begins with a checkpoint of another one begins with that one's."""
         self.path.mkdir(parents=True, exist_ok=True)
         clear_partial(self.path)
+        (self.path / 'summary.json').unlink(missing_ok=True)  # of a finished run that is trained on
         write(self.path / 'args.yaml', yaml.safe_dump(_plain(config), sort_keys=False))
         write(self.path / 'classes.json', json.dumps(list(class_names), indent=0) + '\n')
         if config.skip_damaged:
             write(self.path / 'damaged.json', json.dumps(damaged, indent=2) + '\n')
-        if self.log.exists():
-            lines = self.log.read_text(encoding='utf-8').splitlines(keepends=True)
+        log = self.log if config.resume in (None, 'auto') else run_of(config.resume) / self.log.name
+        if log.exists():
+            lines = log.read_text(encoding='utf-8').splitlines(keepends=True)
             write(self.log, ''.join(
                 line for line in lines if line.endswith('\n') and json.loads(line)['epoch'] <= epoch))
 
@@ -112,9 +129,10 @@ class RunFolder:
         with self.log.open('a', encoding='utf-8') as log:
             log.write(json.dumps(_finite(record), allow_nan=False) + '\n')
 
-    def records(self) -> List[Dict[str, Any]]:
-        """The epochs of the log."""
-        return [json.loads(line) for line in self.log.read_text(encoding='utf-8').splitlines()]
+    def records(self) -> Dict[int, Dict[str, Any]]:
+        """The epochs of the log, by number."""
+        records = map(json.loads, self.log.read_text(encoding='utf-8').splitlines())
+        return {record['epoch']: record for record in records}
 
     def save_best(self, model: nn.Module, config: TrainConfig, class_names: Sequence[str]) -> None:
         """Save weights as they were evaluated, in timm's Hub layout, beside their place, and rename."""
@@ -148,6 +166,31 @@ class RunFolder:
     def end(self, summary: Dict[str, Any]) -> None:
         """Write the summary, by which the run is finished."""
         write(self.path / 'summary.json', json.dumps(_finite(summary), indent=2, allow_nan=False) + '\n')
+
+
+def run_of(checkpoint: str) -> Path:
+    """The folder of the run that a checkpoint is of.
+
+    Raises:
+        FileNotFoundError: If it is none.
+    """
+    path = Path(checkpoint).resolve()
+    if not (path / 'custom_checkpoint_0.pkl').is_file():
+        raise FileNotFoundError(
+            f"--resume {checkpoint}: no checkpoint; accepted are 'auto' and a folder RUN/checkpoints/{PREFIX}N")
+    return path.parent.parent
+
+
+def _settings(args: Path, config: TrainConfig) -> Dict[str, Any]:
+    """What an `args.yaml` has, and the defaults of settings that came later."""
+    defaults = _plain(TrainConfig(model=config.model, output=config.output))
+    return {**defaults, **yaml.safe_load(args.read_text(encoding='utf-8'))}
+
+
+def _refuse_changes(what: str, before: Dict[str, Any], now: Dict[str, Any]) -> None:
+    different = [f'{name} was {before[name]!r}, now {value!r}' for name, value in now.items() if before[name] != value]
+    if different:
+        raise ValueError(f'{what} other settings: {"; ".join(different)}')
 
 
 def settings_of(config: TrainConfig) -> Dict[str, Any]:

@@ -17,7 +17,8 @@ class OneCycle:
 
     def step_update(self, num_updates: int) -> None:
         """Set the learning rates for the update after so many."""
-        while self.scheduler.last_epoch < num_updates:
+        if self.scheduler.last_epoch < num_updates:
+            self.scheduler.load_state_dict(dict(last_epoch=num_updates - 1, _step_count=num_updates + 1))
             self.scheduler.step()
 
     def state_dict(self) -> Dict[str, Any]:

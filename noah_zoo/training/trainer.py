@@ -45,6 +45,9 @@ from .settings import check_settings, learning_rate, plan_batch
 _logger = logging.getLogger(__name__)
 
 TERMINATED = 143  # exit code after SIGTERM: 128 + 15
+OF_SETTINGS = (  # of an optimizer's groups, given by settings and the schedule: all else is state
+    'lr', 'initial_lr', 'lr_scale', 'weight_decay', 'momentum', 'betas', 'eps', 'max_lr', 'min_lr', 'max_momentum',
+    'base_momentum')
 READ_EVERY = 10  # batches, on an accelerator: to read a loss is to wait until the device has computed it
 
 
@@ -169,6 +172,7 @@ class Trainer:
                 'ones; --model-ema-decay none evaluates the plain weights', config.model_ema_decay,
                 updates * config.epochs, 100 * kept)
         self.progress = Progress()
+        self.updates = updates
         self.pending: List[Tensor] = []  # losses of the latest updates, on the device
         self.loss = math.nan  # the last that was read
         waits = config.skip_nonfinite or accelerator.device.type == 'cpu'
@@ -384,28 +388,61 @@ class Trainer:
     def resume(self) -> None:
         """Go on where `config.resume` says, or begin.
 
+        A checkpoint says where a run is; settings are those that were given. So learning rates follow their schedule,
+        if more epochs were asked for, or a branch has another one. Only a run that goes on with its newest checkpoint
+        has its best weights; going back, or from another run's checkpoint, the best is that of the epochs to come.
+
         Raises:
-            FileNotFoundError: If it names a folder that is not there.
+            ValueError: If an epoch had another number of updates, or none is left.
         """
-        config, folder = self.config, self.folder.checkpoints
-        path = newest_checkpoint(folder) if config.resume == 'auto' else config.resume and Path(config.resume)
-        if not path:
-            self.scheduler.step_update(0) if self.on_updates else self.scheduler.step(0)
-            return
-        if not path.is_dir():
-            raise FileNotFoundError(f'--resume {path}: no such folder; accepted are a checkpoint and auto')
-        self.accelerator.load_state(str(path))
-        if self.accelerator.is_main_process:
-            self.folder.mend()
-        _logger.info('going on with %s: epoch %d, update %d', path, self.progress.epoch + 1, self.progress.update)
+        config, progress = self.config, self.progress
+        newest = newest_checkpoint(self.folder.checkpoints)
+        path = newest if config.resume == 'auto' else config.resume and Path(config.resume)
+        if path:
+            schedule = deepcopy(self.scheduler.state_dict())
+            given = [
+                {name: group[name] for name in OF_SETTINGS if name in group} for group in self.optimizer.param_groups]
+            self.accelerator.load_state(str(path))
+            before = self.optimizer.param_groups[0]['lr']
+            self.scheduler.load_state_dict(schedule)
+            for group, settings in zip(self.optimizer.param_groups, given):
+                group.update(settings)
+            self._check_place(path)
+        progress.updates = self.updates
+        if self.on_updates:
+            self.scheduler.step_update(progress.update)
+        else:
+            self.scheduler.step(progress.epoch)
+        if path:
+            if not newest or not path.samefile(newest):
+                progress.best_epoch = 0
+                self.save()  # 'auto' finds it from now on
+            elif self.accelerator.is_main_process:
+                self.folder.mend()
+            _logger.info(
+                'going on with %s: epoch %d of %d, update %d, learning rate %.2e, before %.2e', path,
+                progress.epoch + 1, config.epochs, progress.update, self.optimizer.param_groups[0]['lr'], before)
+
+    def _check_place(self, path: Path) -> None:
+        """Find the place in the epoch from the updates, as batches may have another size now."""
+        progress = self.progress
+        if progress.updates not in (0, self.updates):
+            raise ValueError(
+                f'{path} cannot be gone on with: an epoch had {progress.updates} updates, and has {self.updates} now, '
+                f'by other images or another batch_size or device_batch_size')
+        done = (progress.update - progress.epoch * self.updates) * self.plan.accumulation
+        progress.batch = min(done, self.batches)
+        if self.config.resume != 'auto' and progress.epoch >= self.config.epochs:
+            raise ValueError(
+                f'{path} is the end of {progress.epoch} epochs, and epochs={self.config.epochs}: none is left to train')
 
     def summary(self) -> Dict[str, Any]:
         """What is said of a finished run: settings, figures of the last and the best epoch, versions."""
         progress, records = self.progress, self.folder.records()
         return {
             'config': settings_of(self.config), 'batch': self.plan._asdict(),
-            'params': sum(p.numel() for p in self.model.parameters()), 'damaged': len(self.damaged), **records[-1],
-            'best': records[progress.best_epoch - 1], 'skipped_updates': progress.skipped, **versions()}
+            'params': sum(p.numel() for p in self.model.parameters()), 'damaged': len(self.damaged), **records[progress.epoch],
+            'best': records[progress.best_epoch], 'skipped_updates': progress.skipped, **versions()}
 
     @contextmanager
     def _sigterm(self) -> Iterator[None]:

@@ -279,7 +279,8 @@ def test_a_run_is_not_overwritten(idx_dir, tmp_path):
     assert left_files(output) == before
     (output / 'summary.json').unlink()
     assert 'has an unfinished run; go on with it by --resume auto' in run_here(idx_dir, output, PLAIN, code=2)
-    assert 'no such folder' in run_here(idx_dir, output, PLAIN, '--resume', 'nowhere', code=2)
+    assert "no checkpoint; accepted are 'auto' and a folder RUN/checkpoints/update-N" in run_here(
+        idx_dir, output, PLAIN, '--resume', 'nowhere', code=2)
 
 
 def left_files(output):
