@@ -31,6 +31,8 @@ class TrainConfig(Recipe):
     skip_damaged: bool = setting(False, 'Leave out images that cannot be read, instead of stopping.')
     workers: int = setting(2, 'Data loading processes per process.')
     pretrained: bool = setting(False, 'Start from the pretrained weights.')
+    keep_head: bool = setting(False,
+        'Start from the pretrained head of as many classes, also if these have other names or another order.')
     grad_checkpointing: bool = setting(False, 'Recompute activations in the backward pass.')
     freeze: bool = setting(False, 'Train the head only.')
     no_aug: bool = setting(False, 'Train on the images as evaluation sees them.')
@@ -50,8 +52,8 @@ class TrainConfig(Recipe):
     checkpoint_steps: int = setting(0, 'Updates between checkpoints inside an epoch; 0 for none.')
     checkpoint_hist: int = setting(2, 'Checkpoints to keep, besides the best weights.')
     resume: Optional[str] = setting(None,
-        "'auto' goes on with the newest checkpoint in `output`, if there is one; a checkpoint's folder goes back to it, "
-        'or begins a branch of another run.')
+        "'auto' goes on with the newest checkpoint in `output`, if there is one; a checkpoint's folder goes back to "
+        'it, or begins a branch of another run.')
     skip_nonfinite: int = setting(0,
         'Updates with a loss that is not finite to leave out before giving up; unless 0, each waits for its loss.')
     log_with: Optional[str] = setting(None, "A tracker of Accelerate, 'tensorboard' say.")

@@ -184,3 +184,13 @@ def check_classes(unknown: Sequence[str], known: Sequence[str]) -> None:
         raise ValueError(
             f'the validation split has {len(unknown)} classes that the training split, of {len(known)}, lacks: '
             f'{some(map(repr, unknown), 10)}')
+
+
+def class_changes(before: Sequence[str], now: Sequence[str]) -> str:
+    """What became of class names, in words; empty if nothing."""
+    if list(before) == list(now):
+        return ''
+    gone, new = ([name for name in names if name not in others] for names, others in (
+        (before, set(now)), (now, set(before))))
+    changes = [f'{what} {some(map(repr, names), 10)}' for what, names in (('without', gone), ('with', new)) if names]
+    return ' and '.join(changes) or f'their order was {some(map(repr, before), 10)}'

@@ -1,4 +1,5 @@
 """What a run is made of, each by a function of its settings: model, optimizer, scheduler, averaged weights."""
+import logging
 from typing import Any, Dict, List, Optional, Tuple
 
 import timm
@@ -10,10 +11,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..config import TrainConfig
+from ..data.base import class_changes
 from ..inference.predict import check_model
 from ..models.attach import set_image_size
 from ..tasks import find_task
 from .schedule import OneCycle
+
+_logger = logging.getLogger(__name__)
 
 
 def build_model(config: TrainConfig, class_names: Tuple[str, ...]) -> nn.Module:
@@ -43,6 +47,13 @@ def build_model(config: TrainConfig, class_names: Tuple[str, ...]) -> nn.Module:
         set_image_size(model, config.img_size)  # a saved model is built at the size that was saved with it
     classifier = model.get_classifier()
     is_new = config.pretrained and model.num_classes != model.pretrained_cfg['num_classes']
+    trained_for = model.pretrained_cfg.get('label_names') or class_names
+    if config.pretrained and not is_new and not config.keep_head and class_changes(trained_for, class_names):
+        _logger.warning(
+            '%s was trained for other classes (now %s), so it begins with a new head; --keep-head keeps its own',
+            config.model, class_changes(trained_for, class_names))
+        model.reset_classifier(len(class_names))
+        classifier, is_new = model.get_classifier(), True
     # Some families of timm start it by its fan-out, EfficientNet 11 times as large for 10 classes as PyTorch would; few
     # images do not unlearn that.
     if is_new and type(classifier) in (nn.Linear, nn.Conv2d) and (

@@ -20,8 +20,8 @@ from timm.models import save_for_hf
 from torch import nn
 
 from ..config import TrainConfig
+from ..data.base import class_changes
 from ..files import clear_partial, write
-from ..text import some
 from .builders import model_kwargs
 from .checkpoint import PREFIX, newest_checkpoint
 
@@ -86,15 +86,9 @@ class RunFolder:
             return
         before = json.loads((kept if kept.exists() else saved).read_text(encoding='utf-8'))
         before = before if kept.exists() else before.get('label_names') or list(class_names)
-        if before == list(class_names):
-            return
-        gone, new = ([name for name in names if name not in others] for names, others in (
-            (before, set(class_names)), (class_names, set(before))))
-        changes = [
-            f'{what} {some(map(repr, names), 10)}' for what, names in (('without', gone), ('with', new)) if names]
-        raise ValueError(
-            f'{run} cannot go on with other classes: '
-            + (' and '.join(changes) or f'their order was {some(map(repr, before), 10)}'))
+        changes = class_changes(before, class_names)
+        if changes:
+            raise ValueError(f'{run} cannot go on with other classes: {changes}')
 
     def damaged(self) -> Optional[Dict[str, str]]:
         """Where -> reason, of the images that a run left out; it has looked at every one."""

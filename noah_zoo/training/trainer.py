@@ -441,8 +441,9 @@ class Trainer:
         progress, records = self.progress, self.folder.records()
         return {
             'config': settings_of(self.config), 'batch': self.plan._asdict(),
-            'params': sum(p.numel() for p in self.model.parameters()), 'damaged': len(self.damaged), **records[progress.epoch],
-            'best': records[progress.best_epoch], 'skipped_updates': progress.skipped, **versions()}
+            'params': sum(p.numel() for p in self.model.parameters()), 'damaged': len(self.damaged),
+            **records[progress.epoch], 'best': records[progress.best_epoch], 'skipped_updates': progress.skipped,
+            **versions()}
 
     @contextmanager
     def _sigterm(self) -> Iterator[None]:

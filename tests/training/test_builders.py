@@ -1,4 +1,6 @@
 """Models, parameter groups and layouts of a run."""
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
@@ -61,6 +63,26 @@ def test_new_classifiers_do_not_start_by_their_fan_out(tmp_path):
         assert model.get_submodule(place).weight.std().item() == pytest.approx(std, rel=0.2), name
         kept = build_model(config, tuple('abc')).get_submodule(place).weight  # the same classes: that of the file
         assert torch.equal(kept, load_file(f'{folder}/model.safetensors')[f'{place}.weight'])
+
+
+@pytest.mark.parametrize('name', ['resnet18', 'mobilenetv2_035_noah'])
+def test_as_many_but_other_classes_get_a_new_head(name, tmp_path, caplog):
+    folder = str(tmp_path / 'best')
+    trained = timm.create_model(name, num_classes=3)
+    save_for_hf(trained, folder, safe_serialization=True, model_config=dict(label_names=list('abc')))
+    config = TrainConfig(model=f'local-dir:{folder}', output='', pretrained=True)
+
+    def head(names, config=config):
+        caplog.clear()
+        model = build_model(config, tuple(names))
+        assert torch.equal(next(model.parameters()), next(trained.parameters()))  # the backbone's
+        saved, own = trained.get_classifier().state_dict(), model.get_classifier().state_dict()
+        return saved.keys() == own.keys() and all(torch.equal(saved[name], own[name]) for name in saved)
+
+    assert head('abc') and not caplog.text
+    assert not head('abd') and "other classes (now without 'c' and with 'd'), so it begins with a new head" in caplog.text
+    assert not head('acb') and "their order was 'a', 'b', 'c'" in caplog.text
+    assert head('abd', replace(config, keep_head=True)) and not caplog.text
 
 
 def test_averaged_weights_and_memory_format():
