@@ -33,6 +33,7 @@ from .attach import (
 )
 
 WEIGHT_PLACES = ('state_dict', 'file', 'hf_hub_id', 'hf_hub_filename', 'url', 'source')  # as timm ranks them
+START_ARGS = ('pretrained_backbone', 'init')  # what weights a model began with, which saved weights do not need
 HEAD_ARGS = ('num_groups', 'key_ratio', 'drop_rate', 'split_groups', 'split_kv', 'noah_variant')
 
 # From a model's name, its cfg and the Hub's cache to the cfg with the place of verified weights, and the arguments that

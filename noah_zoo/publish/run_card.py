@@ -1,9 +1,10 @@
 """The model card of a user's own training run."""
 import json
+import re
 import shlex
 from dataclasses import asdict
 from fractions import Fraction
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, Dict, List, Optional, Tuple, Union
 
 import timm
@@ -151,10 +152,17 @@ def _dataset(settings: Dict[str, Any]) -> Tuple[Optional[str], str, str]:
     if name in _DATASETS:
         dataset_id, label, splits = _DATASETS[name]
         return dataset_id, label, splits.get(split, split)
-    if name.startswith(('hfds/', 'hfids/')):
-        dataset_id = name.split('/', 1)[1]
+    prefix, _, rest = name.partition('/')
+    if prefix in ('hfds', 'hfids') and _is_on_hub(rest):
+        dataset_id = rest.partition(':')[0]
         return dataset_id, dataset_id, split
-    return None, 'a folder of images' if name in ('folder', 'leaf_folder') else name, split
+    is_folder = name in ('folder', 'leaf_folder') or prefix in ('hfds', 'hfids')
+    return None, 'a folder of images' if is_folder else prefix, split
+
+
+def _is_on_hub(dataset: str) -> bool:
+    """Whether 'NAME', 'USER/NAME' or such with ':CONFIG' is a dataset of the Hub, not a folder."""
+    return bool(re.fullmatch(r'[\w.-]+(/[\w.-]+)?(:[\w.-]+)?', dataset)) and not Path(dataset).exists()
 
 
 def start_of(settings: Dict[str, Any]) -> Optional[str]:
@@ -199,11 +207,15 @@ def _run_command(settings: Dict[str, Any]) -> str:
 
 
 def _without_path(value: Any) -> str:
+    """A value as it is, but of a path only the name."""
     text = str(value)
-    scheme, colon, rest = text.partition(':')
-    if scheme == 'local-dir':
-        return f'{scheme}{colon}{Path(rest).name}'
-    return Path(text).name if Path(text).is_absolute() or text.startswith(('.', '~')) else text
+    prefix, slash, rest = text.partition('/')
+    if text.startswith(('hf-hub:', 'hf_hub:')) or prefix in ('hfds', 'hfids') and _is_on_hub(rest):
+        return text
+    if prefix in ('hfds', 'hfids', 'wds') and slash:
+        return f'{prefix}/' + ('DIR' if rest else '')
+    scheme = 'local-dir:' * text.startswith('local-dir:')
+    return scheme + PureWindowsPath(text.removeprefix(scheme)).name
 
 
 def _label_list(labels: List[str], limit: int = 1000) -> str:

@@ -22,6 +22,7 @@ from torch import nn
 from ..config import TrainConfig
 from ..data.base import class_changes
 from ..files import clear_partial, write
+from ..models.builder import START_ARGS
 from .builders import model_kwargs
 from .checkpoint import PREFIX, newest_checkpoint
 
@@ -138,7 +139,7 @@ class RunFolder:
         head = {name: head[name] for name in ('num_groups', 'key_ratio') if name in head}
         model_args = {**head, **model_kwargs(config)}
         for args in (model_args, model.__dict__.get('_model_args', {})):  # given here, and recorded by timm
-            for name in ('pretrained_backbone', 'init'):  # it has weights of its own now; and the path is the machine's
+            for name in START_ARGS:  # it has weights of its own now; and the path is the machine's
                 args.pop(name, None)
         save_for_hf(
             model, str(partial), safe_serialization=True, model_args=model_args,

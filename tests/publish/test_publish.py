@@ -143,11 +143,15 @@ def test_a_run_goes_up_the_same_way(project):
     torch.manual_seed(0)
     model = timm.create_model(NOAH, pretrained_cfg_overlay=overlay, output_stride=16)
     timm.models.save_for_hf(
-        model, str(run / 'best'), safe_serialization=True, model_args=dict(output_stride=16),
-        model_config=dict(label_names=labels))
+        model, str(run / 'best'), safe_serialization=True, model_config=dict(label_names=labels),
+        # as runs had it once, whose weights began with a file
+        model_args=dict(output_stride=16, pretrained_backbone=str(project.folder / 'secret.safetensors'), init='random'))
     example = ROOT / 'results' / 'fashion_mnist' / f'{NOAH}-seed1' / 'summary.json'
     summary = json.loads(example.read_text())
-    summary['config'].update(dataset='hfds/someone/pets', model_kwargs=dict(output_stride=16))
+    places = {name: str(project.folder / name) for name in ('data_dir', 'cache_features', 'output', 'resume')}
+    summary['config'].update(
+        places, dataset='hfds/someone/pets', model_kwargs=dict(
+            output_stride=16, pretrained_backbone=str(project.folder / 'secret.safetensors')))
     summary['best'] = {key: summary[key] for key in ('epoch', 'top1', 'val_loss')}
     (run / 'summary.json').write_text(json.dumps(summary))
     (run / 'best' / 'optimizer.pt').write_bytes(b'not to be sent')
@@ -156,6 +160,7 @@ def test_a_run_goes_up_the_same_way(project):
     assert "timm.create_model('hf-hub:you/pets', pretrained=True)" in message
     files = project.hub.files('you/pets')
     assert set(files) == FILES and list(project.hub.tags('you/pets')) == ['v1']
+    assert not [name for name, content in files.items() if str(project.folder).encode() in content]
     card = ModelCard(files['README.md'].decode())
     assert card.data.datasets == ['someone/pets'] and card.data.eval_results[0].metric_value == summary['top1']
     assert all(label in card.text for label in labels)
