@@ -18,9 +18,9 @@ class TrainConfig(Recipe):
     task: str = setting('multiclass',
         "'multiclass', one class per image, 'multilabel', 'reid', re-identification, or one that was registered.")
     dataset: str = setting('fashion_mnist',
-        "'fashion_mnist', 'folder', 'leaf_folder', 'hfds/NAME', 'hfids/NAME', 'wds/', 'inaturalist'; 'coco', 'csv'; "
-        "'market1501'.")
-    data_dir: Optional[str] = setting(None, 'Folder of the data.')
+        "'fashion_mnist', 'folder', 'leaf_folder', 'hfds/NAME' or 'hfds/NAME:CONFIG', 'hfids/NAME', 'wds/', "
+        "'inaturalist'; 'coco', 'csv'; 'market1501'.")
+    data_dir: Optional[str] = setting(None, "Folder of the data; of 'hfds/NAME' and 'hfids/NAME' the cache.")
     input_key: Optional[str] = setting(None, "Column of the images, of 'hfds/' and 'hfids/'; 'image' if None.")
     target_key: Optional[str] = setting(None, "Column of the labels; 'label' if None.")
     train_split: str = setting('train', 'Split to train on.')

@@ -1,16 +1,40 @@
 """Datasets of the Hugging Face Hub, or of a local folder of its layout."""
-from typing import Any, List, Optional, Tuple
+import os
+import re
+from typing import Any, Dict, List, Optional, Tuple
 
-import timm.data
 from PIL import Image
 
 from ..text import one_line
 from .base import Images, Multilabel, multi_hot
 from .images import UNREADABLE, DamagedImageError, read_image
 
+FORMATS = ('arrow', 'imagefolder', 'json', 'parquet', 'webdataset')  # names of files' formats, not of datasets
+
+
+def source_of(name: str, data_dir: Optional[str]) -> Dict[str, Optional[str]]:
+    """What `datasets.load_dataset` and `load_dataset_builder` are given: path, name of the configuration, data_dir,
+    cache_dir.
+
+    Args:
+        name: 'NAME' or 'USER/NAME' of the Hub, or a folder, with ':CONFIG' or not; or one of `FORMATS`.
+        data_dir: The cache; of a format the folder of the files.
+
+    Raises:
+        ValueError: If a format comes without its folder.
+    """
+    if name in FORMATS:
+        if not data_dir:
+            raise ValueError(f'{name} is a format: name the folder of its files with --data-dir')
+        return dict(path=name, name=None, data_dir=data_dir, cache_dir=None)
+    path, _, config = name.rpartition(':')
+    if len(path) < 2 or re.search(r'[\\/]', config) or os.path.exists(name):  # C: is no dataset
+        path, config = name, ''
+    return dict(path=path, name=config or None, data_dir=None, cache_dir=data_dir)
+
 
 class HubRows(Images):
-    """Rows of a dataset of the Hugging Face Hub, or of a local one of its layout, by timm's 'hfds/' reader."""
+    """Rows of a dataset of the Hugging Face Hub, or of a local one of its layout."""
 
     def _open(
             self, name: str, data_dir: Optional[str], split: str, input_key: str, target_key: str,
@@ -19,47 +43,56 @@ class HubRows(Images):
 
         Raises:
             FileNotFoundError: If there is no such dataset.
-            ValueError: If there is no such split or column.
+            ValueError: If there is no such split, configuration or column, or it has no images.
         """
+        import datasets
         self.name, self.split = name, split
         try:
-            dataset = timm.data.create_dataset(
-                f'hfds/{name}', root=data_dir, split=split, input_key=input_key, target_key=target_key)
-        except (KeyError, ValueError) as error:
+            dataset = datasets.load_dataset(**source_of(name, data_dir), split=split)
+        except ValueError as error:
+            hint = '; choose one as hfds/NAME:CONFIG' if 'onfig' in str(error) and ':' not in name else ''
+            raise ValueError(f'hfds/{name}: {one_line(error)} (split {split!r}){hint}') from error
+        columns = {column: kind for column, kind in dataset.features.items() if column != input_key}
+        images = dataset.features.get(input_key)
+        if images is None:
             raise ValueError(
-                f'hfds/{name}: {one_line(error)} (split {split!r})') from error
-        self.reader = dataset.reader
-        columns = self.reader.dataset.column_names
-        if self.reader.dataset.data.column(input_key).null_count == len(self.reader) > 0:  # timm adds a lacking one
-            columns = ', '.join(name for name in columns if name != input_key)
-            raise ValueError(f'hfds/{name}: no images in a column {input_key!r}; the others are {columns}')
+                f'hfds/{name}: no images in a column {input_key!r} (--input-key); the others are {", ".join(columns)}')
+        if not isinstance(images, datasets.Image) and getattr(images, 'dtype', None) not in ('string', 'binary'):
+            kind = 'a list of images' if _inner(images) is not images else f'{images}'
+            raise ValueError(f'hfds/{name}: column {input_key!r} has {kind} in a row; expected one image')
         if target_key not in columns:
-            raise ValueError(f'hfds/{name}: no column {target_key!r} for the labels, only {", ".join(columns)}')
-        names = sorted(self.reader.class_to_idx, key=self.reader.class_to_idx.get)
-        return names, self.reader.dataset.select_columns(target_key)[target_key][:]
+            raise ValueError(
+                f'hfds/{name}: no column {target_key!r} for the labels (--target-key), only '
+                f'{", ".join(dataset.column_names)}')
+        self.input_key = input_key
+        self.dataset = dataset.cast_column(input_key, datasets.Image(decode=False))
+        names = getattr(_inner(columns[target_key]), 'names', None) or []
+        return names, dataset.select_columns(target_key)[target_key][:]
 
     def _image(self, row: int) -> Image.Image:
-        where = self._where(row)
-        try:
-            file, *_ = self.reader[row]
-        except (AssertionError, TypeError):  # the cell is null
-            raise DamagedImageError(f'{where}{UNREADABLE}the row has no image') from None
-        with file:
-            return read_image(file.read(), where)
+        where, cell = self._where(row), self.dataset[row][self.input_key]
+        if cell is None:
+            raise DamagedImageError(f'{where}{UNREADABLE}the row has no image')
+        return read_image(cell['bytes'] or cell['path'], where)
 
     def _where(self, row: int) -> str:
         return f'{self.name}[{self.split}] row {row}'
 
     def state(self) -> str:
-        return f'{super().state()} {self.reader.dataset._fingerprint}'
+        return f'{super().state()} {self.dataset._fingerprint}'
+
+
+def _inner(kind: Any) -> Any:
+    """The kind of a list's items; of what is no list, itself."""
+    return kind[0] if isinstance(kind, list) else getattr(kind, 'feature', kind)
 
 
 class HubImages(HubRows):
     """`HubRows` with one class each: those of the label column; of one without names, they are called by its values.
 
     Args:
-        name: What `datasets.load_dataset` takes.
-        data_dir: Cache; the library's own if None.
+        name: 'NAME', 'NAME:CONFIG', a folder or a format; see `source_of`.
+        data_dir: The cache, the library's own if None; of a format the folder of the files.
         split: A split, or a slice of one: 'train[:1000]'.
         input_key: Column of the images; 'image' if None.
         target_key: Column of the labels; 'label' if None.

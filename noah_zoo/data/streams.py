@@ -13,9 +13,15 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 import timm.data
 from torch.utils.data import IterableDataset, get_worker_info
 
+from ..text import one_line
+from .hub import source_of
 from .images import DamagedImageError, read_image
 
 _logger = logging.getLogger(__name__)
+
+INFO = (
+    'expected is {"splits": {"train": {"name": "train", "num_samples": 2000, "filenames": ["train-0.tar", '
+    '"train-1.tar"], "shard_lengths": [1000, 1000]}}}')
 
 
 class Stream(IterableDataset):
@@ -42,16 +48,10 @@ class Stream(IterableDataset):
         self.training, self.seed, self.skip_damaged = training, seed, skip_damaged
         self.is_wds = name.partition('/')[0].lower() == 'wds'
         self.transform: Optional[Callable] = None
-        if self.is_wds and not data_dir:
-            raise ValueError('wds/: name the folder of the shards and of _info.json with --data-dir')
-        kwargs = {'input_key': input_key, 'target_key': target_key}
-        try:
-            dataset = timm.data.create_dataset(
-                name, root=data_dir, split=split, is_training=training, seed=seed, input_img_mode='',
-                **{key: value for key, value in kwargs.items() if value})
-        except RuntimeError as error:  # an unknown split, or no package webdataset
-            raise ValueError(f'{name}: {error}') from error
-        self.reader = dataset.reader
+        keys = {'input_key': input_key, 'target_key': target_key}
+        options = {key: value for key, value in keys.items() if value}
+        options.update(split=split, is_training=training, seed=seed, input_img_mode='')
+        self.reader = self._open_shards(data_dir, **options) if self.is_wds else self._open_hub(data_dir, **options)
         self.class_names: Tuple[str, ...] = tuple(self._shard_classes() if self.is_wds else self._hub_classes())
         self._skipped = multiprocessing.Value('q', 0)
 
@@ -109,6 +109,26 @@ class Stream(IterableDataset):
                 yield None, label
                 continue
             yield image if self.transform is None else self.transform(image), label
+
+    def _open_hub(self, data_dir: Optional[str], **options) -> Any:
+        from timm.data.readers.reader_hfids import ReaderHfids  # create_dataset would take the name in lower case
+        source = source_of(self.name.partition('/')[2], data_dir)
+        if source['name'] or source['data_dir']:
+            raise ValueError(f'{self.name}: a stream has no choice of configurations or formats; hfds/ has')
+        try:
+            return ReaderHfids(source['path'], root=data_dir, **options)
+        except ValueError as error:
+            raise ValueError(f'{self.name}: {one_line(error)}; hfds/ instead may do') from error
+
+    def _open_shards(self, data_dir: Optional[str], **options) -> Any:
+        if not data_dir:
+            raise ValueError('wds/: name the folder of the shards and of _info.json with --data-dir')
+        try:
+            return timm.data.create_dataset(self.name, root=data_dir, **options).reader
+        except RuntimeError as error:  # an unknown split, no _info.json, or no package webdataset
+            raise ValueError(f'{self.name}: {error}; {INFO}') from error
+        except KeyError as error:
+            raise ValueError(f"{self.name}: {data_dir}/_info.json has no {error} for a split; {INFO}") from error
 
     def _hub_classes(self) -> List[str]:
         import datasets

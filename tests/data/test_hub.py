@@ -1,13 +1,15 @@
 """Datasets of the Hub's layout."""
 import pickle
 
+import datasets
 import numpy as np
 import pytest
 
 from noah_zoo.data.factory import create_dataset, create_datasets
+from noah_zoo.data.hub import source_of
 from noah_zoo.data.images import DamagedImageError
 
-from .files import config, load, make_hub, photo, pngs
+from .files import config, load, make_folder, make_hub, photo, pngs
 
 
 def test_hfds(tmp_path):
@@ -52,12 +54,66 @@ def test_hfds_that_is_refused(tmp_path):
         create_dataset(name, cache, 'train').read(2)
     with pytest.raises(ValueError, match="split 'test'"):
         create_dataset(name, cache, 'test')
-    with pytest.raises(ValueError, match="no column 'fine_label' for the labels, only image, label"):
+    with pytest.raises(ValueError, match=r"no column 'fine_label' for the labels \(--target-key\), only image, label"):
         create_dataset(name, cache, 'train', target_key='fine_label')
-    with pytest.raises(ValueError, match="no images in a column 'img'; the others are image, label"):
+    with pytest.raises(ValueError, match=r"no images in a column 'img' \(--input-key\); the others are image, label"):
         create_dataset(name, cache, 'train', input_key='img')
     unlabelled = make_hub(tmp_path / 'b', pngs(3), labels=[0, -1, -1])
     with pytest.raises(ValueError, match=r'row 1: the label is -1, accepted are 0 to 1 \(2 such images\)'):
         create_dataset(f'hfds/{unlabelled}', cache, 'train')
     with pytest.raises(FileNotFoundError):
         create_dataset(f'hfds/{tmp_path}/nowhere', cache, 'train')
+
+
+def test_a_configuration_is_chosen(tmp_path):
+    hub, cache = tmp_path / 'Hub', str(tmp_path / 'cache')
+    for name, labels in (('small', ['owl']), ('large', ['cat', 'dog', 'elk'])):
+        make_hub(hub / name, pngs(len(labels)), names=None, labels=labels)
+    files = ''.join(
+        f'- config_name: {name}\n  data_files: [{{split: train, path: {name}/data/*.parquet}}]\n'
+        for name in ('small', 'large'))
+    (hub / 'README.md').write_text(f'---\nconfigs:\n{files}---\n')
+    assert create_dataset(f'hfds/{hub}:large', cache, 'train').class_names == ('cat', 'dog', 'elk')
+    assert create_dataset(f'hfds/{hub}:small', cache, 'train').class_names == ('owl',)
+    with pytest.raises(ValueError, match=r"'small', 'large'.*; choose one as hfds/NAME:CONFIG"):
+        create_dataset(f'hfds/{hub}', cache, 'train')
+    with pytest.raises(ValueError, match="BuilderConfig 'huge' not found"):
+        create_dataset(f'hfds/{hub}:huge', cache, 'train')
+    with pytest.raises(ValueError, match='a stream has no choice of configurations or formats; hfds/ has'):
+        create_dataset(f'hfids/{hub}:large', cache, 'train')
+
+
+@pytest.mark.parametrize('name, path, chosen', [
+    ('food101', 'food101', None), ('cifar100:fine', 'cifar100', 'fine'), ('me/pets:v1.0', 'me/pets', 'v1.0'),
+    (r'C:\photos', r'C:\photos', None), (r'C:\photos:big', r'C:\photos', 'big'), ('C:/a:b/c', 'C:/a:b/c', None)])
+def test_what_a_name_says(name, path, chosen):
+    assert source_of(name, 'cache') == dict(path=path, name=chosen, data_dir=None, cache_dir='cache')
+
+
+def test_a_format_reads_the_folder_that_is_named(tmp_path, monkeypatch):
+    for name, classes in (('Photos', {'cat': 2, 'dog': 2}), ('elsewhere', {'car': 2, 'bus': 2})):
+        make_folder(tmp_path / name, classes)
+    monkeypatch.chdir(tmp_path / 'elsewhere')
+    before = sorted((tmp_path / 'Photos').rglob('*'))
+    for name, data_dir in (('imagefolder', str(tmp_path / 'Photos')), (str(tmp_path / 'Photos'), None)):
+        images = create_dataset(f'hfds/{name}', data_dir, 'train')
+        assert images.class_names == ('cat', 'dog') and images.read(0)[0].mode == 'RGB'
+    assert sorted((tmp_path / 'Photos').rglob('*')) == before
+    with pytest.raises(ValueError, match='imagefolder is a format: name the folder of its files with --data-dir'):
+        create_dataset('hfds/imagefolder', None, 'train')
+    hub = make_hub(tmp_path / 'Hub', pngs(4))
+    assert len(create_dataset('hfds/parquet', f'{hub}/data', 'train')) == 4
+
+
+def test_a_column_of_something_else_than_images(tmp_path):
+    content = {'bytes': pngs(1)[0], 'path': None}
+    for kind, cell, told in (
+            (datasets.List(datasets.Image()), [content, content], 'a list of images in a row; expected one image'),
+            (datasets.Value('float32'), 0.5, r"Value\('float32'\) in a row; expected one image")):
+        features = datasets.Features(image=kind, label=datasets.ClassLabel(names=['cat']))
+        folder = tmp_path / str(len(told))
+        folder.mkdir()
+        datasets.Dataset.from_dict({'image': [cell], 'label': [0]}, features=features).to_parquet(
+            str(folder / 'train.parquet'))
+        with pytest.raises(ValueError, match=told):
+            create_dataset(f'hfds/{folder}', str(tmp_path / 'cache'), 'train')

@@ -18,8 +18,8 @@ from .files import EXPECTED, GREYS, config, encode, make_hub, make_shards, photo
 
 
 def test_hfids(tmp_path, caplog):
-    make_hub(tmp_path / 'hub', pngs(8))
-    name, cache = f'hfids/{tmp_path / "hub"}', str(tmp_path / 'cache')
+    make_hub(tmp_path / 'Hub', pngs(8))
+    name, cache = f'hfids/{tmp_path / "Hub"}', str(tmp_path / 'cache')
     stream = create_dataset(name, cache, 'train')
     assert stream.class_names == ('cat', 'dog') and len(stream) == 8
     for workers in (0, 2):
@@ -163,6 +163,14 @@ def test_wds_that_is_refused(tmp_path, webdataset):
         create_dataset('wds/', root, 'train')
     with pytest.raises(ValueError, match='split validation not found'):
         create_dataset('wds/', root, 'validation')
+    info = json.loads((tmp_path / '_info.json').read_text())
+    del info['splits']['train']['shard_lengths']
+    (tmp_path / '_info.json').write_text(json.dumps(info))
+    with pytest.raises(ValueError, match=r"_info.json has no 'shard_lengths' for a split; expected is {\"splits\": {"):
+        create_dataset('wds/', root, 'train')
+    (tmp_path / '_info.json').unlink()
+    with pytest.raises(ValueError, match=r'split train not found in info .* expected is {"splits"'):
+        create_dataset('wds/', root, 'train')
 
 
 STREAM = """

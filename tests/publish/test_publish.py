@@ -145,7 +145,8 @@ def test_a_run_goes_up_the_same_way(project):
     timm.models.save_for_hf(
         model, str(run / 'best'), safe_serialization=True, model_config=dict(label_names=labels),
         # as runs had it once, whose weights began with a file
-        model_args=dict(output_stride=16, pretrained_backbone=str(project.folder / 'secret.safetensors'), init='random'))
+        model_args=dict(
+            output_stride=16, pretrained_backbone=str(project.folder / 'secret.safetensors'), init='random'))
     example = ROOT / 'results' / 'fashion_mnist' / f'{NOAH}-seed1' / 'summary.json'
     summary = json.loads(example.read_text())
     places = {name: str(project.folder / name) for name in ('data_dir', 'cache_features', 'output', 'resume')}
