@@ -5,8 +5,8 @@
     python results/benchmark/engines.py --timm pytorch-image-models --quick
 
 Two folders of JPEGs, of noise over colours: of the model's size, which cost nearly nothing to read, and of 500 x 375
-pixels, as ImageNet's are. Every run has two epochs; the speed of the second counts, with the loading of images. On a GPU
-in bf16, channels last.
+pixels, as ImageNet's are. Every run has two epochs; the speed of the second counts, with the loading of images. On a
+GPU in bf16, channels last.
 """
 import argparse
 import json
