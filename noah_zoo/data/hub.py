@@ -45,7 +45,7 @@ class HubRows(Images):
         except (AssertionError, TypeError):  # the cell is null
             raise DamagedImageError(f'{where}{UNREADABLE}the row has no image') from None
         with file:
-            return read_image(file.read(), where)
+            return read_image(file.read(), where, self.input_img_mode)
 
     def _where(self, row: int) -> str:
         return f'{self.name}[{self.split}] row {row}'
