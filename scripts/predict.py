@@ -33,7 +33,7 @@ def main() -> int:
     parser.add_argument('-b', '--batch-size', type=positive, default=64, metavar='N', help='images at a time (64)')
     parser.add_argument(
         '-j', '--workers', type=int, metavar='N',
-        help='processes that read images (none for few images, else one per processor, 8 at most)')
+        help='processes that read images (0 below 1,000 images, else by the processors)')
     written = parser.add_mutually_exclusive_group()
     written.add_argument('--json', action='store_true', help='print one JSON list instead of text')
     written.add_argument(
@@ -55,19 +55,19 @@ def main() -> int:
         if args.output:
             output = PredictionFile(args.output, name, min(args.top_k, model.num_classes), images)
         left = images[output.done:] if output else images
-        workers = default_workers(len(left)) if args.workers is None else args.workers
+        workers = default_workers(len(left), next(model.parameters()).device) if args.workers is None else args.workers
         results = predict(model, left, args.top_k, args.batch_size, workers)
         bar = tqdm(total=len(images), initial=len(images) - len(left), unit='img', disable=None, leave=False)
         with output or nullcontext(), bar:
             for result in results:
-                if 'error' in result:
-                    failed += 1
-                    tqdm.write(result['error'], file=sys.stderr)
                 if output:
                     output.add(result)
                 elif args.json:
                     shown.append(result)
-                elif 'error' not in result:
+                if 'error' in result:
+                    failed += 1
+                    tqdm.write(result['error'], file=sys.stderr)
+                elif not output and not args.json:
                     guesses = (f'\n  {guess["probability"]:7.2%}  {guess["label"]}' for guess in result['predictions'])
                     tqdm.write(result['path'] + ''.join(guesses), file=sys.stdout)
                 bar.update()

@@ -194,9 +194,13 @@ def stack(items: Sequence[Tuple[Tensor, Optional[str]]]) -> Tuple[Tensor, Reason
     return torch.stack(images), Reasons(reasons)
 
 
-def default_workers(count: int) -> int:
-    """Loading processes for so many images: none for few, which are read before a process has started."""
-    return 0 if count < 1000 else min(os.cpu_count() or 1, 8)
+def default_workers(count: int, device: torch.device) -> int:
+    """Processes that read so many images: none for few, which are read before a process has started; beside a GPU one
+    per processor, 8 at most; else one per four processors, as the model needs the others."""
+    processors = os.cpu_count() or 1
+    if count < 1000:
+        return 0
+    return min(processors, 8) if device.type == 'cuda' else max(processors // 4, 1)
 
 
 def predict(
