@@ -250,3 +250,18 @@ def test_ctrl_c_and_on(tmp_path):
     result = call('predict.py', folder, '--output', output)
     assert result.stdout == f'{output}: 1,500 images, 1 of which cannot be read\n'
     assert [path for path, _, _ in read_rows(output)] == find_images([str(folder)])
+
+
+def test_a_progress_bar_at_a_terminal_only(mixed, tmp_path):
+    pty, termios = pytest.importorskip('pty'), pytest.importorskip('termios')
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(ours, (40, 100))
+    command = [sys.executable, str(ROOT / 'scripts' / 'predict.py'), str(mixed), '--output', str(tmp_path / 'rows.csv')]
+    result = subprocess.run(command, stderr=theirs, stdout=subprocess.PIPE, timeout=300, check=False)
+    os.close(theirs)
+    seen = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    assert result.returncode == 1 and result.stdout.strip().endswith(b'9 images, 2 of which cannot be read')
+    assert '0/9' in seen and 'img/s' in seen and seen.count('not a readable image') == 2
+    plain = subprocess.run(command, capture_output=True, timeout=300, check=False)  # all of it is there already
+    assert plain.returncode == 1 and plain.stdout == result.stdout and plain.stderr == b''
