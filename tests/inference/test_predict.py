@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -253,9 +254,9 @@ def test_ctrl_c_and_on(tmp_path):
 
 
 def test_a_progress_bar_at_a_terminal_only(mixed, tmp_path):
-    pty, termios = pytest.importorskip('pty'), pytest.importorskip('termios')
+    pty, fcntl, termios = (pytest.importorskip(name) for name in ('pty', 'fcntl', 'termios'))
     ours, theirs = pty.openpty()
-    termios.tcsetwinsize(ours, (40, 100))
+    fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack('4H', 40, 100, 0, 0))  # rows, columns
     command = [sys.executable, str(ROOT / 'scripts' / 'predict.py'), str(mixed), '--output', str(tmp_path / 'rows.csv')]
     result = subprocess.run(command, stderr=theirs, stdout=subprocess.PIPE, timeout=300, check=False)
     os.close(theirs)
