@@ -2,12 +2,16 @@
 
     python scripts/predict.py
     python scripts/predict.py photo.jpg folder/ --model resnet50.a1_in1k --top-k 5
+    python scripts/predict.py folder/ --output folder.csv
 
-Without arguments: the sample images of the package, with the weights of the package. No network.
+Without arguments: the sample images of the package, with the weights of the package. No network. A file of --output is
+written image by image; the same command, after Ctrl-C say, goes on with it.
 """
 import argparse
 import json
 import sys
+from contextlib import nullcontext
+from pathlib import Path
 
 
 def positive(text: str) -> int:
@@ -26,31 +30,57 @@ def main() -> int:
         help="timm name, 'local-dir:DIR' or 'hf-hub:USER/MODEL' (mobilenetv2_035_noah.fashion_mnist)")
     parser.add_argument('--top-k', type=positive, default=3, metavar='K', help='classes per image (3)')
     parser.add_argument('--device', default='cpu', help="torch device, 'cuda' say (cpu)")
-    parser.add_argument('--json', action='store_true', help='print one JSON list instead of text')
+    parser.add_argument('-b', '--batch-size', type=positive, default=64, metavar='N', help='images at a time (64)')
+    parser.add_argument(
+        '-j', '--workers', type=int, metavar='N',
+        help='processes that read images (0 below 1,000 images, else by the processors)')
+    written = parser.add_mutually_exclusive_group()
+    written.add_argument('--json', action='store_true', help='print one JSON list instead of text')
+    written.add_argument(
+        '--output', type=Path, metavar='FILE', help='write FILE.csv or FILE.jsonl instead, or go on with it')
     args = parser.parse_args()
 
-    import noah_zoo  # noqa: F401  registers the models
-    from noah_zoo.inference.predict import DEFAULT_MODEL, SAMPLES, find_images, load_model, predict
+    from huggingface_hub.utils import tqdm
 
+    import noah_zoo  # noqa: F401  registers the models
+    from noah_zoo.inference.output import PredictionFile, check_output
+    from noah_zoo.inference.predict import DEFAULT_MODEL, SAMPLES, default_workers, find_images, load_model, predict
+
+    name, output, shown, failed = args.model or DEFAULT_MODEL, None, [], 0
     try:
         images = find_images(args.paths or [str(SAMPLES)])
-        results = predict(load_model(args.model or DEFAULT_MODEL, args.device), images, args.top_k)
+        if args.output:
+            check_output(args.output)
+        model = load_model(name, args.device)
+        if args.output:
+            output = PredictionFile(args.output, name, min(args.top_k, model.num_classes), images)
+        left = images[output.done:] if output else images
+        workers = default_workers(len(left), next(model.parameters()).device) if args.workers is None else args.workers
+        results = predict(model, left, args.top_k, args.batch_size, workers)
+        bar = tqdm(total=len(images), initial=len(images) - len(left), unit='img', disable=None, leave=False)
+        with output or nullcontext(), bar:
+            for result in results:
+                if output:
+                    output.add(result)
+                elif args.json:
+                    shown.append(result)
+                if 'error' in result:
+                    failed += 1
+                    tqdm.write(result['error'], file=sys.stderr)
+                elif not output and not args.json:
+                    guesses = (f'\n  {guess["probability"]:7.2%}  {guess["label"]}' for guess in result['predictions'])
+                    tqdm.write(result['path'] + ''.join(guesses), file=sys.stdout)
+                bar.update()
     except (OSError, ValueError) as error:
         parser.exit(2, f'predict.py: error: {error}\n')
-    failed = 0
-    shown = []
-    for result in results:
-        failed += 'error' in result
-        if 'error' in result:
-            print(result['error'], file=sys.stderr)
-        if args.json:
-            shown.append(result)
-        elif 'error' not in result:
-            print(result['path'])
-            for guess in result['predictions']:
-                print(f'  {guess["probability"]:7.2%}  {guess["label"]}')
+    except KeyboardInterrupt:
+        kept = f'; {args.output} has {output.done:,} of {len(images):,} images, and the same command goes on with it'
+        parser.exit(130, f'\npredict.py: interrupted{kept if output else ""}\n')
     if args.json:
         print(json.dumps(shown, indent=2))
+    if output:
+        failed = output.failed
+        print(f'{args.output}: {output.done:,} images' + (f', {failed:,} of which cannot be read' if failed else ''))
     return 1 if failed else 0
 
 

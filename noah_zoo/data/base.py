@@ -31,9 +31,11 @@ class Images(Dataset):
         rows: Rows of the source that are in this dataset, in order, int64.
         damaged: Where -> reason, of the images left out.
         transform: Applied to the image by `[]`, not by `read`; timm's loaders set it.
+        input_img_mode: The mode in which images are read, 'L', 'RGB' or 'RGBA': the model's, see `mode_of`.
     """
 
     task = 'multiclass'
+    input_img_mode = 'RGB'
 
     def __init__(self, class_names: Sequence[str], labels: Sequence[int]) -> None:
         self.class_names: Tuple[str, ...] = tuple(class_names)
@@ -55,7 +57,7 @@ class Images(Dataset):
         return image if self.transform is None else self.transform(image), label
 
     def read(self, index: int) -> Tuple[Image.Image, int]:
-        """An RGB image and its label.
+        """An image of `input_img_mode` and its label.
 
         Raises:
             DamagedImageError: If the image cannot be read.
@@ -120,7 +122,7 @@ class Files(Images):
     paths: Sequence[str]
 
     def _image(self, row: int) -> Image.Image:
-        return read_image(self.paths[row])
+        return read_image(self.paths[row], mode=self.input_img_mode)
 
     def _where(self, row: int) -> str:
         return self.paths[row]
@@ -139,7 +141,7 @@ class Multilabel(Images):
         self.labels, self.rows = labels, np.arange(len(labels))
 
     def read(self, index: int) -> Tuple[Image.Image, Tensor]:
-        """An RGB image and its classes (K,), 0. or 1. Errors as `Images.read`."""
+        """An image and its classes (K,), 0. or 1. Errors as `Images.read`."""
         row = int(self.rows[index])
         return self._image(row), torch.from_numpy(self.labels[row]).float()
 

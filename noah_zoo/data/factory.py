@@ -12,7 +12,7 @@ from .damage import find_damaged, leave_out_damaged
 from .fashion_mnist import FASHION_MNIST_DIR, FashionMnist
 from .folder import Folder, LeafFolder
 from .hub import HubImages, HubLists
-from .images import UNREADABLE
+from .images import UNREADABLE, mode_of
 from .market import Market
 from .streams import Stream
 
@@ -132,6 +132,7 @@ def check_data(
     Raises:
         FileNotFoundError, ValueError: As `create_datasets`; or with the images that cannot be read.
     """
+    mode_of(config.model_kwargs.get('in_chans', 3))
     parts, splits = [], create_datasets(config, reads=reads)
     check(*splits)
     for split, images in zip(('training', 'validation'), splits):

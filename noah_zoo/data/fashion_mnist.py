@@ -19,7 +19,7 @@ class FashionMnist(Images):
     Args:
         root: Folder of the files.
         split: 'train' (60,000 images), or 'test' (10,000) and what else is said for it.
-        transform: Applied to the RGB image of 28 x 28 pixels.
+        transform: Applied to the image of 28 x 28 pixels.
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -41,7 +41,7 @@ class FashionMnist(Images):
         self.transform = transform
 
     def _image(self, row: int) -> Image.Image:
-        return Image.fromarray(self.images[row]).convert('RGB')
+        return Image.fromarray(self.images[row]).convert(self.input_img_mode)
 
     def _where(self, row: int) -> str:
         return f'fashion_mnist[{self.split}] row {row}'

@@ -73,7 +73,7 @@ class HubRows(Images):
         where, cell = self._where(row), self.dataset[row][self.input_key]
         if cell is None:
             raise DamagedImageError(f'{where}{UNREADABLE}the row has no image')
-        return read_image(cell['bytes'] or cell['path'], where)
+        return read_image(cell['bytes'] or cell['path'], where, self.input_img_mode)
 
     def _where(self, row: int) -> str:
         return f'{self.name}[{self.split}] row {row}'

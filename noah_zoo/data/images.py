@@ -1,4 +1,4 @@
-"""Image files, read as RGB or refused."""
+"""Image files, read as a model wants them, grey, RGB or RGBA, or refused."""
 import io
 from pathlib import Path
 from typing import Optional, Union
@@ -6,6 +6,7 @@ from typing import Optional, Union
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}  # of Pillow, by the channels of a model
 UNREADABLE = ': not a readable image: '
 ORIENTATIONS = dict(zip(range(2, 9), (  # of EXIF, and what undoes them; 1 is upright
     Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
@@ -17,16 +18,30 @@ class DamagedImageError(ValueError):
     DataLoader makes a worker's exception anew from its text."""
 
 
-def read_image(source: Union[str, Path, bytes], where: Optional[str] = None) -> Image.Image:
-    """Read an image file whole, as RGB.
+def mode_of(channels: int) -> str:
+    """The mode in which images are read for a model of so many channels: 1 is grey, 3 RGB, 4 RGB and transparency.
+
+    Raises:
+        ValueError: If images have no such mode.
+    """
+    if channels not in MODES:
+        raise ValueError(
+            f'the model takes images of {channels} channels (in_chans={channels}); accepted are 1 (grey), 3 (RGB) and '
+            f'4 (RGBA)')
+    return MODES[channels]
+
+
+def read_image(source: Union[str, Path, bytes], where: Optional[str] = None, mode: str = 'RGB') -> Image.Image:
+    """Read an image file whole.
 
     As everywhere in timm, the first frame of several is taken. Not as in timm: what EXIF says of the orientation is
-    applied, as cameras turn no image themselves; transparency becomes white, where otherwise whatever lies under it
-    would be seen; and see `to_rgb` for 16-bit and floating-point images.
+    applied, as cameras turn no image themselves; transparency becomes white unless it is kept, where otherwise whatever
+    lies under it would be seen; and see `convert` for 16-bit and floating-point images.
 
     Args:
         source: The file's path or content.
         where: What errors call the image; the path if None.
+        mode: 'L', 'RGB' or 'RGBA'; see `mode_of`.
 
     Raises:
         DamagedImageError: If it is no image, is cut short, is a link to nothing, or has so many pixels that Pillow
@@ -42,7 +57,7 @@ def read_image(source: Union[str, Path, bytes], where: Optional[str] = None) -> 
         raise
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return to_rgb(_upright(image))
+            return convert(_upright(image), mode)
     except (MemoryError, Warning):  # not the image's fault; warnings come here under python -W error
         raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others
@@ -63,8 +78,9 @@ def _upright(image: Image.Image) -> Image.Image:
     return image.transpose(ORIENTATIONS[orientation]) if orientation in ORIENTATIONS else image
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """`image.convert('RGB')`, on white where it is transparent, and but for the modes that are clipped to white.
+def convert(image: Image.Image, mode: str) -> Image.Image:
+    """`image.convert(mode)`, on white where it is transparent unless `mode` is 'RGBA', and but for the modes that are
+    clipped to white.
 
     16-bit grey, which is 'I;16' or 'I' by format and version of Pillow, is divided by 256. Floating-point grey of 0 to
     1 is multiplied by 255; of 0 to 255 it is rounded down.
@@ -73,9 +89,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
         ValueError: If values are out of these ranges.
     """
     if image.mode != 'F' and not image.mode.startswith('I'):
-        if image.has_transparency_data:
+        if image.has_transparency_data and mode != 'RGBA':
             image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
-        return image.convert('RGB')
+        return image.convert(mode)
     values = np.asarray(image)
     low, high = values.min(), values.max()
     largest = 255 if image.mode == 'F' else 65535
@@ -85,4 +101,4 @@ def to_rgb(image: Image.Image) -> Image.Image:
         values = np.rint(values * 255) if high <= 1 else values
     else:
         values = values // 256
-    return Image.fromarray(values.astype(np.uint8)).convert('RGB')
+    return Image.fromarray(values.astype(np.uint8)).convert(mode)

@@ -144,14 +144,17 @@ def create_loader(
         Transformed(images, transform, seed), batch_sampler=sampler, persistent_workers=workers > 0, **shared)
 
 
-def on_device(loader: DataLoader, data_config: Dict[str, Any], device: torch.device) -> PrefetchLoader:
-    """The batches of a loader on a device, where images become float32 and are normalised; a GPU copies the next ones
-    while it computes.
+def on_device(
+        loader: DataLoader, data_config: Dict[str, Any], device: torch.device, dtype: torch.dtype = torch.float32,
+) -> PrefetchLoader:
+    """The batches of a loader on a device, where images become floating-point and are normalised; a GPU copies the next
+    ones while it computes.
 
     Args:
         loader: Of uint8 images (B, C, H, W).
         data_config: The model's, with 'mean' and 'std' of values from 0 to 1.
         device: The device.
+        dtype: What images become.
     """
     mean, std = data_config['mean'], data_config['std']
-    return PrefetchLoader(loader, mean, std, len(mean), device)
+    return PrefetchLoader(loader, mean, std, len(mean), device, dtype)

@@ -46,7 +46,7 @@ class Market(Files):
             self.rows = np.lexsort((ids, np.array(ids) < 1))  # a trial sees the first ones: queries and their matches
 
     def read(self, index: int) -> Tuple[Image.Image, Any]:
-        """An RGB image, and its class in training, else identity, camera and whether it is a query (3,)."""
+        """An image, and its class in training, else identity, camera and whether it is a query (3,)."""
         row = int(self.rows[index])
         return self._image(row), int(self.labels[row]) if self.labels.ndim == 1 else torch.from_numpy(self.labels[row])
 

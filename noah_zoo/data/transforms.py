@@ -20,20 +20,25 @@ def check_crop(config: TrainConfig) -> None:
 
 
 def create_transforms(config: TrainConfig, data_config: Dict[str, Any]) -> Tuple[Callable, Callable]:
-    """The transforms of a run, from an RGB image to uint8 (C, H, W): in training, and in evaluation. The loader
+    """The transforms of a run, from an image to uint8 (C, H, W): in training, and in evaluation. The loader
     normalises on the device.
 
     Args:
         config: The settings.
-        data_config: The model's, as `timm.data.resolve_data_config` gives it.
+        data_config: The model's, as `data_config_of` gives it.
 
     Raises:
-        ValueError: If `config.train_crop` is unknown.
+        ValueError: If `config.train_crop` is unknown, or `config.aa` does not go with the model's channels.
     """
     check_crop(config)
+    channels = data_config['input_size'][0]
     val_transform = create_transform(**data_config, normalize=False)
     if config.no_aug or config.cache_features:
         return val_transform, val_transform
+    if config.aa and channels == 4:
+        raise ValueError(
+            f'aa={config.aa!r} does not go with images of 4 channels (RGBA), which AutoAugment and RandAugment cannot '
+            f'change; give --aa none')
     interpolation = config.train_interpolation or data_config['interpolation']
     train_transform = create_transform(
         is_training=True, interpolation=interpolation, scale=config.scale, ratio=config.ratio, hflip=config.hflip,

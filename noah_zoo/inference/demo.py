@@ -5,15 +5,14 @@ from collections import Counter
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import gradio as gr
-import torch
 from PIL import Image
 from torch import nn
 
 from ..catalog import CATALOG, TAG
-from ..data.images import read_image
-from ..models.attach import name_of
+from ..data.images import mode_of, read_image
+from ..models.attach import input_size_of, name_of
 from .attention import attention_maps
-from .predict import DEFAULT_MODEL, SAMPLES, load_model, load_twin, probabilities, short_names
+from .predict import DEFAULT_MODEL, SAMPLES, load_model, load_twin, logits_of, probabilities, short_names
 from .visualize import as_model_sees, grad_cam, overlay
 
 SHOWN = 256  # pixels of the shorter side of a picture, at least
@@ -61,7 +60,7 @@ def create_page(models: Sequence[str] = (), device: str = 'cpu') -> gr.Blocks:
             return None, *_nothing('')
         try:
             pair = load(name.strip())
-            seen = read_image(image, where='The image')
+            seen = _read(pair, image)
         except (OSError, ValueError) as error:
             return None, *_nothing(f'⚠️ {error}')
         best, guesses = guess(pair.model, seen, pair.names)
@@ -82,7 +81,7 @@ def create_page(models: Sequence[str] = (), device: str = 'cpu') -> gr.Blocks:
 
     def look(asked: Optional[Asked], event: gr.SelectData) -> Tuple[Any, str]:
         pair = load(asked.model)
-        return _look(pair, read_image(asked.image), pair.names.index(event.value))
+        return _look(pair, _read(pair, asked.image), pair.names.index(event.value))
 
     with gr.Blocks(title='Where does NOAH look?', analytics_enabled=False) as page:
         gr.Markdown(INTRODUCTION)
@@ -133,10 +132,10 @@ def distinct(names: Sequence[str]) -> List[str]:
     return [name if counts[name] == 1 else f'{name} ({index})' for index, name in enumerate(names)]
 
 
-@torch.no_grad()
 def guess(model: nn.Module, image: Image.Image, names: Sequence[str]) -> Tuple[int, Dict[str, float]]:
     """The likeliest class, and the five likeliest with their probabilities."""
-    chances = probabilities(model, model(as_model_sees(model, image).x_1CHW))[0]
+    (logits, _), = logits_of(model, [(as_model_sees(model, image).x_1CHW, None)])
+    chances = probabilities(model, logits)[0]
     values, indices = chances.topk(min(5, len(names)))
     return int(indices[0]), {names[i]: p for i, p in zip(indices.tolist(), values.tolist())}
 
@@ -158,6 +157,10 @@ def look_for(pair: Pair, image: Image.Image, index: int) -> List[Tuple[Image.Ima
         cam_HW = grad_cam(pair.twin, seen.x_1CHW, [index])[0, 0]
         pictures.append((overlay(_large(seen.picture), cam_HW), 'Grad-CAM++'))
     return pictures
+
+
+def _read(pair: Pair, image: str) -> Image.Image:
+    return read_image(image, 'The image', mode_of(input_size_of(pair.model)[0]))
 
 
 def _look(pair: Pair, image: Image.Image, index: int) -> Tuple[Any, str]:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from ..data.images import read_image
-from ..models.attach import data_config_of, eval_transform, name_of
+from ..data.images import mode_of, read_image
+from ..models.attach import data_config_of, eval_transform, input_size_of, name_of
 from .predict import label_names
 
 _logger = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ def describe(model: nn.Module) -> Dict[str, Any]:
         'label_names': label_names(model)}
 
 
-def quantize(path: Union[str, Path], images: Sequence[Path], output: Union[str, Path]) -> Exported:
+def quantize(path: Union[str, Path], images: Sequence[str], output: Union[str, Path]) -> Exported:
     """Write an exported ONNX file with weights and activations in 8 bits, by onnxruntime's static quantisation.
 
     Weights are scaled per channel; the range of every activation is that of the calibration images.
@@ -127,13 +127,13 @@ def quantize(path: Union[str, Path], images: Sequence[Path], output: Union[str, 
         from onnxruntime.quantization.shape_inference import quant_pre_process
     except ImportError as error:
         raise ImportError(f'{error}; {INSTALL}') from error
-    path, output, transform = Path(path), Path(output), eval_transform(ExportedModel(path))
+    path, output, model = Path(path), Path(output), ExportedModel(path)
     description = json.loads(path.with_suffix('.json').read_text(encoding='utf-8'))
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f'.{output.name}.') as folder:
         prepared, file = Path(folder) / 'prepared.onnx', Path(folder) / output.name
         quant_pre_process(str(path), str(prepared))
         quantize_static(
-            str(prepared), str(file), _Calibration(images, transform), quant_format=QuantFormat.QDQ, per_channel=True,
+            str(prepared), str(file), _Calibration(images, model), quant_format=QuantFormat.QDQ, per_channel=True,
             activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
             reduce_range=True)  # processors without VNNI add up products in 16 bits, which would overflow
         _place(file, output, {**description, 'int8': True})
@@ -143,12 +143,14 @@ def quantize(path: Union[str, Path], images: Sequence[Path], output: Union[str, 
 class _Calibration:
     """Images one by one, as onnxruntime's CalibrationDataReader gives them."""
 
-    def __init__(self, images: Sequence[Path], transform: Callable) -> None:
-        self.images, self.transform = iter(images), transform
+    def __init__(self, images: Sequence[str], model: 'ExportedModel') -> None:
+        self.images, self.transform, self.mode = iter(images), eval_transform(model), mode_of(input_size_of(model)[0])
 
     def get_next(self) -> Optional[Dict[str, np.ndarray]]:
         image = next(self.images, None)
-        return None if image is None else {'images': self.transform(read_image(image)).unsqueeze(0).numpy()}
+        if image is None:
+            return None
+        return {'images': self.transform(read_image(image, mode=self.mode)).unsqueeze(0).numpy()}
 
     def __iter__(self) -> '_Calibration':
         return self

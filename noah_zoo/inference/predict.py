@@ -1,19 +1,23 @@
 """Classify image files."""
 import logging
+import os
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Sequence
+from typing import Any, Callable, ContextManager, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import timm
 import torch
 from safetensors.torch import load_file
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from ..catalog import CATALOG, SHIPPED, TAG, TWINS
 from ..data.folder import find_image_files
-from ..data.images import DamagedImageError, read_image
-from ..models.attach import eval_transform
+from ..data.images import DamagedImageError, mode_of, read_image
+from ..data.loader import on_device, outlive_sigterm
+from ..models.attach import data_config_of, eval_transform, is_convolutional
 from ..text import near
 from ..weights import WeightsError
 from ..weights.drive import fetch_released
@@ -34,7 +38,7 @@ def check_model(name: str) -> None:
 
 
 def load_model(name: str, device: str = 'cpu') -> nn.Module:
-    """A pretrained model in eval mode.
+    """A pretrained model in eval mode; on a GPU, one of convolutions is channels-last.
 
     Args:
         name: A timm name, with or without tag, 'hf-hub:...' or 'local-dir:...'.
@@ -45,7 +49,9 @@ def load_model(name: str, device: str = 'cpu') -> nn.Module:
     """
     check_model(name)
     try:
-        return timm.create_model(name, pretrained=True).to(device).eval()
+        model = timm.create_model(name, pretrained=True)
+        channels_last = torch.device(device).type == 'cuda' and is_convolutional(model)
+        return model.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format).eval()
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f'{name} on {device}: {error}') from error
 
@@ -93,13 +99,13 @@ def short_names(model: nn.Module) -> List[str]:
     return [name if own else name.split(',')[0] for name in label_names(model)]
 
 
-def find_images(paths: Sequence[str]) -> List[Path]:
+def find_images(paths: Sequence[str]) -> List[str]:
     """The image files among files and folders; folders are searched through, in natural order.
 
     Raises:
         FileNotFoundError: If a path does not exist or a folder has no image.
     """
-    images: List[Path] = []
+    images: List[str] = []
     for path in map(Path, paths):
         if path.is_dir():
             found, left_out = find_image_files(path)
@@ -108,9 +114,9 @@ def find_images(paths: Sequence[str]) -> List[Path]:
                     f'{path}: no image in this folder{"; left out: " if left_out else ""}{left_out}')
             if left_out:
                 _logger.warning('%s: left out %s', path, left_out)
-            images += map(Path, found)
+            images += found
         elif path.exists() or path.is_symlink():
-            images.append(path)
+            images.append(str(path))
         else:
             raise FileNotFoundError(f'{path}: no such file or folder')
     return images
@@ -122,29 +128,113 @@ def probabilities(model: nn.Module, logits_BK: Tensor) -> Tensor:
     return logits_BK.float().sigmoid() if multilabel else logits_BK.float().softmax(dim=-1)
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether a device is a GPU that computes in bfloat16."""
+    return device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 @torch.inference_mode()
-def predict(model: nn.Module, images: Sequence[Path], top_k: int = 5) -> Iterator[Dict[str, Any]]:
-    """Classify images one by one.
+def logits_of(
+        model: nn.Module, batches: Iterable[Tuple[Tensor, Any]],
+        autocast: Optional[Callable[[], ContextManager]] = None) -> Iterator[Tuple[Tensor, Any]]:
+    """What a model says of one batch after another; validation, prediction and the page all ask here.
+
+    Args:
+        model: A model on its device.
+        batches: Images (B, C, H, W) as the model takes them, there, and what belongs to them.
+        autocast: Makes the context in which the model runs; if None, float32 images are computed in bfloat16 on a GPU
+            that has it.
+
+    Yields:
+        Logits (B, K) in float32, and what belongs to the images.
+    """
+    model.eval()
+    for x_BCHW, belongings in batches:
+        if autocast is not None:
+            context = autocast()
+        elif x_BCHW.dtype == torch.float32 and has_bf16(x_BCHW.device):
+            context = torch.autocast(x_BCHW.device.type, torch.bfloat16)
+        else:
+            context = nullcontext()
+        with context:
+            logits = model(x_BCHW)
+        yield logits.float(), belongings
+
+
+class ImageFiles(Dataset):
+    """Image files as a model takes them in evaluation, in uint8.
+
+    An item is (C, H, W) and None; of a file that is no whole image, zeros and the reason.
+    """
+
+    def __init__(self, paths: Sequence[str], model: nn.Module) -> None:
+        self.size = tuple(data_config_of(model)['input_size'])
+        self.paths, self.mode, self.transform = paths, mode_of(self.size[0]), eval_transform(model, normalize=False)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tuple[Tensor, Optional[str]]:
+        try:
+            return self.transform(read_image(self.paths[index], mode=self.mode)), None
+        except (OSError, DamagedImageError) as error:
+            return torch.zeros(self.size, dtype=torch.uint8), str(error)
+
+
+class Reasons(list):
+    """Of the images of a batch: why one cannot be read, or None. timm's loader moves what belongs to images as well."""
+
+    def to(self, *args: Any, **kwargs: Any) -> 'Reasons':
+        return self
+
+
+def stack(items: Sequence[Tuple[Tensor, Optional[str]]]) -> Tuple[Tensor, Reasons]:
+    """A batch of `ImageFiles`."""
+    images, reasons = zip(*items)
+    return torch.stack(images), Reasons(reasons)
+
+
+def default_workers(count: int, device: torch.device) -> int:
+    """Processes that read so many images: none for few, which are read before a process has started; beside a GPU one
+    per processor, 8 at most; else one per four processors, as the model needs the others."""
+    processors = os.cpu_count() or 1
+    if count < 1000:
+        return 0
+    return min(processors, 8) if device.type == 'cuda' else max(processors // 4, 1)
+
+
+def predict(
+        model: nn.Module, images: Sequence[str], top_k: int = 5, batch_size: int = 64, workers: int = 0,
+) -> Iterator[Dict[str, Any]]:
+    """Classify images, batch by batch, in their order.
 
     Args:
         model: A model of `load_model`.
         images: Image files.
         top_k: Number of classes to give, at most the model's.
+        batch_size: Images at a time.
+        workers: Processes that read images; with 0 this one does.
 
-    Yields:
-        `{'path', 'predictions': [{'label', 'index', 'probability'}]}` per image, best class first, or
+    Returns:
+        An iterator of `{'path', 'predictions': [{'label', 'index', 'probability'}]}` per image, best class first, or
         `{'path', 'error'}` for a file that is no whole image.
+
+    Raises:
+        ValueError: If the model takes images of other channels than 1, 3 or 4.
     """
-    transform = eval_transform(model)
-    names = label_names(model)
-    parameter = next(model.parameters())
-    for path in images:
-        try:
-            x_BCHW = transform(read_image(path)).unsqueeze(0)
-        except (OSError, DamagedImageError) as error:
-            yield {'path': str(path), 'error': str(error)}
-            continue
-        logits = model(x_BCHW.to(parameter.device, parameter.dtype))
-        values, indices = probabilities(model, logits)[0].topk(min(top_k, len(names)))
-        yield {'path': str(path), 'predictions': [
-            {'label': names[i], 'index': i, 'probability': p} for p, i in zip(values.tolist(), indices.tolist())]}
+    files, parameter = ImageFiles(images, model), next(model.parameters())
+    loader = DataLoader(
+        files, batch_size, num_workers=workers, collate_fn=stack, pin_memory=parameter.is_cuda,
+        worker_init_fn=outlive_sigterm)
+    batches = on_device(loader, data_config_of(model), parameter.device, parameter.dtype)
+    return _predictions(model, images, batches, top_k) if len(files) else iter(())
+
+
+def _predictions(model: nn.Module, images: Sequence[str], batches: Iterable, top_k: int) -> Iterator[Dict[str, Any]]:
+    names, paths = label_names(model), iter(images)
+    for logits_BK, reasons in logits_of(model, batches):
+        values, indices = probabilities(model, logits_BK).topk(min(top_k, len(names)))
+        for reason, row, classes in zip(reasons, values.tolist(), indices.tolist()):
+            path = str(next(paths))
+            yield {'path': path, 'error': reason} if reason is not None else {'path': path, 'predictions': [
+                {'label': names[i], 'index': i, 'probability': p} for p, i in zip(row, classes)]}

@@ -12,7 +12,9 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure, SubFigure
 from PIL import Image
 from torch import Tensor, nn
+from torchvision.transforms.functional import to_pil_image
 
+from ..data.images import convert, mode_of
 from ..models.attach import data_config_of, eval_transform, name_of
 from .attention import attention_maps, token_grid
 from .predict import label_names, load_model, load_twin, probabilities, short_names
@@ -27,12 +29,14 @@ class Seen(NamedTuple):
 
 
 def as_model_sees(model: nn.Module, image: Image.Image) -> Seen:
-    """Resize, crop and normalise an image by the model's pretrained cfg; it is moved to the model's device and type."""
-    config, x_CHW = data_config_of(model), eval_transform(model)(image)
+    """Convert, resize, crop and normalise an image by the model's pretrained cfg; it is moved to the model's device and
+    type."""
+    config = data_config_of(model)
+    x_CHW = eval_transform(model)(convert(image, mode_of(config['input_size'][0])))
     mean, std = (torch.tensor(config[name]).view(-1, 1, 1) for name in ('mean', 'std'))
-    pixels = (x_CHW * std + mean).clamp(0, 1).mul(255).round().byte().expand(3, -1, -1)
+    pixels = (x_CHW * std + mean).clamp(0, 1).mul(255).round().byte()
     parameter = next(model.parameters())
-    return Seen(x_CHW.unsqueeze(0).to(parameter), Image.fromarray(pixels.permute(1, 2, 0).numpy()))
+    return Seen(x_CHW.unsqueeze(0).to(parameter), convert(to_pil_image(pixels), 'RGB'))
 
 
 def load_pair(
@@ -158,7 +162,7 @@ def draw(
 
     Args:
         model: A NOAH model in the mode of evaluation.
-        image: RGB.
+        image: An image of any mode.
         classes: Indices of classes, the first of which is that of the first panel; if None, the four that the model
             finds likeliest.
         block: Index of the POCA block of the second panel.

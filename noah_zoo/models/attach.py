@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, Type
 
 import torch
-from timm.data import create_transform, resolve_data_config
+from timm.data import create_transform, resolve_input_data_config
 from timm.layers import ClassifierHead
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -382,9 +382,8 @@ def _inspect(trial: nn.Module) -> Tuple[Features, str, Tensor]:
     Raises:
         ValueError: If there is no single classifier over one set of positions.
     """
-    channels, *size = input_size_of(trial)
     weight = next(trial.parameters())
-    image = weight.new_zeros(1, getattr(trial, 'in_chans', channels), *size)
+    image = weight.new_zeros(1, *input_size_of(trial))
     x = trial.forward_features(image)
     if not isinstance(x, Tensor):
         raise ValueError(f'forward_features gives {len(x)} feature maps; a NOAH head reads one')
@@ -406,18 +405,21 @@ def name_of(model: nn.Module) -> str:
 
 
 def data_config_of(model: nn.Module) -> Dict[str, Any]:
-    """timm's preprocessing of a model's pretrained cfg, with the image size that the model was made for."""
-    config = resolve_data_config({}, model=model)
+    """timm's preprocessing of a model's pretrained cfg, with the channels and the image size that the model was made
+    for; where it has mean and standard deviation of other channels, their mean stands for all."""
+    config = resolve_input_data_config(model)
     channels, *size = config['input_size']
     size = getattr(getattr(model, 'patch_embed', None), 'img_size', None) or size
     return dict(config, input_size=(channels, *size))
 
 
 def eval_transform(model: nn.Module, img_size: Optional[int] = None, normalize: bool = True) -> Callable:
-    """From an RGB image to what a model takes in evaluation, (C, H, W); square, if another size is wanted. Without
-    `normalize` it is in uint8 still."""
+    """From an image of the model's mode to what it takes in evaluation, (C, H, W); square, if another size is wanted.
+    Without `normalize` it is in uint8 still."""
     config = dict(data_config_of(model), normalize=normalize)
-    return create_transform(**dict(config, input_size=(3, img_size, img_size)) if img_size else config)
+    if img_size:
+        config.update(input_size=(config['input_size'][0], img_size, img_size))
+    return create_transform(**config)
 
 
 def input_size_of(model: nn.Module) -> List[int]:
@@ -439,6 +441,16 @@ def set_image_size(model: nn.Module, img_size: int) -> None:
     elif cfg.get('fixed_input_size') or cfg.get('dynamic_image_size') is False:
         raise ValueError(
             f'{name_of(model)} is made for images of {size[0]} x {size[1]} pixels; got img_size={img_size}')
+
+
+def is_convolutional(model: nn.Module) -> bool:
+    """Whether most weights of a timm model, its head aside, are those of convolutions."""
+    classifiers = model.get_classifier()
+    classifiers = classifiers if isinstance(classifiers, tuple) else (classifiers,)
+    head = {id(p) for classifier in classifiers for p in classifier.parameters()}
+    convolutions = {id(m.weight) for m in model.modules() if isinstance(m, nn.Conv2d)}
+    sizes = [(p.numel(), id(p) in convolutions) for p in model.parameters() if id(p) not in head]
+    return 2 * sum(size for size, inside in sizes if inside) > sum(size for size, _ in sizes)
 
 
 def find_classifier(model: nn.Module) -> str:

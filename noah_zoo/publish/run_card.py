@@ -11,6 +11,7 @@ import timm
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..catalog import CATALOG
+from ..data.images import mode_of
 from ..tasks import Task, find_task
 from ..text import table
 from ..weights.find import place_on_hub
@@ -72,7 +73,7 @@ def run_card(
     epochs, seed = settings.get('epochs', '?'), settings.get('seed', '?')
     sections = (
         f'# {model_name}', f'{_title(config)} trained on {dataset} with `scripts/train.py` of noah_zoo.',
-        '## Use', _run_usage(architecture, repo_id, bool(labels), task),
+        '## Use', _run_usage(config, repo_id, bool(labels), task),
         *(('## Only the head', _only_the_head(backbone, head_bytes)) if backbone else ()),
         '## Model', _run_details(config, summary),
         '## Results', f'On the split `{split}` of {dataset}: {"; ".join(measured)}. One run of {epochs} epochs, '
@@ -88,12 +89,15 @@ def _title(config: Dict[str, Any]) -> str:
     return f'`{backbone}` with a NOAH head,' if backbone else f'`{config["architecture"]}`'
 
 
-def _run_usage(architecture: str, repo_id: str, has_labels: bool, task: Task) -> str:
+def _run_usage(config: Dict[str, Any], repo_id: str, has_labels: bool, task: Task) -> str:
+    architecture = config['architecture']
+    channels, *_ = (config.get('pretrained_cfg') or {}).get('input_size', (3,))
     ours = timm.is_model(architecture) and is_ours(architecture)
     names = "model.pretrained_cfg['label_names']" if has_labels else '[str(i) for i in range(model.num_classes)]'
     labels = [f'names = {names}'] if task.pipeline_tag == 'image-classification' else []
     text = snippet(f'hf-hub:{repo_id}', labels, 'create_transform, resolve_model_data_config', package=ours)
     text = text.replace('.softmax(dim=0)', '.sigmoid()') if 'multilabel' in task.notes else text
+    text = text.replace("convert('RGB')", f'convert({mode_of(channels)!r})')
     return (f'{INSTALL}\n\n' if ours else '') + text
 
 

@@ -4,6 +4,7 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import timm
 import torch
+from timm.models import resolve_model_input_args
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
@@ -12,8 +13,9 @@ from torch.optim import Optimizer
 
 from ..config import TrainConfig
 from ..data.base import class_changes
+from ..data.images import mode_of
 from ..inference.predict import check_model
-from ..models.attach import set_image_size
+from ..models.attach import data_config_of, is_convolutional, set_image_size
 from ..tasks import find_task
 from .schedule import OneCycle
 
@@ -24,12 +26,15 @@ def build_model(config: TrainConfig, class_names: Tuple[str, ...]) -> nn.Module:
     """The model, its pretrained cfg that of this run: timm reads preprocessing from there and saves it.
 
     Raises:
-        ValueError: If timm does not know the model, or it does not take the arguments or the image size.
+        ValueError: If timm does not know the model, it does not take the arguments or the image size, or it takes
+            images of other channels than there are.
     """
     check_model(config.model)
     overlay: Dict[str, Any] = {}
     if config.img_size:
-        overlay.update(input_size=(3, config.img_size, config.img_size), pool_size=None)
+        saved = resolve_model_input_args(config.model)['pretrained_cfg'] if ':' in config.model else {}
+        channels, *_ = saved.get('input_size', (3,))  # of the weights
+        overlay.update(input_size=(channels, config.img_size, config.img_size), pool_size=None)
     overlay.update({
         name: getattr(config, name) for name in ('crop_pct', 'crop_mode', 'interpolation') if getattr(config, name)})
     notes = find_task(config.task).notes
@@ -45,6 +50,11 @@ def build_model(config: TrainConfig, class_names: Tuple[str, ...]) -> nn.Module:
         raise ValueError(f'{config.model} does not take these arguments: {error}') from None
     if config.img_size:
         set_image_size(model, config.img_size)  # a saved model is built at the size that was saved with it
+    data_config, (channels, *size) = data_config_of(model), model.pretrained_cfg['input_size']
+    mode_of(data_config['input_size'][0])
+    if data_config['input_size'][0] != channels:  # the weights were for others, and so were mean and std
+        model.pretrained_cfg.update(
+            input_size=(data_config['input_size'][0], *size), mean=data_config['mean'], std=data_config['std'])
     classifier = model.get_classifier()
     is_new = config.pretrained and model.num_classes != model.pretrained_cfg['num_classes']
     trained_for = model.pretrained_cfg.get('label_names') or class_names
@@ -79,16 +89,6 @@ def memory_format_of(model: nn.Module, config: TrainConfig) -> torch.memory_form
         return torch.preserve_format
     channels_last = is_convolutional(model) if config.channels_last is None else config.channels_last
     return torch.channels_last if channels_last else torch.contiguous_format
-
-
-def is_convolutional(model: nn.Module) -> bool:
-    """Whether most weights of a timm model, its head aside, are those of convolutions."""
-    classifiers = model.get_classifier()
-    classifiers = classifiers if isinstance(classifiers, tuple) else (classifiers,)
-    head = {id(p) for classifier in classifiers for p in classifier.parameters()}
-    convolutions = {id(m.weight) for m in model.modules() if isinstance(m, nn.Conv2d)}
-    sizes = [(p.numel(), id(p) in convolutions) for p in model.parameters() if id(p) not in head]
-    return 2 * sum(size for size, inside in sizes if inside) > sum(size for size, _ in sizes)
 
 
 def frozen_norms_of(model: nn.Module, config: TrainConfig) -> List[nn.Module]:

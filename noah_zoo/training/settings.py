@@ -7,6 +7,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from ..config import TrainConfig
+from ..data.images import mode_of
 from ..data.transforms import check_crop
 from ..inference.predict import check_model
 from ..recipes import RECIPES, learning_rate, recipe_of
@@ -56,6 +57,7 @@ def check_settings(config: TrainConfig, accelerator: Accelerator) -> None:
     """Raise ValueError if settings contradict each other, the task or the machine; no data have been read yet."""
     check_model(config.model)
     find_task(config.task).check(config)
+    mode_of(config.model_kwargs.get('in_chans', 3))
     kind = accelerator.distributed_type
     check_crop(config)
     if config.cache_features and (config.mixup or config.cutmix):

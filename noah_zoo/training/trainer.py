@@ -8,6 +8,7 @@ import time
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
 
@@ -22,9 +23,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from ..config import TrainConfig
 from ..data.factory import create_datasets
+from ..data.images import mode_of
 from ..data.loader import EpochBatchSampler, EvalBatchSampler, create_loader, on_device, seed_everything
 from ..data.streams import Stream
 from ..data.transforms import create_erasing, create_transforms
+from ..inference.predict import has_bf16, logits_of
 from ..models.attach import data_config_of, eval_transform
 from ..tasks import find_task
 from .builders import (
@@ -84,7 +87,7 @@ def with_precision(config: TrainConfig) -> TrainConfig:
 def precision(device: torch.device) -> Optional[str]:
     """'bf16' on a GPU that has it, else None, which is that of `accelerate config`."""
     configured = os.environ.get('ACCELERATE_MIXED_PRECISION', 'no')  # 'no' where nothing was configured, too
-    if configured != 'no' or device.type != 'cuda' or not torch.cuda.is_bf16_supported(including_emulation=False):
+    if configured != 'no' or not has_bf16(device):
         return None
     _logger.info('mixed precision: bf16, which this GPU has; --mixed-precision no trains in float32')
     return 'bf16'
@@ -125,6 +128,7 @@ class Trainer:
         rank, size = accelerator.process_index, plan.per_device
         data_config = data_config_of(model)
         train_transform, val_transform = create_transforms(config, data_config)
+        train_set.input_img_mode = val_set.input_img_mode = mode_of(data_config['input_size'][0])
         self.sampler = None if isinstance(train_set, Stream) else EpochBatchSampler(
             len(train_set), size, plan.processes, rank, config.seed, config.aug_repeats,
             config.epoch_updates * plan.accumulation)
@@ -480,12 +484,7 @@ def evaluate(
 ) -> Dict[str, float]:
     """Update a task's metrics with the loaders of all processes, and give the figures; every image counts once if each
     process loads its own."""
-    model.eval()
-    for i, (images, targets) in enumerate(loader):
-        if i == max_batches:
-            break
-        images, targets = images.to(accelerator.device), targets.to(accelerator.device)
-        with accelerator.autocast():
-            logits = model(images)
-        metrics.update(logits.float(), targets)
+    batches = ((images.to(accelerator.device), targets) for images, targets in islice(loader, max_batches))
+    for logits, targets in logits_of(model, batches, accelerator.autocast):
+        metrics.update(logits, targets.to(accelerator.device))
     return metrics.compute()

@@ -8,6 +8,7 @@ from torch.utils.data import IterableDataset
 
 from ..catalog import TAG, paper_results
 from ..data.factory import create_dataset
+from ..data.images import mode_of
 from ..data.loader import EvalBatchSampler, create_loader, on_device
 from ..inference.export import SUFFIXES, ExportedModel
 from ..inference.predict import check_model
@@ -71,6 +72,7 @@ def validate(
         set_image_size(net, img_size)
     images = judge.match(model, net, images)
     stream = isinstance(images, IterableDataset)
+    images.input_img_mode = mode_of(data_config_of(net)['input_size'][0])
     transform = eval_transform(net, img_size, normalize=False)
     sampler = None if stream else EvalBatchSampler(
         len(images), batch_size, accelerator.num_processes, accelerator.process_index)

@@ -33,6 +33,8 @@ def test_hfds(tmp_path):
     assert {**train_set.damaged, **val_set.damaged}.keys() == {where}
     assert len(train_set) + len(val_set) == 5
     assert pickle.loads(pickle.dumps(images)).read(3)[1] == 1
+    images.input_img_mode = 'L'
+    assert np.array_equal(np.asarray(images.take([3]).read(0)[0]), np.asarray(photo(3).convert('L')))
     sliced = create_dataset(name, str(tmp_path / 'cache'), 'train[2:4]')
     assert sliced.where(1).endswith('[train[2:4]] row 1') and np.array_equal(
         np.asarray(sliced.read(1)[0]), np.asarray(photo(3)))

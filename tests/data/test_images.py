@@ -8,7 +8,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from noah_zoo.data.damage import find_damaged
 from noah_zoo.data.factory import create_dataset
-from noah_zoo.data.images import ORIENTATIONS, DamagedImageError, read_image
+from noah_zoo.data.images import MODES, ORIENTATIONS, DamagedImageError, mode_of, read_image
 
 from .files import DAMAGED, GREYS, encode, make_folder, photo, png
 
@@ -120,6 +120,28 @@ def test_floating_point():
     for values in ([[-1, 0]], [[0, 256]], [[0, np.nan]]):
         with pytest.raises(DamagedImageError, match='mode F with values'):
             read_image(tiff(values), 'x')
+
+
+def test_the_modes_of_other_channels():
+    rgb, alpha = COLOURS[..., :3], COLOURS[..., 3]
+    data = encode(Image.fromarray(COLOURS), 'png')
+    assert np.array_equal(np.asarray(read_image(data, mode='RGBA')), COLOURS)  # the transparency is kept
+    grey = np.asarray(read_image(data, mode='L'))
+    assert np.abs(grey - on_white(rgb, alpha) @ (0.299, 0.587, 0.114)).max() <= 1.5
+    opaque = np.asarray(read_image(encode(Image.fromarray(rgb), 'png'), mode='RGBA'))
+    assert np.array_equal(opaque[..., :3], rgb) and (opaque[..., 3] == 255).all()
+    plain = encode(Image.fromarray(alpha), 'png')
+    assert np.array_equal(np.asarray(read_image(plain, mode='L')), alpha)
+    for mode in MODES.values():
+        deep = read_image(encode(Image.fromarray(GREYS), 'tiff'), mode=mode)
+        floats = read_image(encode(Image.fromarray(np.array([[0, 0.5, 1]], np.float32)), 'tiff'), mode=mode)
+        assert deep.mode == floats.mode == mode
+        assert np.array_equal(np.asarray(deep).reshape(*GREYS.shape, -1)[..., 0], GREYS // 256)
+        assert np.asarray(floats).reshape(3, -1)[:, 0].tolist() == [0, 128, 255]
+    assert [mode_of(channels) for channels in (1, 3, 4)] == ['L', 'RGB', 'RGBA']
+    for channels in (2, 12):
+        with pytest.raises(ValueError, match=f'in_chans={channels}.*accepted are 1 .grey., 3 .RGB. and 4 .RGBA.'):
+            mode_of(channels)
 
 
 @pytest.mark.parametrize('name', DAMAGED)

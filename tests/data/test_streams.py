@@ -24,6 +24,8 @@ def test_hfids(tmp_path, caplog):
     assert stream.class_names == ('cat', 'dog') and len(stream) == 8
     for workers in (0, 2):
         assert pixels(stream, num_workers=workers)[0] == EXPECTED
+    stream.input_img_mode = 'L'
+    assert pixels(stream)[0] == {np.asarray(photo(i).convert('L')).tobytes(): i % 2 for i in range(8)}
     orders = set()
     for seed, epoch in ((0, 0), (0, 1), (1, 0), (0, 0)):
         training = create_dataset(name, cache, 'train', training=True, seed=seed)

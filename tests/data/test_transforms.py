@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from noah_zoo.data.loader import EpochBatchSampler, create_loader, on_device
+from noah_zoo.data.loader import EpochBatchSampler, create_loader, on_device, seed_everything
 from noah_zoo.data.transforms import TRAIN_CROPS, create_erasing, create_transforms
 from noah_zoo.training import TrainConfig
 
@@ -66,3 +66,26 @@ def test_erasing():
     assert share.min() > 0.01 and share.max() < 0.4 and torch.equal((x != before).all(dim=1), (x != before).any(dim=1))
     for without in (dict(reprob=0.), dict(no_aug=True), dict(cache_features='c')):
         assert create_erasing(TrainConfig(model='', output='', **{'reprob': 1., **without}), device) is None
+
+
+@pytest.mark.parametrize('mode, channels', [('L', 1), ('RGBA', 4)])
+def test_augmentation_of_other_channels(mode, channels):
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 40, 4)).astype(np.uint8)
+    image = Image.fromarray(pixels).convert(mode)
+    data_config = dict(
+        input_size=(channels, 32, 32), interpolation='bilinear', mean=(0.5,), std=(0.5,), crop_pct=1.,
+        crop_mode='center')
+    policies = [None] if channels == 4 else ['rand-m9-mstd0.5-inc1', 'augmix-m5-w4', 'original', 'v0']
+    for aa in policies:
+        config = TrainConfig(model='', output='', aa=aa, color_jitter=0.4, reprob=1., train_interpolation='random')
+        train_transform, val_transform = create_transforms(config, data_config)
+        assert val_transform(image).shape == (channels, 32, 32)
+        seed_everything(0)
+        seen = {train_transform(image).numpy().tobytes() for _ in range(40)}  # every change of a policy, more or less
+        assert len(seen) > 30  # some end in black
+    x = torch.randn(2, channels, 32, 32)
+    assert (create_erasing(config, torch.device('cpu'))(x.clone()) != x).any(dim=(2, 3)).all()
+    if channels == 4:
+        config.aa = 'rand-m9'
+        with pytest.raises(ValueError, match="aa='rand-m9' does not go with images of 4 channels .RGBA.*--aa none"):
+            create_transforms(config, data_config)

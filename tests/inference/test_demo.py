@@ -14,6 +14,7 @@ import timm
 import yaml
 from PIL import Image
 
+from noah_zoo import add_noah_head
 from noah_zoo.data.images import read_image
 from noah_zoo.inference.demo import create_page, distinct, guess, look_for, make_pair
 from noah_zoo.inference.predict import DEFAULT_MODEL, SAMPLES, predict
@@ -31,7 +32,7 @@ def test_guesses_are_those_of_predict(pair):
     index, guesses = guess(pair.model, read_image(BAG), pair.names)
     expected = next(predict(pair.model, [BAG], 5))['predictions']
     assert list(guesses) == [one['label'] for one in expected] and index == expected[0]['index']
-    assert list(guesses.values()) == pytest.approx([one['probability'] for one in expected])
+    assert list(guesses.values()) == pytest.approx([one['probability'] for one in expected], rel=1e-4)
     assert pair.reason == '' and list(guess(pair.twin, read_image(BAG), pair.names)[1])[0] == 'Bag'
 
 
@@ -50,6 +51,20 @@ def test_a_model_without_twin_or_head(tmp_path):
     assert plain.twin is None and plain.reason.startswith('Without its vanilla twin. local-dir:')
     with pytest.raises(ValueError, match='no NOAH head'):
         look_for(plain, read_image(BAG), 0)
+
+
+@pytest.mark.parametrize('channels', [1, 4])
+def test_a_model_of_other_channels(channels, tmp_path):
+    timm.models.save_for_hf(
+        add_noah_head(timm.create_model('test_resnet', num_classes=3, in_chans=channels)), tmp_path / 'saved')
+    name = f'local-dir:{tmp_path / "saved"}'
+    page = create_page([name])
+    classify = next(f.fn for f in page.fns.values() if f.fn.__name__ == 'classify')
+    asked, noah, _, maps, message = classify(str(BAG), name)
+    assert asked.image == str(BAG) and message.startswith('Without its vanilla twin'), message
+    expected = next(predict(make_pair(name).model, [str(BAG)]))['predictions']
+    assert {c['label']: c['confidence'] for c in noah.value['confidences']} == pytest.approx(
+        {one['label']: one['probability'] for one in expected})
 
 
 def test_classes_of_one_name():

@@ -111,6 +111,37 @@ def test_the_consumer_of_the_docs(shipped, tmp_path):
         assert [p for _, p in guesses] == pytest.approx([p for _, p in expected], abs=1e-3)
 
 
+@pytest.mark.parametrize('channels', [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_other_channels(channels, tmp_path):
+    torch.manual_seed(0)
+    overlay = dict(input_size=(channels, 64, 64), pool_size=None)
+    timm.models.save_for_hf(spread(timm.create_model(
+        'mobilenetv2_035_noah', num_classes=5, in_chans=channels, pretrained_cfg_overlay=overlay)), str(tmp_path / 'm'))
+    model = load_model(f'local-dir:{tmp_path / "m"}')
+    exported = export(model, tmp_path / 'model.onnx')
+    description = json.loads(exported.description.read_text())
+    assert description['input_size'] == [channels, 64, 64]
+    photos = sorted(SAMPLES.glob('*.png'))
+    transparent = Image.open(photos[0]).convert('RGBA')
+    transparent.putalpha(Image.linear_gradient('L').resize(transparent.size))
+    transparent.save(tmp_path / 'transparent.png')
+    photos.append(tmp_path / 'transparent.png')
+    small = quantize(exported.path, photos, tmp_path / 'small.onnx')
+    transform, mode = eval_transform(model), {1: 'L', 4: 'RGBA'}[channels]
+    x_BCHW = torch.stack([transform(read_image(photo, mode=mode)) for photo in photos])
+    with torch.no_grad():
+        logits, expected = load_exported(small.path)(x_BCHW), model(x_BCHW)
+    assert 0 < (logits - expected).square().mean().sqrt() < 0.3 * expected.std()
+    # the docs' consumer
+    code = re.search(r'```python\n(import json.*?)```', (ROOT / 'docs' / 'export.md').read_text(), re.DOTALL)[1]
+    code = code.replace("print(classify('photo.jpg'))", '').replace("'model.", f"'{tmp_path.as_posix()}/model.")
+    namespace = {}
+    exec(code, namespace)
+    for photo, logits in zip(photos, expected):
+        found = {int(label): p for label, p in namespace['classify'](photo)}
+        assert [logits.softmax(0)[i].item() for i in found] == pytest.approx(list(found.values()), abs=2e-3)
+
+
 def test_description(shipped):
     model, exported = shipped
     description = json.loads(exported.description.read_text(encoding='utf-8'))

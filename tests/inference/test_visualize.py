@@ -15,7 +15,7 @@ from noah_zoo.data.images import read_image
 from noah_zoo.inference import predict as inference
 from noah_zoo.inference.predict import DEFAULT_MODEL, SAMPLES, load_model, load_twin, short_names
 from noah_zoo.inference.visualize import as_model_sees, draw, find_classes, grad_cam, load_pair, overlay
-from noah_zoo.models.attach import find_classifier
+from noah_zoo.models.attach import eval_transform, find_classifier
 
 from ..scripts import call
 
@@ -147,6 +147,25 @@ def test_figure_of_tokens_without_a_twin():
     num_blocks = model.get_classifier().num_groups
     assert len(images_of(figure)) == 2 + 3 * num_blocks + 3
     assert figure.subfigs[1].get_suptitle() == 'Block 1 for several classes'
+
+
+@pytest.mark.parametrize('channels', [1, 4])
+def test_figure_of_other_channels(channels, tmp_path):
+    timm.models.save_for_hf(
+        add_noah_head(timm.create_model('test_resnet', in_chans=channels, num_classes=3)), str(tmp_path / 'saved'))
+    image = Image.open(BAG).convert('RGBA')
+    image.putalpha(Image.linear_gradient('L').resize(image.size))
+    image.save(tmp_path / 'bag.png')
+    model = load_model(f'local-dir:{tmp_path / "saved"}')
+    seen = as_model_sees(model, read_image(tmp_path / 'bag.png', mode={1: 'L', 4: 'RGBA'}[channels]))
+    assert seen.x_1CHW.shape == (1, channels, 160, 160) and seen.picture.mode == 'RGB'
+    on_white = eval_transform(other := timm.create_model('test_resnet'))(read_image(tmp_path / 'bag.png'))
+    mean, std = (torch.tensor(other.pretrained_cfg[name]).view(3, 1, 1) for name in ('mean', 'std'))
+    expected = ((on_white * std + mean) * 255).permute(1, 2, 0).numpy()
+    assert np.abs(np.asarray(seen.picture, float) - expected).max() <= 3  # the bag is grey
+    result = call('visualize.py', tmp_path / 'bag.png', '--model', f'local-dir:{tmp_path / "saved"}', '--twin', 'none',
+                  '--output', tmp_path / 'where.png', '--dpi', '40')
+    assert result.returncode == 0 and (tmp_path / 'where.png').stat().st_size > 1000, result.stderr
 
 
 def test_what_cannot_be_drawn(shipped, twin):

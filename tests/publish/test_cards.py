@@ -229,10 +229,10 @@ def run_snippets(codes, cwd):
     return output.stdout.splitlines()
 
 
-def make_run(folder, settings=(), **best):
+def make_run(folder, settings=(), channels=3, **best):
     """A run's folder, as the engine leaves it, of a model with three classes."""
     model = timm.create_model('mobilenetv2_035_noah', num_classes=3, pretrained_cfg_overlay=dict(
-        num_classes=3, tag=None, license=None, origin_url=None, input_size=(3, 64, 64), pool_size=None))
+        num_classes=3, tag=None, license=None, origin_url=None, input_size=(channels, 64, 64), pool_size=None))
     save_for_hf(
         model, str(folder / 'best'), safe_serialization=True, model_args={},
         model_config=dict(label_names=list(LABELS)))
@@ -252,7 +252,8 @@ def test_snippets_run(tmp_path):
     torch.save(cheap_state_dict('mobilenetv2_035'), tmp_path / 'released.pth')
     convert_file(tmp_path / 'released.pth', 'mobilenetv2_035', tmp_path / 'twin')
     twin = snippet(card('mobilenetv2_035').text)
-    run = snippet(run_card(make_run(tmp_path / 'run'), 'me/run').text)
+    run = snippet(run_card(make_run(tmp_path / 'run', channels=1), 'me/run').text)
+    assert "convert('L')" in run and "convert('RGB')" in twin
     assert 'hf-hub:noah-zoo/mobilenetv2_035.osvai_in1k' in twin and 'hf-hub:me/run' in run
     twin = twin.replace('hf-hub:noah-zoo/mobilenetv2_035.osvai_in1k', f'local-dir:{tmp_path / "twin"}')
     run = run.replace('hf-hub:me/run', f'local-dir:{tmp_path / "run" / "best"}')

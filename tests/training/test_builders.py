@@ -8,12 +8,12 @@ from safetensors.torch import load_file
 from timm.models import save_for_hf
 
 import noah_zoo  # noqa: F401
+from noah_zoo.models.attach import is_convolutional
 from noah_zoo.training import TrainConfig
 from noah_zoo.training.builders import (
     build_ema,
     build_model,
     build_scheduler,
-    is_convolutional,
     memory_format_of,
     param_groups,
     steps_on_updates,

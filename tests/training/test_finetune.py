@@ -9,11 +9,15 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file
-from timm.data import resolve_data_config
+from timm.data import IMAGENET_DEFAULT_MEAN, create_transform, resolve_data_config, resolve_model_data_config
 from timm.models import save_for_hf
 
+from noah_zoo.data.factory import check_data
+from noah_zoo.inference.predict import predict
 from noah_zoo.training import configure, train
+from noah_zoo.training.validate import validate
 
 from ..hub_server import HubServer
 
@@ -175,3 +179,54 @@ def test_check_data(photos, tmp_path):
     assert done.returncode == 2 and not done.stdout
     assert str(Path('red') / '3.jpg') in done.stderr and 'images cannot be read' in done.stderr
     assert not list(tmp_path.glob('*.yaml'))
+
+
+@pytest.mark.parametrize('in_chans, more', [
+    (1, dict(aa='rand-m9', reprob=0.5)), (4, dict(color_jitter=0.4, reprob=0.5)),
+    (1, dict(dataset='fashion_mnist', data_dir='idx', val_fraction=0.)), (1, dict(cache_features='features'))])
+def test_images_of_other_channels(in_chans, more, photos, idx_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'idx').symlink_to(idx_dir)
+    config = settings(photos, tmp_path / 'run', smoke=1, model_kwargs=dict(in_chans=in_chans), **more)
+    expected = train(config)
+    saved = f'local-dir:{tmp_path / "run" / "best"}'
+    model = timm.create_model(saved, pretrained=True).eval()
+    assert model.conv_stem.weight.shape[1] == in_chans
+    data_config = resolve_model_data_config(model)
+    assert tuple(data_config['input_size']) == (in_chans, 32, 32)
+    assert {len(data_config['mean']), len(data_config['std'])} <= {1, in_chans}
+    assert data_config['mean'][0] == pytest.approx(sum(IMAGENET_DEFAULT_MEAN) / 3)
+    # timm alone sees what was trained on
+    path = photos / 'red' / '3.jpg'
+    image = Image.open(path).convert({1: 'L', 4: 'RGBA'}[in_chans])
+    x = create_transform(**data_config, is_training=False)(image)
+    assert x.shape == (in_chans, 32, 32)
+    with torch.inference_mode():
+        probabilities = model(x[None])[0].softmax(0)
+    found = {p['index']: p['probability'] for p in next(predict(model, [str(path)], 10))['predictions']}
+    assert [found[i] for i in sorted(found)] == pytest.approx(probabilities.tolist(), abs=1e-5)
+    if not config.val_fraction:
+        found = validate(saved, 'fashion_mnist', data_dir=config.data_dir, workers=0, cpu=True)
+        assert found['images'] == 12 and 0 <= found['top1'] <= 100 and expected['epoch'] == 2
+    elif not config.cache_features:  # on from there, at another size, without saying the channels again
+        again = dataclasses.replace(config, model=saved, output='again', pretrained=True, img_size=48, model_kwargs={})
+        train(again)
+        model = timm.create_model('local-dir:again/best', pretrained=True)
+        assert tuple(resolve_model_data_config(model)['input_size']) == (in_chans, 48, 48)
+
+
+@pytest.mark.parametrize('more, message', [
+    (dict(model_kwargs=dict(in_chans=2)), 'in_chans=2.*accepted are 1'),
+    (dict(model_kwargs=dict(in_chans=4), aa='rand-m9'), "aa='rand-m9' does not go with images of 4 channels")])
+def test_channels_that_are_refused_before_training(more, message, photos, tmp_path):
+    config = settings(photos, tmp_path / 'run', **more)
+    with pytest.raises(ValueError, match=message):
+        train(config)
+    assert not (tmp_path / 'run').exists()
+    if config.model_kwargs['in_chans'] == 2:
+        with pytest.raises(ValueError, match=message):
+            check_data(config)
+        save_for_hf(timm.create_model('test_resnet', in_chans=2, num_classes=3), str(tmp_path / 'two'))
+        with pytest.raises(ValueError, match=message):
+            train(dataclasses.replace(config, model=f'local-dir:{tmp_path / "two"}', model_kwargs={}))
+        assert not (tmp_path / 'run').exists()
