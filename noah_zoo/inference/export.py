@@ -155,7 +155,8 @@ def quantize(path: Union[str, Path], images: Sequence[Path], output: Union[str, 
         quant_pre_process(str(path), str(prepared))
         quantize_static(
             str(prepared), str(file), _Calibration(images, transform, description.get('batch_size')),
-            quant_format=QuantFormat.QDQ, per_channel=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+            quant_format=QuantFormat.QDQ, per_channel=True, activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
             reduce_range=True)  # processors without VNNI add up products in 16 bits, which would overflow
         _place(file, output, {**description, 'int8': True})
     return Exported(

@@ -52,27 +52,6 @@ def poca_reference(
     return poca_BML.unflatten(1, (num_groups, -1)).sum(dim=(1, 3))
 
 
-def poca_of_maps(
-        x_BCHW: Tensor,
-        key_weight: Tensor,
-        key_bias: Optional[Tensor],
-        value_weight: Tensor,
-        value_bias: Optional[Tensor],
-        num_groups: int,
-        conv_groups: int,
-        drop_rate: float = 0.,
-        training: bool = False,
-) -> Tensor:
-    """`poca_reference` in which maps stay maps. In ONNX a flat one would take its size from a `Shape`, which OpenCV 4
-    does not understand of images of any size. Arguments as there."""
-    first = x_BCHW.shape[1] - conv_groups * value_weight.shape[1]
-    key_BMHW = F.conv2d(x_BCHW[:, :conv_groups * key_weight.shape[1]], key_weight, key_bias, groups=conv_groups)
-    value_BMHW = F.conv2d(x_BCHW[:, first:], value_weight, value_bias, groups=conv_groups)
-    exp_BMHW = (key_BMHW - key_BMHW.amax((2, 3), keepdim=True)).exp()
-    out_BM = (exp_BMHW * F.dropout(value_BMHW, drop_rate, training)).sum((2, 3)) / exp_BMHW.sum((2, 3))
-    return torch.stack(out_BM.chunk(num_groups, dim=1)).sum(0)
-
-
 def poca(
         x_BCHW: Tensor,
         key_weight: Tensor,
@@ -86,8 +65,7 @@ def poca(
 ) -> Tensor:
     """Embed, attend and merge: per class and per group a softmax over positions weights the value map; sum it all.
 
-    TorchScript, tracing, `torch.export` and `torch.func` see `poca_reference`, ONNX `poca_of_maps`. There is no second
-    derivative.
+    TorchScript, tracing, ONNX, `torch.export` and `torch.func` see `poca_reference`. There is no second derivative.
 
     Args:
         x_BCHW: Features, (B, C, H, W), of any strides. The key embedding reads the first channels, the value embedding
@@ -112,9 +90,6 @@ def poca(
         if not (torch.jit.is_tracing() or torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active()):
             return _poca(
                 x_BCHW, key_weight, key_bias, value_weight, value_bias, num_groups, conv_groups, drop_rate * training)
-        if torch.onnx.is_in_onnx_export():
-            return poca_of_maps(
-                x_BCHW, key_weight, key_bias, value_weight, value_bias, num_groups, conv_groups, drop_rate, training)
     return poca_reference(
         x_BCHW, key_weight, key_bias, value_weight, value_bias, num_groups, conv_groups, drop_rate, training)
 

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from noah_zoo import NoahHead
 from noah_zoo.layers import poca as poca_module
 from noah_zoo.layers import poca_cpu
-from noah_zoo.layers.poca import poca, poca_backward_op, poca_of_maps, poca_op, poca_reference
+from noah_zoo.layers.poca import poca, poca_backward_op, poca_op, poca_reference
 
 from .operands import SPLITS, as_double, assert_close, make
 
@@ -31,7 +31,6 @@ def test_values_and_gradients(split_groups, split_kv, size, monkeypatch):
         monkeypatch.setattr(poca_module, '_block_size', lambda groups, batch, length, maps, device, block=block: (
             min(groups, block[0]), min(batch, block[1]), min(maps, block[2])))
         assert_close(grads(poca, x, args, weight), expected, 1e-12)
-    assert_close(grads(poca_of_maps, x, args, weight), expected, 1e-12)
     last = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
     assert_close(grads(poca, last, args, weight), expected, 1e-12)
 
@@ -53,8 +52,7 @@ def test_single_precision(channels, groups, ratio, side, scale, compiled, monkey
     x.requires_grad_()
     weight = torch.randn(3, 11)
     expected = grads(poca_reference, x.detach().double().requires_grad_(), as_double(args), weight)
-    for function in (poca, poca_of_maps):
-        assert_close(grads(function, x, args, weight), expected, 1e-5)
+    assert_close(grads(poca, x, args, weight), expected, 1e-5)
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
