@@ -2,7 +2,7 @@
 
     python scripts/export.py --model resnet18_noah --check
     python scripts/export.py --model hf-hub:you/photos --format torch-export --output photos.pt2
-    python scripts/export.py --model resnet18_noah --static --opset 17
+    python scripts/export.py --model resnet18_noah --static --opset 20
     python scripts/export.py --int8 calibration/ --dataset fashion_mnist
 
 Batches may have any size, images too where the backbone allows it; with --static all shapes are fixed. --int8 also
@@ -28,7 +28,7 @@ def main() -> int:
         '--static', nargs='?', const=1, type=int, metavar='BATCH',
         help='fix all shapes: batches of so many images (1), of the size that the model was made for')
     parser.add_argument(
-        '--opset', type=int, metavar='N', help="version of ONNX's operators, 17 or later (18, which old runtimes read)")
+        '--opset', type=int, metavar='N', help="version of ONNX's operators, 18 or later (18, which old runtimes read)")
     parser.add_argument(
         '--check', action='store_true',
         help='run the file on batches of 1 and 3, or of --static, and compare with PyTorch, to 1e-4')

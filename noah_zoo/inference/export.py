@@ -23,7 +23,7 @@ _logger = logging.getLogger(__name__)
 SUFFIXES = {'onnx': '.onnx', 'torch-export': '.pt2', 'torchscript': '.pt'}
 INSTALL = "pip install 'noah-zoo[export]'"
 TOLERANCE = 1e-4  # of the largest logit, or of 1
-OPSET, OLDEST_OPSET = 18, 17  # PyTorch writes 18 and later, and converts; what is converted to 16 is not valid
+OPSET = 18  # the oldest that PyTorch writes; what it converts to older ones is not always valid
 
 
 class Exported(NamedTuple):
@@ -59,7 +59,7 @@ def export(
         check: Run the file on batches of 1 and 3, on another image size too if it takes one, and compare.
         batch_size: Make all shapes fixed: batches of so many images, of the size that the model was made for. Not for
             'torchscript', which has no shapes.
-        opset: Version of ONNX's operators, 17 or later; the IR version is the oldest that has it.
+        opset: Version of ONNX's operators, 18 or later; the IR version is the oldest that has it.
 
     Raises:
         ImportError: If a package that writes or runs ONNX is missing.
@@ -74,8 +74,8 @@ def export(
         raise ValueError(f'{output}: a file of format {fmt} ends with {SUFFIXES[fmt]}')
     if batch_size is not None and (batch_size < 1 or fmt == 'torchscript'):
         raise ValueError(f'batch_size={batch_size}, format {fmt}: expected 1 or more, and onnx or torch-export')
-    if opset < OLDEST_OPSET:
-        raise ValueError(f'opset={opset}; expected {OLDEST_OPSET} or later')
+    if opset < OPSET:
+        raise ValueError(f'opset={opset}; expected {OPSET} or later')
     model = model.eval()
     size = description['input_size']
     generator = torch.Generator().manual_seed(0)

@@ -89,7 +89,7 @@ def test_old_runtimes(name, tmp_path):
         torch.testing.assert_close(torch.from_numpy(net.forward()), model(x_BCHW), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize('fmt, batch_size, opset', [('onnx', 1, 17), ('onnx', 5, 20), ('torch-export', 2, 18)])
+@pytest.mark.parametrize('fmt, batch_size, opset', [('onnx', 1, 18), ('onnx', 5, 20), ('torch-export', 2, 18)])
 def test_fixed_shapes(fmt, batch_size, opset, tmp_path):
     torch.manual_seed(0)
     model = spread(add_noah_head(timm.create_model('test_vit'), num_classes=7))
@@ -255,7 +255,7 @@ def test_refused(make, output, fmt, error, message, tmp_path):
 @pytest.mark.parametrize('kwargs, message', [
     (dict(batch_size=0), 'batch_size=0, format onnx: expected 1 or more'),
     (dict(batch_size=1, fmt='torchscript'), 'batch_size=1, format torchscript: expected 1 or more, and onnx or'),
-    (dict(opset=16), 'opset=16; expected 17 or later'),
+    (dict(opset=17), 'opset=17; expected 18 or later'),
     (dict(opset=99), 'test_resnet cannot be exported as onnx: it would have opset 18, not 99')])
 def test_options_refused(kwargs, message, tmp_path):
     kwargs = dict(dict(fmt='onnx'), **kwargs)
@@ -324,10 +324,10 @@ def test_the_script(tmp_path):
 
 
 def test_the_script_with_fixed_shapes(tmp_path):
-    result = call('export.py', '--static', '--check', '--opset', 17, '--output', 'm.onnx', cwd=tmp_path)
+    result = call('export.py', '--static', '--check', '--opset', 19, '--output', 'm.onnx', cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert 'batches of 1, images of 64 x 64 only' in result.stdout and result.stdout.count('largest difference') == 1
-    assert [opset.version for opset in onnx.load(tmp_path / 'm.onnx').opset_import] == [17]
+    assert [opset.version for opset in onnx.load(tmp_path / 'm.onnx').opset_import] == [19]
 
 
 @pytest.mark.parametrize('args, message', [
