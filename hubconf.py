@@ -121,6 +121,8 @@ def _read_catalog():
 
 
 def _describe(name, catalog):
+    if name in catalog.OTHERS:
+        return dict(noah=_ANY, reid_resnet50=_REID)[name]
     row = next(row for row in catalog.CATALOG.values() if name in (row.name, row.vanilla))
     if name == row.vanilla:
         return _TWIN.format(row=row)
@@ -145,8 +147,7 @@ def _entry(name, doc):
 
 def _entries():
     catalog = _read_catalog()
-    return {name: _entry(name, _describe(name, catalog)) for name in catalog.registered()} | {
-        'noah': _entry('noah', _ANY), 'reid_resnet50': _entry('reid_resnet50', _REID)}
+    return {name: _entry(name, _describe(name, catalog)) for name in catalog.registered()}
 
 
 globals().update(_entries())

@@ -290,6 +290,7 @@ SHIPPED: Dict[str, Shipped] = {
 TWINS = (  # vanilla twins that timm lacks
     'shufflenetv2_100', 'deit_tiny_075_patch16_224', 'deit_tiny_050_patch16_224', 'pvt_tiny', 'pvt_tiny_075',
     'pvt_tiny_050', 'mixer_s16_075_224', 'mixer_s16_050_224', 'gmlp_ti16_075_224', 'gmlp_ti16_050_224')
+OTHERS = 'noah', 'reid_resnet50'  # the head on any model of timm; the backbone of re-identification
 
 
 def released() -> List[str]:
@@ -298,5 +299,5 @@ def released() -> List[str]:
 
 
 def registered() -> List[str]:
-    """The names that this package registers with timm: every NOAH model, and the twins that timm lacks."""
-    return [*CATALOG, *TWINS]
+    """The names that this package registers with timm: every NOAH model, the twins that timm lacks, and two more."""
+    return [*CATALOG, *TWINS, *OTHERS]

@@ -4,8 +4,8 @@ r"""pytest plugin: restricts timm's own tests/test_models.py, unchanged, to the 
     PYTHONPATH=$PWD:$PWD/tests pytest -p timm_suite pytorch-image-models/tests/test_models.py \
         -k 'test_model and not regnetx_002'
 
-Its tests of pretrained weights download the authors' files as users do, but from a Google Drive on loopback, which has
-files of the released form with other numbers in them.
+Its tests of pretrained weights download the authors' files, and timm's, as users do, but from a Google Drive and a Hub
+on loopback, which have files of the same form with other numbers in them.
 """
 import io
 import os
@@ -13,14 +13,17 @@ import shutil
 import tempfile
 
 from drive_server import DriveServer
+from hub_server import HubServer
 
-_home, _drive = tempfile.mkdtemp(), DriveServer()
+_home, _drive, _hub = tempfile.mkdtemp(), DriveServer(), HubServer()
 _drive.__enter__()
-os.environ.update(_drive.env(), HF_HOME=_home)  # before the Hub's client reads it
+_hub.__enter__()
+os.environ.update({**_hub.env(_home), **_drive.env()})  # before the Hub's client reads it
 
 import timm  # noqa: E402
 import torch  # noqa: E402
 from released import SHAPES, cheap_state_dict  # noqa: E402
+from safetensors.torch import save  # noqa: E402
 from timm.models import split_model_name_tag  # noqa: E402
 
 import noah_zoo  # noqa: E402, F401  registers the models
@@ -32,6 +35,7 @@ for _name in NAMES & SHAPES.keys():
     _file = io.BytesIO()
     torch.save({'state_dict': cheap_state_dict(_name)}, _file)
     _drive.put(drive_id(_name), _file.getvalue())
+_hub.put('timm/resnet50.a1_in1k', {'model.safetensors': save(timm.create_model('resnet50').state_dict())})
 
 
 def list_models(*args, module='', **kwargs):
@@ -53,4 +57,5 @@ def pytest_report_header():
 
 def pytest_unconfigure():
     _drive.__exit__(None, None, None)
+    _hub.__exit__(None, None, None)
     shutil.rmtree(_home)

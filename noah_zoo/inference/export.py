@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..data.images import mode_of, read_image
 from ..models.attach import data_config_of, eval_transform, input_size_of, name_of
@@ -22,6 +23,7 @@ _logger = logging.getLogger(__name__)
 SUFFIXES = {'onnx': '.onnx', 'torch-export': '.pt2', 'torchscript': '.pt'}
 INSTALL = "pip install 'noah-zoo[export]'"
 TOLERANCE = 1e-4  # of the largest logit, or of 1
+OPSET = 18  # the oldest that PyTorch writes; what it converts to older ones is not always valid
 
 
 class Exported(NamedTuple):
@@ -30,54 +32,70 @@ class Exported(NamedTuple):
     Attributes:
         path: The model.
         description: Preprocessing and label names, JSON.
-        dynamic_size: Whether it takes images of any size that the backbone takes; batches may have any size always.
+        dynamic_size: Whether it takes images of any size that the backbone takes.
+        batch_size: Number of images of a batch; None if it may be any.
         errors: The largest difference to the model's logits, by the shape of the images; empty if not checked.
     """
     path: Path
     description: Path
     dynamic_size: bool
+    batch_size: Optional[int]
     errors: Dict[str, float]
 
 
-def export(model: nn.Module, output: Union[str, Path], fmt: str = 'onnx', check: bool = True) -> Exported:
+def export(
+        model: nn.Module, output: Union[str, Path], fmt: str = 'onnx', check: bool = True,
+        batch_size: Optional[int] = None, opset: int = OPSET) -> Exported:
     """Write a model as one file, and what to do to an image before it as JSON beside it.
 
-    The input is `images`, (B, C, H, W) in float32; the output `logits`, (B, K). Nothing is left if anything fails.
+    The input is `images`, (B, C, H, W) in float32; the output `logits`, (B, K). B may be any number, and H and W
+    may, as far as the model allows it; one whose padding depends on the size (timm's `Conv2dSame`) gets its own size.
+    Nothing is left if anything fails.
 
     Args:
         model: A timm model, NOAH or not, on the CPU.
         output: The file, '.onnx', '.pt2' or '.pt'; the JSON has its name with the suffix '.json'.
         fmt: 'onnx', 'torch-export' (for `torch.export.load`) or 'torchscript' (for `torch.jit.load`).
         check: Run the file on batches of 1 and 3, on another image size too if it takes one, and compare.
+        batch_size: Make all shapes fixed: batches of so many images, of the size that the model was made for. Not for
+            'torchscript', which has no shapes.
+        opset: Version of ONNX's operators, 18 or later; the IR version is the oldest that has it.
 
     Raises:
         ImportError: If a package that writes or runs ONNX is missing.
         OSError: If the files cannot be written.
-        ValueError: If format or suffix is not as above, the model cannot be exported, or the file's logits are others:
-            more than 1e-4 away, relative to the largest logit or to 1.
+        ValueError: If format, suffix, batch size or opset is not as above, the model cannot be exported, or the file's
+            logits are others: more than 1e-4 away, relative to the largest logit or to 1.
     """
     if fmt not in SUFFIXES:
         raise ValueError(f'format {fmt!r} is unknown; choose from {", ".join(SUFFIXES)}')
     output, name, description = Path(output), name_of(model), describe(model)
     if output.suffix != SUFFIXES[fmt]:
         raise ValueError(f'{output}: a file of format {fmt} ends with {SUFFIXES[fmt]}')
+    if batch_size is not None and (batch_size < 1 or fmt == 'torchscript'):
+        raise ValueError(f'batch_size={batch_size}, format {fmt}: expected 1 or more, and onnx or torch-export')
+    if opset < OPSET:
+        raise ValueError(f'opset={opset}; expected {OPSET} or later')
     model = model.eval()
     size = description['input_size']
     generator = torch.Generator().manual_seed(0)
-    x_BCHW = torch.randn(2, *size, generator=generator)
+    x_BCHW = torch.randn(batch_size or 2, *size, generator=generator)
     other = torch.randn(1, size[0], size[1] + 32, size[2] + 64, generator=generator)
     with torch.no_grad(), tempfile.TemporaryDirectory(dir=output.parent, prefix=f'.{output.name}.') as folder:
         file = Path(folder) / output.name
-        dynamic_size = _takes(model, other)
+        dynamic_size = batch_size is None and _takes(model, other)
+        if dynamic_size and fmt != 'torchscript' and _pads_by_size(model, x_BCHW[:1], other):
+            _logger.info('%s: its padding depends on the size of an image; fixed to %d x %d', name, *size[1:])
+            dynamic_size = False
         try:
             try:
-                _write(model, x_BCHW, file, fmt, dynamic_size)
+                _write(model, x_BCHW, file, fmt, dynamic_size, batch_size, opset)
             except Exception:
                 if not dynamic_size or fmt == 'torchscript':
                     raise
                 _logger.info('%s: not with images of any size; trying %d x %d', name, *size[1:])
                 dynamic_size = False
-                _write(model, x_BCHW, file, fmt, dynamic_size)
+                _write(model, x_BCHW, file, fmt, dynamic_size, batch_size, opset)
         except ImportError as error:
             raise ImportError(f'{error}; {INSTALL}') from error
         except Exception as error:  # the exporters raise of everything
@@ -85,9 +103,12 @@ def export(model: nn.Module, output: Union[str, Path], fmt: str = 'onnx', check:
         errors = {}
         if check:
             batches = [x_BCHW[:1], torch.cat((x_BCHW, -x_BCHW[:1])), *([other] if dynamic_size else [])]
+            if batch_size:
+                batches = [-x_BCHW]
             errors = _compare(model, file, fmt, batches)
-        _place(file, output, {**description, 'format': fmt, 'dynamic_image_size': dynamic_size})
-    return Exported(output, output.with_suffix('.json'), dynamic_size, errors)
+        _place(file, output, {
+            **description, 'format': fmt, 'dynamic_image_size': dynamic_size, 'batch_size': batch_size})
+    return Exported(output, output.with_suffix('.json'), dynamic_size, batch_size, errors)
 
 
 def describe(model: nn.Module) -> Dict[str, Any]:
@@ -137,20 +158,23 @@ def quantize(path: Union[str, Path], images: Sequence[str], output: Union[str, P
             activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
             reduce_range=True)  # processors without VNNI add up products in 16 bits, which would overflow
         _place(file, output, {**description, 'int8': True})
-    return Exported(output, output.with_suffix('.json'), description['dynamic_image_size'], {})
+    return Exported(
+        output, output.with_suffix('.json'), description['dynamic_image_size'], description.get('batch_size'), {})
 
 
 class _Calibration:
-    """Images one by one, as onnxruntime's CalibrationDataReader gives them."""
+    """Images one by one, as onnxruntime's CalibrationDataReader gives them; a fixed batch is filled with one."""
 
     def __init__(self, images: Sequence[str], model: 'ExportedModel') -> None:
         self.images, self.transform, self.mode = iter(images), eval_transform(model), mode_of(input_size_of(model)[0])
+        self.batch_size = model.batch_size or 1
 
     def get_next(self) -> Optional[Dict[str, np.ndarray]]:
         image = next(self.images, None)
         if image is None:
             return None
-        return {'images': self.transform(read_image(image, mode=self.mode)).unsqueeze(0).numpy()}
+        x_CHW = self.transform(read_image(image, mode=self.mode))
+        return {'images': x_CHW.repeat(self.batch_size, 1, 1, 1).numpy()}
 
     def __iter__(self) -> '_Calibration':
         return self
@@ -177,10 +201,14 @@ class ExportedModel(nn.Module):
             raise FileNotFoundError(f'{path}: no such file')
         self.pretrained_cfg = json.loads(path.with_suffix('.json').read_text(encoding='utf-8'))
         self.num_classes = len(self.pretrained_cfg['label_names'])
+        self.batch_size = self.pretrained_cfg.get('batch_size')
         self.run = load_exported(path)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        return self.run(x_BCHW.cpu()).to(x_BCHW.device)
+        images, size = x_BCHW.cpu(), self.batch_size or len(x_BCHW)
+        padded = nn.functional.pad(images, (0, 0, 0, 0, 0, 0, 0, -len(images) % size))  # the last batch is whole, too
+        logits = torch.cat([self.run(batch) for batch in padded.split(size)])
+        return logits[:len(images)].to(x_BCHW.device)
 
 
 def load_exported(path: Path) -> Callable[[Tensor], Tensor]:
@@ -207,14 +235,25 @@ def load_exported(path: Path) -> Callable[[Tensor], Tensor]:
     raise ValueError(f'{path}: expected one of {", ".join(SUFFIXES.values())}')
 
 
-def _write(model: nn.Module, x_BCHW: Tensor, file: Path, fmt: str, dynamic_size: bool) -> None:
-    dims = {0: Dim('batch', min=1), **({2: Dim.DYNAMIC, 3: Dim.DYNAMIC} if dynamic_size else {})}
+def _write(
+        model: nn.Module, x_BCHW: Tensor, file: Path, fmt: str, dynamic_size: bool, batch_size: Optional[int],
+        opset: int) -> None:
+    dims = {} if batch_size else {0: Dim('batch', min=1)}
+    if dynamic_size:
+        dims.update({2: Dim.DYNAMIC, 3: Dim.DYNAMIC})
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # of the exporters about themselves
         if fmt == 'onnx':
-            torch.onnx.export(
-                model, (x_BCHW,), str(file), dynamo=True, dynamic_shapes=(dims,), external_data=False, verbose=False,
-                input_names=['images'], output_names=['logits'])
+            import onnx
+
+            program = torch.onnx.export(
+                model, (x_BCHW,), dynamo=True, dynamic_shapes=(dims,), verbose=False, input_names=['images'],
+                output_names=['logits'], opset_version=opset)
+            written = program.model.opset_imports['']
+            if written != opset:  # PyTorch writes another where it cannot convert its own
+                raise ValueError(f'it would have opset {written}, not {opset}')
+            program.model.ir_version = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid('', opset)])
+            program.save(file, external_data=False)
         elif fmt == 'torch-export':
             torch.export.save(torch.export.export(model, (x_BCHW,), dynamic_shapes=(dims,)), file)
         else:
@@ -235,6 +274,33 @@ def _takes(model: nn.Module, x_BCHW: Tensor) -> bool:
     except Exception:  # an assertion of timm, a shape that does not fit
         return False
     return True
+
+
+class _Paddings(TorchDispatchMode):
+    """Notes by how much the operators pad, `self.noted`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noted = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if 'pad' in func.overloadpacket.__name__:
+            self.noted.append(list(args[1]))
+        return func(*args, **(kwargs or {}))
+
+
+def _pads_by_size(model: nn.Module, x_BCHW: Tensor, other: Tensor) -> bool:
+    """Whether some layer of the model pads the second batch otherwise than the first, or images one pixel larger.
+
+    Where every layer has a padding of its own, the formulas of the sizes grow out of hand with depth, and exporting
+    does not come to an end.
+    """
+    noted = []
+    for images in (x_BCHW, other, nn.functional.pad(x_BCHW, (0, 1, 0, 1))):
+        with _Paddings() as paddings:
+            if _takes(model, images):
+                noted.append(paddings.noted)
+    return any(paddings != noted[0] for paddings in noted)
 
 
 def _compare(model: nn.Module, file: Path, fmt: str, batches: List[Tensor]) -> Dict[str, float]:

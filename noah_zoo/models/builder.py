@@ -109,6 +109,12 @@ def build_noah(
     return build_model(build_twin, variant, pretrained, filter_fn, pretrained_cfg=cfg, **kwargs)
 
 
+def cfg_without_weights(backbone: str, tag: str = '') -> PretrainedCfg:
+    """The pretrained cfg of a backbone of timm as that of `noah`, which has no weights of its own."""
+    return replace(
+        resolve_pretrained_cfg(backbone, tag), tag=None, architecture='noah', **dict.fromkeys(WEIGHT_PLACES))
+
+
 def build_any(
         backbone: str,
         pretrained: bool = False,
@@ -138,8 +144,7 @@ def build_any(
         raise ValueError(f'backbone={backbone!r}: timm knows no such model; see timm.list_models()')
     noah_cfg = {name: kwargs.pop(name) for name in HEAD_ARGS if name in kwargs}
     if not pretrained_cfg or isinstance(pretrained_cfg, str):
-        pretrained_cfg = replace(
-            resolve_pretrained_cfg(twin, tag), tag=None, architecture='noah', **dict.fromkeys(WEIGHT_PLACES))
+        pretrained_cfg = cfg_without_weights(twin, tag)
     cfg = resolve_pretrained_cfg('noah', pretrained_cfg, pretrained_cfg_overlay)
     if pretrained and not any(getattr(cfg, place) for place in WEIGHT_PLACES):
         raise WeightsError(
@@ -152,10 +157,10 @@ def build_any(
         return convert(state_dict, model) if convert else state_dict
 
     def build_twin(num_classes: int = 1000, **model_args) -> nn.Module:
-        if not num_classes:
-            raise ValueError(f'noah on {twin}: num_classes=0; for features, create {twin} itself')
         model = model_entrypoint(twin)(num_classes=num_classes, **model_args)
-        add_noah_head(model, init='random', **noah_cfg)
+        add_noah_head(model, num_classes or 1, init='random', **noah_cfg)
+        if not num_classes:
+            model.reset_classifier(0)
         begin(model.get_classifier(), init)
         if source:
             load_backbone(model, source, f'noah on {twin}', twin, filter_fn, init)

@@ -1,8 +1,14 @@
 """The head on any timm model, as one name of timm: this is how a saved model with an added head comes back."""
-from timm.models import register_model
+from dataclasses import replace
+
+from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
-from .builder import build_any
+from .builder import build_any, cfg_without_weights
+
+# of the backbone that it has unless told otherwise; a model has the cfg of its own backbone
+default_cfgs = generate_default_cfgs({
+    'noah': replace(cfg_without_weights('resnet18'), classifier=('fc.key', 'fc.value'))})
 
 
 @register_model

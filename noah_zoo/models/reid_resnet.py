@@ -3,8 +3,9 @@
 Under a NOAH head, timm.create_model('noah', backbone='reid_resnet50'), the embedding is per position, as is everything
 that a model does there.
 """
-from typing import Any, Dict
+from typing import Any, Dict, Optional
 
+import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import ResNet, build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import Bottleneck
@@ -32,15 +33,16 @@ class ReidResNet(ResNet):
         nn.init.zeros_(self.embedding.bias)
         self.reset_classifier(num_classes)
 
-    def reset_classifier(self, num_classes: int, global_pool: str = 'avg') -> None:
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
         """As timm's."""
         super().reset_classifier(0, global_pool)
         self.num_classes, self.head_hidden_size = num_classes, self.embedding.out_features
         self.fc = nn.Linear(self.head_hidden_size, num_classes) if num_classes else nn.Identity()
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Logits (B, K), or the embedding with `pre_logits`."""
-        x = self.embedding(super().forward_head(x, pre_logits=True))
+        """Logits (B, K), or the embedding with `pre_logits`; without pooling it is per position, (B, C, H, W)."""
+        x = F.dropout(self.global_pool(x), float(self.drop_rate), self.training)
+        x = self.embedding(x.movedim(1, -1)).movedim(-1, 1)
         return x if pre_logits else self.fc(x)
 
 

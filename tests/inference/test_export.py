@@ -5,11 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import onnx
 import pytest
 import timm
 import torch
 from PIL import Image
+from timm.layers import AvgPool2dSame, Conv2dSame, ScaledStdConv2dSame, create_pool2d
 from torch import nn
 
 from noah_zoo import NoahHead, add_noah_head
@@ -70,6 +72,69 @@ def test_any_timm_model_with_the_head(name, kwargs, dynamic_size, fmt, tmp_path)
 def test_a_model_without_the_head(tmp_path):
     model = timm.create_model('test_resnet').eval()
     assert max(export(model, tmp_path / 'model.onnx').errors.values()) <= 1e-4
+
+
+@pytest.mark.parametrize('name', [
+    name if name == 'resnet18_noah' else pytest.param(name, marks=pytest.mark.slow) for name, row in CATALOG.items()
+    if row.family in ('resnet', 'mobilenet', 'shufflenet')])
+def test_old_runtimes(name, tmp_path):
+    model = spread(timm.create_model(name))
+    exported = export(model, tmp_path / 'model.onnx', batch_size=1)
+    file = onnx.load(exported.path)
+    assert file.ir_version == 8 and [opset.version for opset in file.opset_import] == [18]  # onnxruntime 1.14
+    assert 'Shape' not in {node.op_type for node in file.graph.node}
+    net, x_BCHW = cv2.dnn.readNetFromONNX(str(exported.path)), torch.randn(1, 3, 224, 224)
+    net.setInput(x_BCHW.numpy())
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(net.forward()), model(x_BCHW), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize('fmt, batch_size, opset', [('onnx', 1, 18), ('onnx', 5, 20), ('torch-export', 2, 18)])
+def test_fixed_shapes(fmt, batch_size, opset, tmp_path):
+    torch.manual_seed(0)
+    model = spread(add_noah_head(timm.create_model('test_vit'), num_classes=7))
+    exported = export(model, tmp_path / f'model{SUFFIXES[fmt]}', fmt, batch_size=batch_size, opset=opset)
+    assert (exported.dynamic_size, exported.batch_size) == (False, batch_size)
+    assert list(exported.errors) == [f'{batch_size} x 3 x 160 x 160'] and max(exported.errors.values()) <= 1e-4
+    description = json.loads(exported.description.read_text())
+    assert (description['dynamic_image_size'], description['batch_size']) == (False, batch_size)
+    if fmt == 'onnx':
+        file = onnx.load(exported.path)
+        shapes = [[dim.dim_value for dim in value.type.tensor_type.shape.dim]
+                  for value in (*file.graph.input, *file.graph.output)]
+        assert shapes == [[batch_size, 3, 160, 160], [batch_size, 7]]
+        assert [entry.version for entry in file.opset_import] == [opset]
+    images = torch.randn(3, 3, 160, 160)  # not a multiple of the batch
+    with torch.no_grad():
+        torch.testing.assert_close(ExportedModel(exported.path)(images), model(images), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize('with_head', [True, False])
+def test_padding_that_depends_on_the_size(with_head, tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model('tf_efficientnet_lite0', num_classes=7).eval()
+    if with_head:
+        spread(add_noah_head(model))
+    exported = export(model, tmp_path / 'model.onnx')
+    assert not exported.dynamic_size and list(exported.errors) == ['1 x 3 x 224 x 224', '3 x 3 x 224 x 224']
+    assert max(exported.errors.values()) <= 1e-4
+    assert json.loads(exported.description.read_text())['dynamic_image_size'] is False
+
+
+@pytest.mark.parametrize('make, expected', [
+    (lambda: Conv2dSame(3, 4, 3, stride=2), True), (lambda: create_pool2d('max', 3, 2, padding='same'), True),
+    (lambda: AvgPool2dSame(3, stride=2), True), (lambda: ScaledStdConv2dSame(3, 4, 3, stride=2, padding='same'), True),
+    (lambda: Windows(), True), (lambda: Conv2dSame(3, 4, 3), False), (lambda: nn.Conv2d(3, 4, 3, 2, padding=1), False),
+    (lambda: nn.ReflectionPad2d(1), False), (lambda: nn.Conv2d(3, 4, 16, 16), False)])
+def test_which_padding_depends_on_the_size(make, expected):
+    assert module._pads_by_size(make().eval(), torch.randn(1, 3, 32, 32), torch.randn(1, 3, 64, 96)) is expected
+
+
+class Windows(nn.Module):
+    """Pads a map to whole windows of 24 x 24."""
+
+    def forward(self, x):
+        return nn.functional.pad(x, (0, -x.shape[3] % 24, 0, -x.shape[2] % 24))
 
 
 def test_it_runs_without_this_package(shipped, tmp_path):
@@ -145,7 +210,7 @@ def test_other_channels(channels, tmp_path):
 def test_description(shipped):
     model, exported = shipped
     description = json.loads(exported.description.read_text(encoding='utf-8'))
-    assert description == {**describe(model), 'format': 'onnx', 'dynamic_image_size': True}
+    assert description == {**describe(model), 'format': 'onnx', 'dynamic_image_size': True, 'batch_size': None}
     assert description['label_names'][8] == 'Bag' and description['input_size'] == [3, 64, 64]
     again = ExportedModel(exported.path)
     image = read_image(SAMPLES / '0018_bag.png')
@@ -168,6 +233,16 @@ def test_8_bits(shipped, tmp_path):
     difference = (logits - expected).square().mean().sqrt() / expected.std()
     assert 1e-4 < difference < 0.3
     assert json.loads(small.description.read_text())['int8'] is True
+
+
+def test_8_bits_of_fixed_batches(shipped, tmp_path):
+    model, _ = shipped
+    whole = export(model, tmp_path / 'model.onnx', batch_size=5)
+    small = quantize(whole.path, sorted(SAMPLES.glob('*.png')), tmp_path / 'small.onnx')
+    assert small.batch_size == 5
+    x_BCHW = torch.stack([eval_transform(model)(read_image(image)) for image in sorted(SAMPLES.glob('*.png'))])
+    with torch.no_grad():
+        assert (ExportedModel(small.path)(x_BCHW).argmax(1) == model(x_BCHW).argmax(1)).sum() >= 11
 
 
 def test_8_bits_with_a_damaged_image(shipped, tmp_path):
@@ -205,6 +280,18 @@ def test_accuracy_of_a_file(shipped, tmp_path):
 def test_refused(make, output, fmt, error, message, tmp_path):
     with pytest.raises(error, match=message):
         export(make(), tmp_path / output, fmt)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('kwargs, message', [
+    (dict(batch_size=0), 'batch_size=0, format onnx: expected 1 or more'),
+    (dict(batch_size=1, fmt='torchscript'), 'batch_size=1, format torchscript: expected 1 or more, and onnx or'),
+    (dict(opset=17), 'opset=17; expected 18 or later'),
+    (dict(opset=99), 'test_resnet cannot be exported as onnx: it would have opset 18, not 99')])
+def test_options_refused(kwargs, message, tmp_path):
+    kwargs = dict(dict(fmt='onnx'), **kwargs)
+    with pytest.raises(ValueError, match=message):
+        export(timm.create_model('test_resnet'), tmp_path / f'm{SUFFIXES[kwargs["fmt"]]}', **kwargs)
     assert not list(tmp_path.iterdir())
 
 
@@ -262,14 +349,24 @@ def test_the_script(tmp_path):
     for _ in range(2):
         result = call('export.py', '--format', 'torchscript', '--check', cwd=tmp_path)
         assert result.returncode == 0, result.stderr
-        assert 'batches and images of any size' in result.stdout and result.stdout.count('largest difference') == 3
+        assert 'batches of any size, images of any size' in result.stdout
+        assert result.stdout.count('largest difference') == 3
         assert {path.name for path in tmp_path.iterdir()} == {f'{DEFAULT_MODEL}.pt', f'{DEFAULT_MODEL}.json'}
+
+
+def test_the_script_with_fixed_shapes(tmp_path):
+    result = call('export.py', '--static', '--check', '--opset', 19, '--output', 'm.onnx', cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert 'batches of 1, images of 64 x 64 only' in result.stdout and result.stdout.count('largest difference') == 1
+    assert [opset.version for opset in onnx.load(tmp_path / 'm.onnx').opset_import] == [19]
 
 
 @pytest.mark.parametrize('args, message', [
     (['--model', 'resnet18_noha'], "unknown model 'resnet18_noha'; did you mean resnet18_noah"),
     (['--format', 'tflite'], "invalid choice: 'tflite'"),
     (['--format', 'torchscript', '--int8', 'x'], '--int8 is for --format onnx, not torchscript'),
+    (['--format', 'torchscript', '--opset', 18], '--opset is for --format onnx, not torchscript'),
+    (['--static', 'many'], "argument --static: invalid int value: 'many'"),
     (['--int8', 'nowhere'], 'nowhere: no such file or folder'),
     (['--output', 'nowhere/m.onnx'], 'nowhere: no such folder for m.onnx'),
     (['--output', 'm.tflite'], 'm.tflite: a file of format onnx ends with .onnx')])

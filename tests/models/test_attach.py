@@ -247,6 +247,10 @@ def test_saved_it_comes_back(name, kwargs, tmp_path):
         assert (tuned.get_classifier().num_groups, tuned.get_classifier().key_ratio) == (2, 0.25)
         maps = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, features_only=True).eval()(x)
         assert len(maps) >= 3
+        pooled = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, num_classes=0).eval()
+        assert torch.equal(pooled(x), model.forward_head(model.forward_features(x), pre_logits=True))
+        pooled.reset_classifier(4)
+        assert type(pooled.get_classifier()) is type(model.get_classifier()) and pooled(x).shape == (2, 4)
 
 
 def test_published_it_comes_back_from_the_hub(tmp_path):
@@ -274,6 +278,18 @@ assert timm.create_model('hf-hub:me/test_convnext-noah', pretrained=True, num_cl
         config = json.loads(hub.files('me/test_convnext-noah')['config.json'])
     assert config['architecture'] == 'noah'
     assert {'backbone': 'test_convnext', 'num_groups': 2}.items() <= config['model_args'].items()
+
+
+def test_without_pooling():
+    torch.manual_seed(0)
+    twin = timm.create_model('resnet18', num_classes=0, global_pool='').eval()
+    model = timm.create_model('noah', num_classes=0, global_pool='').eval()
+    model.load_state_dict(twin.state_dict())
+    x = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        assert model(x).shape == (2, 512, 2, 3) and torch.equal(model(x), twin(x))
+        add_noah_head(twin, num_classes=5, init='random')
+        assert torch.equal(twin(x), twin.fc(twin.forward_features(x).permute(0, 2, 3, 1)))
 
 
 def test_by_name_with_the_backbones_weights(tmp_path, caplog):

@@ -134,6 +134,13 @@ def test_model():
         pooled = noah.forward_head(features, pre_logits=True)
         torch.testing.assert_close(pooled, per_position.mean(1), rtol=1e-4, atol=1e-5)
         assert twin(x).shape == (2, 751) and twin.forward_head(features, pre_logits=True).shape == (2, 512)
+        scripted = torch.jit.script(twin)
+        torch.testing.assert_close(scripted(x), twin(x), rtol=0, atol=1e-5)
+        twin.reset_classifier(0, '')
+        torch.testing.assert_close(
+            twin(x), twin.embedding(twin.forward_features(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2), rtol=1e-4,
+            atol=1e-5)
+        twin.reset_classifier(751, 'avg')
     counts = [sum(p.numel() for p in m.parameters()) for m in (twin, timm.create_model('resnet50', num_classes=0))]
     assert counts[0] - counts[1] == 512 * 2049 + 751 * 513
 
