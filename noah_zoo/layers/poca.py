@@ -181,6 +181,10 @@ def _backward(
     batch, channels, height, width = x_BCHW.shape
     x_BLC, dtype = x_BCHW.flatten(2).transpose(1, 2), grad_BK.dtype
     kernels = _kernels(x_BLC)
+    embed = x_BLC, key_weight, value_weight, conv_groups
+    if poca_cpu.supports(*embed, seed) and poca_cpu.supports_backward(*embed):
+        return _backward_on_cpu(
+            grad_BK, *embed, value_bias, num_groups, (height, width), channels_first, need_x, need_weights)
     if kernels:
         x_BLC = x_BLC.contiguous()
         blocks, one_write = _map_grads_on_cuda(
@@ -215,6 +219,21 @@ def _backward(
     if need_weights:
         dkey_weight, dvalue_weight = dweights[0].to(key_weight.dtype), dweights[1].to(value_weight.dtype)
     return dx_BCHW, dkey_weight, dvalue_weight, none if dvalue_bias is None else dvalue_bias.to(value_bias.dtype)
+
+
+def _backward_on_cpu(
+        grad_BK: Tensor, x_BLC: Tensor, key_weight: Tensor, value_weight: Tensor, conv_groups: int,
+        value_bias: Optional[Tensor], num_groups: int, size: Tuple[int, int], channels_first: bool, need_x: bool,
+        need_weights: bool) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`_backward` where it was compiled."""
+    dx_BLC, dweights = poca_cpu.backward(
+        grad_BK.repeat(1, num_groups), x_BLC, key_weight, value_weight, conv_groups, channels_first, need_x,
+        need_weights)
+    none = x_BLC.new_empty(0)
+    dvalue_bias = none
+    if need_weights and value_bias is not None:
+        dvalue_bias = grad_BK.sum(dim=0).repeat(num_groups)
+    return none if dx_BLC is None else dx_BLC.mT.unflatten(2, size), *(dweights or (none, none)), dvalue_bias
 
 
 def _add_products(
@@ -281,8 +300,8 @@ class _Poca(torch.autograd.Function):
             out_BK, stats_2BM, rows_BCHW = poca_op(*args)
         x_BCHW, key_weight, key_bias, value_weight, value_bias, *ctx.numbers, seed = args
         ctx.key_bias = None if key_bias is None else (key_bias.shape, key_bias.dtype)
-        ctx.channels_first = rows_BCHW.numel() > 0
-        x_BCHW = rows_BCHW if ctx.channels_first else x_BCHW
+        ctx.channels_first = x_BCHW.stride(1) != 1
+        x_BCHW = rows_BCHW if rows_BCHW.numel() else x_BCHW
         ctx.save_for_backward(x_BCHW, key_weight, value_weight, value_bias, stats_2BM, seed)
         ctx.mark_non_differentiable(stats_2BM, rows_BCHW)
         return out_BK, stats_2BM, rows_BCHW

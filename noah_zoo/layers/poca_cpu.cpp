@@ -1,8 +1,11 @@
-// POCA's forward pass on x86 processors with AVX2 and FMA; poca_cpu.py calls it.
+// POCA and its gradients on x86 processors with AVX2 and FMA; poca_cpu.py calls it.
 //
-// PANEL maps at a time: their kernels are transposed once (pack), and per image two small matrix products give their
-// scores and values at every position (embed), of which the softmax and the sum are taken while they lie in the nearest
-// cache (attend).
+// A panel of 8 or 16 maps at a time: their kernels are transposed once (pack), and per image two small matrix products
+// give their scores and values at every position (embed), of which the softmax and the sum are taken while they lie in
+// the nearest cache (attend). Backward computes both again, turns them into their gradients (derive), and adds their
+// products with features to the gradients of the kernels, which stay packed until the end, and with kernels to those of
+// the features. A task has the images of a chunk and the channels of a group, so that no two tasks add to the same
+// numbers, and the order of every sum is the same on any number of threads.
 
 #include <immintrin.h>
 #include <omp.h>
@@ -15,24 +18,31 @@
 
 namespace {
 
-constexpr int LANES = 8, ROWS = 6;  // 12 sums, a kernel's 2 vectors and a feature fill 15 of 16 registers
-constexpr int PANEL = 16, VECTORS = PANEL / LANES;
-constexpr ptrdiff_t DEPTH = 128;      // channels at a time, so that weights and features lie in the nearest cache
+constexpr int LANES = 8, ROWS = 6;     // 12 sums, a kernel's 2 vectors and a feature fill 15 of 16 registers
+constexpr ptrdiff_t DEPTH = 128;       // channels at a time, so that weights and features lie in the nearest cache
 constexpr ptrdiff_t NEAR = 64 * 1024;  // features that the second nearest cache holds
 
 typedef float Vector __attribute__((vector_size(4 * LANES)));
+typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t Bits __attribute__((vector_size(4 * LANES)));
 
 struct Call {  // as in poca_cpu.py; strides and sizes count floats
     const float *x;
     ptrdiff_t image_stride, position_stride, channel_stride;
     const float *key_weight, *value_weight;  // (groups * maps, depth)
-    float *out;                              // (batch, groups * maps)
+    float *out;                              // (batch, groups * maps); unused in backward
     ptrdiff_t batch, length, channels, groups, maps, key_depth, value_depth, threads;
+    const float *grad;                    // of out; what follows is of backward alone
+    float *dx, *dkey_weight, *dvalue_weight;  // of x and of the kernels; null if not needed
+    ptrdiff_t channels_first;             // whether dx is (batch, channels, length), else (batch, length, channels)
+    ptrdiff_t value_adds;                 // whether values read channels that keys read
+    ptrdiff_t chunks;                     // that the images are divided into
 };
 
-// (maps, depth) -> (depth, PANEL); maps that are missing repeat the first
+// (maps, depth) -> (depth, V * LANES); maps that are missing repeat the first
+template <int V>
 void pack(const float *weight, ptrdiff_t maps, ptrdiff_t depth, float *packed) {
+    constexpr int PANEL = V * LANES;
     for (int half = 0; half < PANEL; half += 8) {
         const float *row[8];
         for (int m = 0; m < 8; m++) row[m] = weight + (half + m < maps ? half + m : 0) * depth;
@@ -60,38 +70,99 @@ void pack(const float *weight, ptrdiff_t maps, ptrdiff_t depth, float *packed) {
     }
 }
 
-// COUNT rows of a product of features (length, depth) and packed weights (depth, PANEL); added to maps but for the first
-template <int COUNT>
-void embed_rows(const Call &call, const float *x, const float *packed, ptrdiff_t depth, bool first, float *maps) {
-    Vector sums[COUNT][VECTORS];
+// COUNT rows of a product of x (rows, depth) and a packed panel (depth, V * LANES); added to out but for the first
+template <int V, int COUNT>
+void multiply_rows(const float *x, ptrdiff_t row_stride, ptrdiff_t depth_stride, const float *packed, ptrdiff_t depth,
+                   bool first, float *out) {
+    Vector sums[COUNT][V];
 #pragma GCC unroll 16
     for (int row = 0; row < COUNT; row++)
-        for (int v = 0; v < VECTORS; v++) sums[row][v] = first ? Vector{} : ((Vector *)maps)[row * VECTORS + v];
-    for (ptrdiff_t c = 0; c < depth; c++, x += call.channel_stride, packed += PANEL) {
-        Vector weights[VECTORS];
-        for (int v = 0; v < VECTORS; v++) weights[v] = ((const Vector *)packed)[v];
+        for (int v = 0; v < V; v++) sums[row][v] = first ? Vector{} : ((Vector *)out)[row * V + v];
+    for (ptrdiff_t d = 0; d < depth; d++, x += depth_stride, packed += V * LANES) {
+        Vector right[V];
+        for (int v = 0; v < V; v++) right[v] = ((const Vector *)packed)[v];
 #pragma GCC unroll 16
         for (int row = 0; row < COUNT; row++)
-            for (int v = 0; v < VECTORS; v++) sums[row][v] += x[row * call.position_stride] * weights[v];
+            for (int v = 0; v < V; v++) sums[row][v] += x[row * row_stride] * right[v];
     }
 #pragma GCC unroll 16
     for (int row = 0; row < COUNT; row++)
-        for (int v = 0; v < VECTORS; v++) ((Vector *)maps)[row * VECTORS + v] = sums[row][v];
+        for (int v = 0; v < V; v++) ((Vector *)out)[row * V + v] = sums[row][v];
 }
 
-constexpr decltype(&embed_rows<1>) EMBED_ROWS[] = {
-    embed_rows<1>, embed_rows<2>, embed_rows<3>, embed_rows<4>, embed_rows<5>, embed_rows<ROWS>};
-
-void embed(const Call &call, const float *x, const float *packed, ptrdiff_t depth, const float *next, float *maps) {
+// All rows; next is what will be packed next, and is fetched meanwhile
+template <int V>
+void multiply(const float *x, ptrdiff_t rows, ptrdiff_t row_stride, ptrdiff_t depth_stride, const float *packed,
+              ptrdiff_t depth, bool first, float *out, const float *next = nullptr) {
+    constexpr decltype(&multiply_rows<V, 1>) MULTIPLY_ROWS[] = {multiply_rows<V, 1>, multiply_rows<V, 2>,
+                                                                multiply_rows<V, 3>, multiply_rows<V, 4>,
+                                                                multiply_rows<V, 5>, multiply_rows<V, ROWS>};
+    constexpr int PANEL = V * LANES;
     ptrdiff_t fetched = 0;
-    for (ptrdiff_t c = 0; c < depth; c += DEPTH) {
-        ptrdiff_t channels = std::min(depth - c, DEPTH);
-        for (ptrdiff_t row = 0, steps = (call.length + ROWS - 1) / ROWS, count; steps > 0; steps--, row += count) {
-            count = (call.length - row) / steps;  // as even as it goes: 49 rows are five times 5 and four times 6
-            for (; fetched < c + channels * (row + count) / call.length; fetched++)
+    for (ptrdiff_t d = 0; d < depth; d += DEPTH) {
+        ptrdiff_t step = std::min(depth - d, DEPTH);
+        for (ptrdiff_t row = 0, steps = (rows + ROWS - 1) / ROWS, count; steps > 0; steps--, row += count) {
+            count = (rows - row) / steps;  // as even as it goes: 49 rows are five times 5 and four times 6
+            for (; next && fetched < d + step * (row + count) / rows; fetched++)
                 __builtin_prefetch(next + fetched * PANEL, 0, 2);
-            EMBED_ROWS[count - 1](call, x + c * call.channel_stride + row * call.position_stride, packed + c * PANEL,
-                                  channels, c == 0, maps + row * PANEL);
+            MULTIPLY_ROWS[count - 1](x + d * depth_stride + row * row_stride, row_stride, depth_stride,
+                                     packed + d * PANEL, step, first && d == 0, out + row * PANEL);
+        }
+    }
+}
+
+// COUNT rows of a product of left (rows, depth) and right (depth, width), width at most V * LANES; added to out or not
+template <int V, int COUNT>
+void add_rows(const float *left, ptrdiff_t left_stride, const float *right, ptrdiff_t right_stride, ptrdiff_t depth,
+              float *out, ptrdiff_t out_stride, ptrdiff_t width, bool add) {
+    Vector sums[COUNT][V];
+    bool whole = width == V * LANES;
+    for (int row = 0; row < COUNT; row++)
+        for (int v = 0; v < V; v++) sums[row][v] = add && whole ? ((Unaligned *)(out + row * out_stride))[v] : Vector{};
+    if (add && !whole)
+        for (int row = 0; row < COUNT; row++)
+            for (ptrdiff_t i = 0; i < width; i++) ((float *)sums[row])[i] = out[row * out_stride + i];
+    for (ptrdiff_t d = 0; d < depth; d++, right += right_stride) {
+        Vector columns[V];
+        for (int v = 0; v < V; v++) columns[v] = ((const Unaligned *)right)[v];
+#pragma GCC unroll 16
+        for (int row = 0; row < COUNT; row++)
+            for (int v = 0; v < V; v++) sums[row][v] += left[row * left_stride + d] * columns[v];
+    }
+    for (int row = 0; row < COUNT; row++) {
+        if (whole)
+            for (int v = 0; v < V; v++) ((Unaligned *)(out + row * out_stride))[v] = sums[row][v];
+        else
+            memcpy(out + row * out_stride, sums[row], width * sizeof(float));
+    }
+}
+
+// All of out (rows, width), V * LANES columns at a time; depth is at most a panel
+template <int V>
+void add_columns(const float *left, ptrdiff_t left_stride, const float *right, ptrdiff_t right_stride, ptrdiff_t depth,
+                 float *out, ptrdiff_t rows, ptrdiff_t out_stride, ptrdiff_t width, bool add) {
+    constexpr decltype(&add_rows<V, 1>) ADD_ROWS[] = {add_rows<V, 1>, add_rows<V, 2>, add_rows<V, 3>,
+                                                      add_rows<V, 4>, add_rows<V, 5>, add_rows<V, ROWS>};
+    constexpr int WIDTH = V * LANES;
+    alignas(64) float last[2 * LANES * WIDTH];
+    for (ptrdiff_t column = 0; column < width; column += WIDTH) {
+        ptrdiff_t here = std::min<ptrdiff_t>(width - column, WIDTH), stride = right_stride;
+        const float *columns = right + column;
+        if (here < WIDTH) {  // what is beyond may be no memory
+            if (V > 1 && here <= LANES)
+                return add_columns<1>(left, left_stride, columns, right_stride, depth, out + column, rows, out_stride,
+                                      here, add);
+            for (ptrdiff_t d = 0; d < depth; d++) {
+                memset(last + d * WIDTH, 0, WIDTH * sizeof(float));
+                memcpy(last + d * WIDTH, columns + d * right_stride, here * sizeof(float));
+            }
+            columns = last;
+            stride = WIDTH;
+        }
+        for (ptrdiff_t row = 0, steps = (rows + ROWS - 1) / ROWS, count; steps > 0; steps--, row += count) {
+            count = (rows - row) / steps;
+            ADD_ROWS[count - 1](left + row * left_stride, left_stride, columns, stride, depth,
+                                out + row * out_stride + column, out_stride, here, add);
         }
     }
 }
@@ -113,72 +184,209 @@ inline Vector exponential(Vector x) {
     return y * (Vector)(((Bits)shifted << 23) + (127 << 23));
 }
 
-// (length, PANEL) scores and values -> PANEL attended values. Scores are shifted by their largest only if the sums show
-// that some exponential came near the ends of the number range.
-void attend(const float *scores, const float *values, ptrdiff_t length, float *out) {
-    for (int v = 0; v < VECTORS; v++) {
-        const Vector *score = (const Vector *)scores + v, *value = (const Vector *)values + v;
-        Vector shift = {}, total, sum;
-        for (bool shifted : {false, true}) {
-            total = sum = Vector{};
-            for (ptrdiff_t l = 0; l < length; l++) {
-                Vector attention = exponential(score[l * VECTORS] - shift);
-                total += attention;
-                sum += attention * value[l * VECTORS];
-            }
-            if (shifted || _mm256_movemask_ps((Vector)((total > 1e-20f) & (total < 1e20f))) == 0xff) break;
-            shift = *score;
-            for (ptrdiff_t l = 1; l < length; l++) shift = larger(score[l * VECTORS], shift);
+// One vector's maps of scores and values (length, V * LANES): attended values; scores become exponentials and total
+// their sum if keep. Scores are shifted by their largest only if the sums show that some exponential came near the ends
+// of the number range.
+template <int V, bool keep>
+inline Vector attend(float *scores, const float *values, ptrdiff_t length, Vector &total) {
+    Vector *score = (Vector *)scores, shift = {}, sum;
+    const Vector *value = (const Vector *)values;
+    for (bool shifted : {false, true}) {
+        total = sum = Vector{};
+        for (ptrdiff_t l = 0; l < length; l++) {
+            Vector attention = exponential(score[l * V] - shift);
+            total += attention;
+            sum += attention * value[l * V];
         }
-        ((Vector *)out)[v] = sum / total;
+        if (shifted || _mm256_movemask_ps((Vector)((total > 1e-20f) & (total < 1e20f))) == 0xff) break;
+        shift = *score;
+        for (ptrdiff_t l = 1; l < length; l++) shift = larger(score[l * V], shift);
+    }
+    if (keep)
+        for (ptrdiff_t l = 0; l < length; l++) score[l * V] = exponential(score[l * V] - shift);
+    return sum / total;
+}
+
+// Scores and values -> their gradients, in their place
+template <int V>
+void derive(float *scores, float *values, ptrdiff_t length, const float *grad) {
+    for (int v = 0; v < V; v++) {
+        Vector *score = (Vector *)scores + v, *value = (Vector *)values + v, total;
+        Vector out = attend<V, true>(scores + v * LANES, values + v * LANES, length, total);
+        Vector scale = ((const Vector *)grad)[v] / total;
+        for (ptrdiff_t l = 0; l < length; l++) {
+            Vector dvalue = score[l * V] * scale;
+            score[l * V] = dvalue * (value[l * V] - out);
+            value[l * V] = dvalue;
+        }
     }
 }
 
-size_t buffer_size(const Call &call) { return (call.key_depth + call.value_depth + 2 * call.length + 1) * PANEL; }
+// (length, V * LANES) -> (maps, stride)
+template <int V>
+void transpose(const float *from, ptrdiff_t length, ptrdiff_t maps, float *to, ptrdiff_t stride) {
+    for (ptrdiff_t l = 0; l < length; l++)
+        for (ptrdiff_t m = 0; m < maps; m++) to[m * stride + l] = from[l * V * LANES + m];
+}
 
-// One thread's share of the panels of all groups, for so many images at a time as the second nearest cache holds
-void run(const Call &call, int thread, int threads, float *buffer) {
-    float *key = buffer, *value = key + call.key_depth * PANEL;
-    float *scores = value + call.value_depth * PANEL, *values = scores + call.length * PANEL;
-    float *attended = values + call.length * PANEL;
-    ptrdiff_t first_value = call.channels - call.groups * call.value_depth;
-    ptrdiff_t images = std::max<ptrdiff_t>(NEAR / (call.length * (call.key_depth + call.value_depth)), 1);
-    ptrdiff_t panels = (call.maps + PANEL - 1) / PANEL, all = call.groups * panels;
+// What both passes know of a group's maps: where its key and its value read, and its kernels
+template <int V>
+struct Panel {
+    ptrdiff_t maps, row, key_channel, value_channel;
+    const float *key_weight, *value_weight;
+    float *key, *value;  // packed
+
+    Panel(const Call &call, ptrdiff_t group, ptrdiff_t map, float *buffer) {
+        maps = std::min<ptrdiff_t>(call.maps - map, V * LANES), row = group * call.maps + map;
+        key_channel = group * call.key_depth;
+        value_channel = call.channels - (call.groups - group) * call.value_depth;
+        key_weight = call.key_weight + row * call.key_depth;
+        value_weight = call.value_weight + row * call.value_depth;
+        key = buffer, value = key + call.key_depth * V * LANES;
+        pack<V>(key_weight, maps, call.key_depth, key);
+        pack<V>(value_weight, maps, call.value_depth, value);
+    }
+
+    // Scores and values of an image at every position
+    void embed(const Call &call, const float *x, float *scores, float *values) const {
+        multiply<V>(x + key_channel * call.channel_stride, call.length, call.position_stride, call.channel_stride, key,
+                    call.key_depth, true, scores, key_weight + maps * call.key_depth);
+        multiply<V>(x + value_channel * call.channel_stride, call.length, call.position_stride, call.channel_stride,
+                    value, call.value_depth, true, values, value_weight + maps * call.value_depth);
+    }
+};
+
+template <int V>
+ptrdiff_t panels_of(const Call &call) {
+    return (call.maps + V * LANES - 1) / (V * LANES);
+}
+
+ptrdiff_t near_images(const Call &call) {
+    return std::max<ptrdiff_t>(NEAR / (call.length * (call.key_depth + call.value_depth)), 1);
+}
+
+float *allocate(ptrdiff_t floats) { return (float *)aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64); }
+
+// Tasks are panels of all groups, for so many images at a time as the second nearest cache holds
+template <int V>
+void forward(const Call &call, float *buffer) {
+    float *scores = buffer + (call.key_depth + call.value_depth) * V * LANES;
+    float *values = scores + call.length * V * LANES, *attended = values + call.length * V * LANES;
+    ptrdiff_t images = near_images(call), panels = panels_of<V>(call), all = call.groups * panels;
     ptrdiff_t tasks = (call.batch + images - 1) / images * all;
-    for (ptrdiff_t task = tasks * thread / threads; task < tasks * (thread + 1) / threads; task++) {
+#pragma omp for schedule(static)
+    for (ptrdiff_t task = 0; task < tasks; task++) {
         ptrdiff_t image = task / all * images, end = std::min(image + images, call.batch);
-        ptrdiff_t group = task % all / panels, map = task % panels * PANEL;
-        ptrdiff_t maps = std::min<ptrdiff_t>(call.maps - map, PANEL), row = group * call.maps + map;
-        const float *key_weight = call.key_weight + row * call.key_depth;
-        const float *value_weight = call.value_weight + row * call.value_depth;
-        pack(key_weight, maps, call.key_depth, key);
-        pack(value_weight, maps, call.value_depth, value);
+        Panel<V> panel(call, task % all / panels, task % panels * V * LANES, buffer);
         for (; image < end; image++) {
-            const float *x = call.x + image * call.image_stride;
-            embed(call, x + group * call.key_depth * call.channel_stride, key, call.key_depth,
-                  key_weight + maps * call.key_depth, scores);
-            embed(call, x + (first_value + group * call.value_depth) * call.channel_stride, value, call.value_depth,
-                  value_weight + maps * call.value_depth, values);
-            attend(scores, values, call.length, attended);
-            memcpy(call.out + image * call.groups * call.maps + row, attended, maps * sizeof(float));
+            panel.embed(call, call.x + image * call.image_stride, scores, values);
+            Vector total;
+            for (int v = 0; v < V; v++)
+                ((Vector *)attended)[v] = attend<V, false>(scores + v * LANES, values + v * LANES, call.length, total);
+            memcpy(call.out + image * call.groups * call.maps + panel.row, attended, panel.maps * sizeof(float));
         }
     }
+}
+
+// Adds the products of a panel's gradients at all positions of an image with its kernels to the gradients of features
+template <int V>
+void add_features(const Call &call, const float *dmaps, const float *weight, const float *packed, ptrdiff_t maps,
+                  ptrdiff_t depth, bool add, float *dx, float *transposed) {
+    if (call.channels_first) {
+        ptrdiff_t stride = (call.length + 2 * LANES - 1) / (2 * LANES) * 2 * LANES;
+        transpose<V>(dmaps, call.length, maps, transposed, stride);
+        add_columns<2>(packed, V * LANES, transposed, stride, maps, dx, depth, call.length, call.length, add);
+    } else {
+        add_columns<2>(dmaps, V * LANES, weight, depth, maps, dx, call.length, call.channels, depth, add);
+    }
+}
+
+// Tasks are chunks of images and groups; then the packed gradients of the kernels are put together
+template <int V>
+void backward(const Call &call, float *buffer, float *packed_grads) {
+    constexpr int PANEL = V * LANES;
+    ptrdiff_t depth = call.key_depth + call.value_depth, panels = panels_of<V>(call), near = near_images(call);
+    ptrdiff_t size = panels * depth * PANEL;  // of the packed gradients of a group
+    float *scores = buffer + depth * PANEL, *values = scores + call.length * PANEL;
+    float *grad = values + call.length * PANEL, *transposed = grad + PANEL;
+    ptrdiff_t dx_channel = call.channels_first ? call.length : 1;
+#pragma omp for schedule(dynamic, 1)
+    for (ptrdiff_t task = 0; task < call.chunks * call.groups; task++) {
+        ptrdiff_t chunk = task / call.groups, group = task % call.groups;
+        ptrdiff_t begin = call.batch * chunk / call.chunks, last = call.batch * (chunk + 1) / call.chunks;
+        for (ptrdiff_t some = begin; some < last; some += near) {
+            for (ptrdiff_t p = 0; p < panels; p++) {
+                Panel<V> panel(call, group, p * PANEL, buffer);
+                float *dkey = packed_grads + (chunk * call.groups + group) * size + p * depth * PANEL;
+                float *dvalue = dkey + call.key_depth * PANEL;
+                for (ptrdiff_t image = some; image < std::min(some + near, last); image++) {
+                    const float *x = call.x + image * call.image_stride;
+                    panel.embed(call, x, scores, values);
+                    memset(grad, 0, PANEL * sizeof(float));
+                    memcpy(grad, call.grad + image * call.groups * call.maps + panel.row, panel.maps * sizeof(float));
+                    derive<V>(scores, values, call.length, grad);
+                    if (call.dkey_weight) {
+                        multiply<V>(x + panel.key_channel * call.channel_stride, call.key_depth, call.channel_stride,
+                                    call.position_stride, scores, call.length, image == begin, dkey);
+                        multiply<V>(x + panel.value_channel * call.channel_stride, call.value_depth,
+                                    call.channel_stride, call.position_stride, values, call.length, image == begin,
+                                    dvalue);
+                    }
+                    if (call.dx) {
+                        float *dx = call.dx + image * call.length * call.channels;
+                        add_features<V>(call, scores, panel.key_weight, panel.key, panel.maps, call.key_depth,
+                                        p > 0, dx + panel.key_channel * dx_channel, transposed);
+                        add_features<V>(call, values, panel.value_weight, panel.value, panel.maps, call.value_depth,
+                                        p > 0 || call.value_adds, dx + panel.value_channel * dx_channel, transposed);
+                    }
+                }
+            }
+        }
+    }
+    if (!call.dkey_weight) return;
+#pragma omp for schedule(dynamic, 1)
+    for (ptrdiff_t task = 0; task < call.groups * panels; task++) {
+        ptrdiff_t group = task / panels, map = task % panels * PANEL, row = group * call.maps + map;
+        ptrdiff_t maps = std::min<ptrdiff_t>(call.maps - map, PANEL);
+        float *sum = packed_grads + task * depth * PANEL;
+        for (ptrdiff_t chunk = 1; chunk < call.chunks; chunk++)
+            for (ptrdiff_t i = 0; i < depth * V; i++)
+                ((Vector *)sum)[i] += ((Vector *)(sum + chunk * call.groups * size))[i];
+        transpose<V>(sum, call.key_depth, maps, call.dkey_weight + row * call.key_depth, call.key_depth);
+        transpose<V>(sum + call.key_depth * PANEL, call.value_depth, maps,
+                     call.dvalue_weight + row * call.value_depth, call.value_depth);
+    }
+}
+
+// A team of threads, each with a buffer; gives 0, or -1 if there is no memory
+template <int V>
+int run(const Call &call) {
+    constexpr int PANEL = V * LANES;
+    ptrdiff_t depth = call.key_depth + call.value_depth;
+    ptrdiff_t floats = (depth + 3 * call.length + 2 * LANES + 1) * PANEL;
+    float *packed_grads = nullptr;
+    if (call.grad && call.dkey_weight) {
+        packed_grads = allocate(call.chunks * call.groups * panels_of<V>(call) * depth * PANEL);
+        if (!packed_grads) return -1;
+    }
+    float *buffers = allocate(call.threads * ((floats + 15) / 16 * 16));
+    if (buffers) {
+#pragma omp parallel num_threads(call.threads)
+        {
+            float *buffer = buffers + omp_get_thread_num() * ((floats + 15) / 16 * 16);
+            if (call.grad)
+                backward<V>(call, buffer, packed_grads);
+            else
+                forward<V>(call, buffer);
+        }
+    }
+    int result = buffers ? 0 : -1;
+    free(buffers);
+    free(packed_grads);
+    return result;
 }
 
 }  // namespace
 
 // 0, or -1 if there is no memory
-extern "C" int poca_forward(const Call *call) {
-    int result = 0;
-#pragma omp parallel num_threads(call->threads)
-    {
-        float *buffer = (float *)aligned_alloc(64, buffer_size(*call) * sizeof(float));
-        if (buffer)
-            run(*call, omp_get_thread_num(), omp_get_num_threads(), buffer);
-        else
-#pragma omp atomic write
-            result = -1;
-        free(buffer);
-    }
-    return result;
-}
+extern "C" int poca_run(const Call *call) { return call->maps > LANES ? run<2>(*call) : run<1>(*call); }
