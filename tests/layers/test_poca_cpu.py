@@ -1,4 +1,4 @@
-"""The compiled forward pass for x86 processors against the formula in float64; what it leaves to the blocks."""
+"""What is compiled for x86 processors against the formula in float64; what it leaves to the blocks."""
 import contextlib
 import itertools
 import os
@@ -116,10 +116,126 @@ def test_any_number_of_threads(monkeypatch):
         assert torch.equal(other, results[0])
 
 
+# Backward
+
+
+def gradients(x, args, grad=None, **needs):
+    """Of features and kernels by the compiled function alone, in memory that had nothing but NaN."""
+    key, _, value, _, num_groups, conv_groups = args
+    grad_BK = torch.randn(len(x), len(key) // num_groups) if grad is None else grad
+    x_BLC = x.flatten(2).transpose(1, 2)
+    assert poca_cpu.supports(x_BLC, key, value, conv_groups, None)
+    assert poca_cpu.supports_backward(x_BLC, key, value, conv_groups)
+    needs = {'channels_first': x.stride(1) != 1, 'need_x': True, 'need_weights': True, **needs}
+    with nothing_but_nan():
+        dx_BLC, dweights = poca_cpu.backward(grad_BK.repeat(1, num_groups), x_BLC, key, value, conv_groups, **needs)
+    return None if dx_BLC is None else dx_BLC.mT.unflatten(2, x.shape[2:]), *(dweights or (None, None))
+
+
+def check_gradients(x, args, tolerance=1e-5):
+    grad = torch.randn(len(x), len(args[0]) // args[4])
+    x_double, args_double = x.double().requires_grad_(), as_double(args)
+    logits = poca_reference(x_double, *args_double)
+    expected = torch.autograd.grad(logits, [x_double, args_double[0], args_double[2]], grad.double())
+    found = gradients(x.detach(), args, grad)
+    assert found[0].stride() == x.contiguous().stride() or x.stride(1) == 1 and found[0].stride(1) == 1
+    if x.shape[2:].numel() == 1:  # the attention is 1, whatever the key
+        found, expected = found[::2], expected[::2]
+    assert_close(found, expected, tolerance)
+
+
+@needs_kernel
+@pytest.mark.parametrize('split_groups, split_kv', SPLITS)
+def test_gradients_of_any_size(split_groups, split_kv):
+    torch.manual_seed(0)
+    for classes, channels, side in itertools.product((1, 5, 16, 33), (8, 72, 600), ((1, 1), (2, 2), (1, 7), (7, 7))):
+        args = make(channels, classes, 4, 1 / 2, split_groups, split_kv, dtype=torch.float32)
+        for at in (0, 2):
+            args[at].data.mul_(args[at].shape[1] ** -0.5)
+        x = torch.randn(3, channels, *side)
+        check_gradients(x, args)
+        check_gradients(x.contiguous(memory_format=torch.channels_last), args)
+    for length in range(2, 40):  # every division of the positions into rows and columns
+        x = torch.randn(2, 48, 1, length)
+        args = make(48, 3, 4, 1 / 4, split_groups, split_kv, dtype=torch.float32)
+        check_gradients(x, args)
+        check_gradients(x.contiguous(memory_format=torch.channels_last), args)
+
+
+@needs_kernel
+def test_gradients_of_any_strides():
+    torch.manual_seed(0)
+    args, grad = make(48, 21, dtype=torch.float32), torch.randn(3, 21)
+    x = torch.randn(3, 48, 5, 6)
+    expected = gradients(x, args, grad)
+    for same in (
+            x.contiguous(memory_format=torch.channels_last), x.flatten(2).mT.contiguous().mT.unsqueeze(3).view_as(x),
+            torch.stack([x, x + 1], dim=-1)[..., 0], torch.cat([x, x], dim=1)[:, :48]):
+        assert_close(gradients(same, args, grad), expected, 1e-6)
+    for needs, kept in ((dict(need_x=False), [1, 2]), (dict(need_weights=False), [0])):
+        for at, (found, whole) in enumerate(zip(gradients(x, args, grad, **needs), expected)):
+            assert torch.equal(found, whole) if at in kept else found is None
+
+
+@needs_kernel
+def test_channels_that_one_or_both_read_or_nobody():
+    torch.manual_seed(0)
+    x = torch.randn(2, 40, 3, 3)
+    for widths, groups in (((40, 40), 1), ((24, 32), 1), ((8, 16), 1), ((20, 20), 2), ((10, 10), 2), ((4, 8), 2)):
+        key, value = (torch.randn(12, width, 1, 1) / 4 for width in widths)
+        check_gradients(x, (key, None, value, None, 2, groups))
+    key, value = torch.randn(12, 16, 1, 1), torch.randn(12, 12, 1, 1)  # a channel of two groups
+    assert not poca_cpu.supports_backward(x.flatten(2).mT, key, value, 2)
+    args = key / 4, None, value / 4, None, 2, 2
+    leaves = [x.requires_grad_(), args[0].requires_grad_(), args[2].requires_grad_()]
+    doubles = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    logits = poca_reference(doubles[0], doubles[1], None, doubles[2], None, 2, 2)
+    assert_close(
+        torch.autograd.grad(poca(*leaves[:2], None, leaves[2], None, 2, 2).sum(), leaves),
+        torch.autograd.grad(logits.sum(), doubles), 1e-5)
+
+
+@needs_kernel
+def test_gradients_where_scores_are_hundreds_or_no_number():
+    torch.manual_seed(0)
+    args = make(32, 20, dtype=torch.float32)
+    x, grad = torch.randn(4, 32, 5, 5), torch.randn(4, 20)
+    x[1] *= 100
+    check_gradients(x, args)
+    good = gradients(x, args, grad)[0]
+    for bad in (torch.nan, torch.inf):
+        worse = x.clone()
+        worse[2, 0, 3, 3] = bad
+        dx, *dweights = gradients(worse, args, grad)
+        assert torch.equal(dx[[0, 1, 3]], good[[0, 1, 3]]) and dx[2].isnan().any()
+        leaves = [worse.requires_grad_(), args[0], args[2]]
+        expected = torch.autograd.grad(poca_reference(leaves[0], *args), leaves, grad)
+        for ours, theirs in zip((dx, *dweights), expected):
+            assert torch.equal(ours.isfinite(), theirs.isfinite())
+
+
+@needs_kernel
+@pytest.mark.parametrize('copies', [2 ** 26, 1])
+def test_gradients_on_any_number_of_threads(copies, monkeypatch):
+    torch.manual_seed(0)
+    args, grad = make(48, 100, dtype=torch.float32), torch.randn(30, 100)
+    x = torch.randn(30, 48, 7, 7)
+    monkeypatch.setattr(poca_cpu, 'FLOP_PER_THREAD', 1)
+    monkeypatch.setattr(poca_cpu, 'COPIES_BYTES', copies)
+    results = []
+    for threads in (1, 2, 3, 30):  # of 16 tasks, or 4
+        monkeypatch.setattr(torch, 'get_num_threads', lambda threads=threads: threads)
+        results.append(gradients(x, args, grad))
+    for other in results[1:]:
+        assert all(map(torch.equal, other, results[0]))
+    check_gradients(x, args)
+
+
 @needs_kernel
 def test_it_is_what_poca_uses(monkeypatch):
-    used, forward = [], poca_cpu.forward
+    used, forward, backward = [], poca_cpu.forward, poca_cpu.backward
     monkeypatch.setattr(poca_cpu, 'forward', lambda *a: used.append(True) or forward(*a))
+    monkeypatch.setattr(poca_cpu, 'backward', lambda *a: used.append('backward') or backward(*a))
     args = make(dtype=torch.float32)
     x = torch.randn(2, 24, 3, 3)
     with torch.no_grad():
@@ -130,6 +246,10 @@ def test_it_is_what_poca_uses(monkeypatch):
         monkeypatch.setattr(poca_cpu, 'compiled', lambda: None)
         assert_close([poca(x, *args)], [first], 2e-6)
         assert used == [True]
+    monkeypatch.undo()
+    monkeypatch.setattr(poca_cpu, 'backward', lambda *a: used.append('backward') or backward(*a))
+    poca(x, *args).sum().backward()
+    assert used == [True, 'backward']
 
 
 @needs_kernel
