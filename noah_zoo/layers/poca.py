@@ -2,7 +2,7 @@
 
 `poca_reference` is the formula. `poca` computes the same in blocks, so that neither pass ever holds the N * K * L maps,
 and backward computes the blocks again: nothing is kept for it but inputs and weights. On CUDA a Triton kernel does it
-(`poca_triton.py`), and keeps two numbers per map. What that rests on:
+(`poca_triton.py`), and keeps two numbers per map; on x86 processors `poca_cpu.cpp` does. What that rests on:
 
 - The attention sums to 1 over positions. So the bias of the value leaves the sum, and that of the key cancels.
 - Per block, `out = sum_l exp(s) v / sum_l exp(s)`. The shift by the maximum is left out as long as the sums show that

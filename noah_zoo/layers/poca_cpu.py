@@ -2,10 +2,13 @@
 import ctypes
 import functools
 import importlib.util
+import logging
 from typing import Callable, List, Optional, Tuple
 
 import torch
 from torch import Tensor
+
+_logger = logging.getLogger(__name__)
 
 FLOP_PER_THREAD = 2e7  # a fraction of a millisecond; less is not worth starting a thread for
 TASKS = 16  # of backward, at least, if there are as many images
@@ -33,6 +36,9 @@ def compiled() -> Optional[Callable]:
     try:
         return ctypes.CDLL(spec.origin).poca_run
     except OSError:  # no OpenMP library
+        return None
+    except AttributeError:
+        _logger.warning('%s was compiled for an earlier version and is not used; install the package again', spec.origin)
         return None
 
 

@@ -277,6 +277,14 @@ def test_a_processor_without_avx2_has_none():
     assert subprocess.check_output([sys.executable, '-c', code], text=True, env=environment).strip() == 'None'
 
 
+@needs_kernel
+def test_one_that_was_compiled_before_is_told(monkeypatch, caplog):
+    poca_cpu.compiled.cache_clear()
+    monkeypatch.setattr(poca_cpu.ctypes, 'CDLL', lambda path: object())
+    assert poca_cpu.compiled() is None and 'install the package again' in caplog.text
+    poca_cpu.compiled.cache_clear()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('compiler', ['g++', 'false'])
 def test_wheel(compiler, tmp_path):
