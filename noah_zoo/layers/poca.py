@@ -139,8 +139,9 @@ def _forward(
         kernels.forward(
             x_BLC, key_weight, value_weight, value_bias, num_groups, conv_groups, drop_rate, seed, out_BK, stats_2BM)
         return out_BK, stats_2BM, rows_BCHW
-    if poca_cpu.supports(x_BLC, key_weight, value_weight, conv_groups, seed):
-        out_BM = poca_cpu.forward(x_BLC, key_weight, value_weight, conv_groups)
+    embed = x_BLC, key_weight, value_weight, conv_groups
+    if (poca_cpu.supports if seed is None else poca_cpu.supports_training)(*embed):
+        out_BM = poca_cpu.forward(*embed, value_bias, drop_rate, seed)
     else:
         out_BM = out_BK.new_empty(len(out_BK), len(key_weight))
         out_GBM = _of_maps(out_BM, conv_groups)
@@ -181,10 +182,12 @@ def _backward(
     batch, channels, height, width = x_BCHW.shape
     x_BLC, dtype = x_BCHW.flatten(2).transpose(1, 2), grad_BK.dtype
     kernels = _kernels(x_BLC)
-    embed = x_BLC, key_weight, value_weight, conv_groups
-    if poca_cpu.supports(*embed, seed) and poca_cpu.supports_backward(*embed):
-        return _backward_on_cpu(
-            grad_BK, *embed, value_bias, num_groups, (height, width), channels_first, need_x, need_weights)
+    if poca_cpu.supports_training(x_BLC, key_weight, value_weight, conv_groups):
+        dx_BLC, *dweights = poca_cpu.backward(
+            grad_BK.repeat(1, num_groups), x_BLC, key_weight, value_weight, conv_groups, value_bias, drop_rate, seed,
+            channels_first, need_x, need_weights)
+        dx_BCHW = None if dx_BLC is None else dx_BLC.mT.unflatten(2, (height, width))
+        return tuple(x_BLC.new_empty(0) if grad is None else grad for grad in (dx_BCHW, *dweights))
     if kernels:
         x_BLC = x_BLC.contiguous()
         blocks, one_write = _map_grads_on_cuda(
@@ -219,21 +222,6 @@ def _backward(
     if need_weights:
         dkey_weight, dvalue_weight = dweights[0].to(key_weight.dtype), dweights[1].to(value_weight.dtype)
     return dx_BCHW, dkey_weight, dvalue_weight, none if dvalue_bias is None else dvalue_bias.to(value_bias.dtype)
-
-
-def _backward_on_cpu(
-        grad_BK: Tensor, x_BLC: Tensor, key_weight: Tensor, value_weight: Tensor, conv_groups: int,
-        value_bias: Optional[Tensor], num_groups: int, size: Tuple[int, int], channels_first: bool, need_x: bool,
-        need_weights: bool) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`_backward` where it was compiled."""
-    dx_BLC, dweights = poca_cpu.backward(
-        grad_BK.repeat(1, num_groups), x_BLC, key_weight, value_weight, conv_groups, channels_first, need_x,
-        need_weights)
-    none = x_BLC.new_empty(0)
-    dvalue_bias = none
-    if need_weights and value_bias is not None:
-        dvalue_bias = grad_BK.sum(dim=0).repeat(num_groups)
-    return none if dx_BLC is None else dx_BLC.mT.unflatten(2, size), *(dweights or (none, none)), dvalue_bias
 
 
 def _add_products(

@@ -24,7 +24,7 @@ constexpr ptrdiff_t NEAR = 64 * 1024;  // features that the second nearest cache
 
 typedef float Vector __attribute__((vector_size(4 * LANES)));
 typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef int32_t Bits __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
 
 struct Call {  // as in poca_cpu.py; strides and sizes count floats
     const float *x;
@@ -37,6 +37,10 @@ struct Call {  // as in poca_cpu.py; strides and sizes count floats
     ptrdiff_t channels_first;             // whether dx is (batch, channels, length), else (batch, length, channels)
     ptrdiff_t value_adds;                 // whether values read channels that keys read
     ptrdiff_t chunks;                     // that the images are divided into
+    const float *value_bias;  // with dropout, (groups * maps,) or null; without it, it is not in here
+    float *dvalue_bias;
+    uint64_t seed;
+    float drop_rate;
 };
 
 // (maps, depth) -> (depth, V * LANES); maps that are missing repeat the first
@@ -184,6 +188,46 @@ inline Vector exponential(Vector x) {
     return y * (Vector)(((Bits)shifted << 23) + (127 << 23));
 }
 
+inline Bits mix(Bits x) {  // whose bits depend on all bits of x
+    x = (x ^ (x >> 16)) * 0x7feb352du;
+    x = (x ^ (x >> 15)) * 0x846ca68bu;
+    return x ^ (x >> 16);
+}
+
+// Dropout of a panel of an image: a number per map and position, made of these and the seed alone
+template <int V>
+struct Dropout {
+    Bits base[V], kept;
+    Vector scale;
+
+    Dropout(const Call &call, ptrdiff_t image, ptrdiff_t first_map) {
+        uint32_t high = call.seed >> 32;
+        for (int v = 0; v < V; v++) {
+            for (int lane = 0; lane < LANES; lane++) base[v][lane] = first_map + v * LANES + lane;
+            base[v] = mix(mix(base[v] + (uint32_t)call.seed) ^ ((uint32_t)image * 0x9e3779b9u + high));
+        }
+        kept = Bits{} + (uint32_t)((1.f - call.drop_rate) * (1 << 24));
+        scale = Vector{} + 1.f / (1.f - call.drop_rate);
+    }
+
+    Vector operator()(ptrdiff_t position, int v) const {  // 0, or what keeps the mean
+        Bits number = mix(base[v] + (uint32_t)position * 0x9e3779b9u) >> 8;
+        return (Vector)((Bits)(number < kept) & (Bits)scale);
+    }
+};
+
+// Adds the bias to values, and drops some
+template <int V>
+void drop(const Dropout<V> &dropout, const float *bias, ptrdiff_t maps, float *values, ptrdiff_t length) {
+    alignas(64) float biases[V * LANES] = {};
+    if (bias) memcpy(biases, bias, maps * sizeof(float));
+    for (ptrdiff_t l = 0; l < length; l++)
+        for (int v = 0; v < V; v++) {
+            Vector &value = ((Vector *)values)[l * V + v];
+            value = (value + ((Vector *)biases)[v]) * dropout(l, v);
+        }
+}
+
 // One vector's maps of scores and values (length, V * LANES): attended values; scores become exponentials and total
 // their sum if keep. Scores are shifted by their largest only if the sums show that some exponential came near the ends
 // of the number range.
@@ -207,18 +251,22 @@ inline Vector attend(float *scores, const float *values, ptrdiff_t length, Vecto
     return sum / total;
 }
 
-// Scores and values -> their gradients, in their place
+// Scores and values -> their gradients, in their place; those of the bias are added to dbias
 template <int V>
-void derive(float *scores, float *values, ptrdiff_t length, const float *grad) {
+void derive(float *scores, float *values, ptrdiff_t length, const float *grad, const Dropout<V> *dropout,
+            float *dbias) {
     for (int v = 0; v < V; v++) {
-        Vector *score = (Vector *)scores + v, *value = (Vector *)values + v, total;
+        Vector *score = (Vector *)scores + v, *value = (Vector *)values + v, total, sum = {};
         Vector out = attend<V, true>(scores + v * LANES, values + v * LANES, length, total);
         Vector scale = ((const Vector *)grad)[v] / total;
         for (ptrdiff_t l = 0; l < length; l++) {
             Vector dvalue = score[l * V] * scale;
             score[l * V] = dvalue * (value[l * V] - out);
+            if (dropout) dvalue *= (*dropout)(l, v);
             value[l * V] = dvalue;
+            sum += dvalue;
         }
+        ((Vector *)dbias)[v] += dropout ? sum : ((const Vector *)grad)[v];  // the attention sums to 1
     }
 }
 
@@ -248,11 +296,14 @@ struct Panel {
     }
 
     // Scores and values of an image at every position
-    void embed(const Call &call, const float *x, float *scores, float *values) const {
+    void embed(const Call &call, const float *x, ptrdiff_t image, float *scores, float *values) const {
         multiply<V>(x + key_channel * call.channel_stride, call.length, call.position_stride, call.channel_stride, key,
                     call.key_depth, true, scores, key_weight + maps * call.key_depth);
         multiply<V>(x + value_channel * call.channel_stride, call.length, call.position_stride, call.channel_stride,
                     value, call.value_depth, true, values, value_weight + maps * call.value_depth);
+        if (call.drop_rate)
+            drop(Dropout<V>(call, image, row), call.value_bias ? call.value_bias + row : nullptr, maps, values,
+                 call.length);
     }
 };
 
@@ -279,7 +330,7 @@ void forward(const Call &call, float *buffer) {
         ptrdiff_t image = task / all * images, end = std::min(image + images, call.batch);
         Panel<V> panel(call, task % all / panels, task % panels * V * LANES, buffer);
         for (; image < end; image++) {
-            panel.embed(call, call.x + image * call.image_stride, scores, values);
+            panel.embed(call, call.x + image * call.image_stride, image, scores, values);
             Vector total;
             for (int v = 0; v < V; v++)
                 ((Vector *)attended)[v] = attend<V, false>(scores + v * LANES, values + v * LANES, call.length, total);
@@ -306,7 +357,7 @@ template <int V>
 void backward(const Call &call, float *buffer, float *packed_grads) {
     constexpr int PANEL = V * LANES;
     ptrdiff_t depth = call.key_depth + call.value_depth, panels = panels_of<V>(call), near = near_images(call);
-    ptrdiff_t size = panels * depth * PANEL;  // of the packed gradients of a group
+    ptrdiff_t rows = depth + 1, size = panels * rows * PANEL;  // packed gradients of a panel, the bias last, and a group
     float *scores = buffer + depth * PANEL, *values = scores + call.length * PANEL;
     float *grad = values + call.length * PANEL, *transposed = grad + PANEL;
     ptrdiff_t dx_channel = call.channels_first ? call.length : 1;
@@ -317,14 +368,16 @@ void backward(const Call &call, float *buffer, float *packed_grads) {
         for (ptrdiff_t some = begin; some < last; some += near) {
             for (ptrdiff_t p = 0; p < panels; p++) {
                 Panel<V> panel(call, group, p * PANEL, buffer);
-                float *dkey = packed_grads + (chunk * call.groups + group) * size + p * depth * PANEL;
-                float *dvalue = dkey + call.key_depth * PANEL;
+                float *dkey = packed_grads + (chunk * call.groups + group) * size + p * rows * PANEL;
+                float *dvalue = dkey + call.key_depth * PANEL, *dbias = dkey + depth * PANEL;
+                if (some == begin) memset(dbias, 0, PANEL * sizeof(float));
                 for (ptrdiff_t image = some; image < std::min(some + near, last); image++) {
                     const float *x = call.x + image * call.image_stride;
-                    panel.embed(call, x, scores, values);
+                    panel.embed(call, x, image, scores, values);
                     memset(grad, 0, PANEL * sizeof(float));
                     memcpy(grad, call.grad + image * call.groups * call.maps + panel.row, panel.maps * sizeof(float));
-                    derive<V>(scores, values, call.length, grad);
+                    Dropout<V> dropout(call, image, panel.row);
+                    derive<V>(scores, values, call.length, grad, call.drop_rate ? &dropout : nullptr, dbias);
                     if (call.dkey_weight) {
                         multiply<V>(x + panel.key_channel * call.channel_stride, call.key_depth, call.channel_stride,
                                     call.position_stride, scores, call.length, image == begin, dkey);
@@ -348,13 +401,14 @@ void backward(const Call &call, float *buffer, float *packed_grads) {
     for (ptrdiff_t task = 0; task < call.groups * panels; task++) {
         ptrdiff_t group = task / panels, map = task % panels * PANEL, row = group * call.maps + map;
         ptrdiff_t maps = std::min<ptrdiff_t>(call.maps - map, PANEL);
-        float *sum = packed_grads + task * depth * PANEL;
+        float *sum = packed_grads + task * rows * PANEL;
         for (ptrdiff_t chunk = 1; chunk < call.chunks; chunk++)
-            for (ptrdiff_t i = 0; i < depth * V; i++)
+            for (ptrdiff_t i = 0; i < rows * V; i++)
                 ((Vector *)sum)[i] += ((Vector *)(sum + chunk * call.groups * size))[i];
         transpose<V>(sum, call.key_depth, maps, call.dkey_weight + row * call.key_depth, call.key_depth);
         transpose<V>(sum + call.key_depth * PANEL, call.value_depth, maps,
                      call.dvalue_weight + row * call.value_depth, call.value_depth);
+        if (call.dvalue_bias) memcpy(call.dvalue_bias + row, sum + depth * PANEL, maps * sizeof(float));
     }
 }
 
@@ -365,8 +419,8 @@ int run(const Call &call) {
     ptrdiff_t depth = call.key_depth + call.value_depth;
     ptrdiff_t floats = (depth + 3 * call.length + 2 * LANES + 1) * PANEL;
     float *packed_grads = nullptr;
-    if (call.grad && call.dkey_weight) {
-        packed_grads = allocate(call.chunks * call.groups * panels_of<V>(call) * depth * PANEL);
+    if (call.grad) {
+        packed_grads = allocate(call.chunks * call.groups * panels_of<V>(call) * (depth + 1) * PANEL);
         if (!packed_grads) return -1;
     }
     float *buffers = allocate(call.threads * ((floats + 15) / 16 * 16));

@@ -24,7 +24,9 @@ class _Call(ctypes.Structure):
         *((name, ctypes.c_ssize_t) for name in (
             'batch', 'length', 'channels', 'groups', 'maps', 'key_depth', 'value_depth', 'threads')),
         *((name, ctypes.c_void_p) for name in ('grad', 'dx', 'dkey_weight', 'dvalue_weight')),
-        *((name, ctypes.c_ssize_t) for name in ('channels_first', 'value_adds', 'chunks'))]
+        *((name, ctypes.c_ssize_t) for name in ('channels_first', 'value_adds', 'chunks')),
+        ('value_bias', ctypes.c_void_p), ('dvalue_bias', ctypes.c_void_p), ('seed', ctypes.c_uint64),
+        ('drop_rate', ctypes.c_float)]
 
 
 @functools.cache
@@ -38,85 +40,102 @@ def compiled() -> Optional[Callable]:
     except OSError:  # no OpenMP library
         return None
     except AttributeError:
-        _logger.warning('%s was compiled for an earlier version and is not used; install the package again', spec.origin)
+        _logger.warning('%s was compiled for an earlier version, and is not used; install it again', spec.origin)
         return None
 
 
-def supports(
-        x_BLC: Tensor, key_weight: Tensor, value_weight: Tensor, conv_groups: int, seed: Optional[Tensor]) -> bool:
-    """Whether `forward` does it: float32 that fits, on a processor that has what it was compiled for; no dropout."""
+def supports(x_BLC: Tensor, key_weight: Tensor, value_weight: Tensor, conv_groups: int) -> bool:
+    """Whether `forward` does it, without dropout: float32 that fits, on a processor that it was compiled for."""
     tensors, maps = (x_BLC, key_weight, value_weight), len(key_weight)
     return (
-        seed is None and all(t.device.type == 'cpu' and t.dtype == torch.float32 and t.numel() for t in tensors)
+        all(t.device.type == 'cpu' and t.dtype == torch.float32 and t.numel() for t in tensors)
         and maps == len(value_weight) and maps % conv_groups == 0
         and conv_groups * max(key_weight.shape[1], value_weight.shape[1]) <= x_BLC.shape[2]
         and compiled() is not None)
 
 
-def supports_backward(x_BLC: Tensor, key_weight: Tensor, value_weight: Tensor, conv_groups: int) -> bool:
-    """Whether `backward` does what `forward` does: no two groups read the same channel."""
+def supports_training(x_BLC: Tensor, key_weight: Tensor, value_weight: Tensor, conv_groups: int) -> bool:
+    """Whether both passes do it, with dropout or not: no two groups read the same channel."""
     key_width, value_width = key_weight.shape[1], value_weight.shape[1]
     first_value = x_BLC.shape[2] - conv_groups * value_width
-    return conv_groups == 1 or first_value >= conv_groups * key_width or (first_value == 0 and key_width == value_width)
+    return supports(x_BLC, key_weight, value_weight, conv_groups) and (
+        conv_groups == 1 or first_value >= conv_groups * key_width or first_value == 0 and key_width == value_width)
 
 
-def forward(x_BLC: Tensor, key_weight: Tensor, value_weight: Tensor, conv_groups: int) -> Tensor:
-    """Attended values of every map, (B, M), without bias, where `supports` says so.
+def forward(
+        x_BLC: Tensor, key_weight: Tensor, value_weight: Tensor, conv_groups: int,
+        value_bias: Optional[Tensor] = None, drop_rate: float = 0., seed: Optional[Tensor] = None) -> Tensor:
+    """Attended values of every map, (B, M), where `supports` says so; without bias, but for that of dropped values.
 
     Raises:
         MemoryError: If there is no memory for the buffers of its threads.
     """
     out_BM, weights = x_BLC.new_empty(len(x_BLC), len(key_weight)), _kernels(key_weight, value_weight)
-    _run(_call(x_BLC, *weights, conv_groups, 1), out=out_BM)
+    value_bias = None if value_bias is None else value_bias.contiguous()
+    _run(_call(x_BLC, *weights, conv_groups, drop_rate, seed), 1, out=out_BM, value_bias=value_bias)
     return out_BM
 
 
 def backward(
         grad_BM: Tensor, x_BLC: Tensor, key_weight: Tensor, value_weight: Tensor, conv_groups: int,
-        channels_first: bool, need_x: bool, need_weights: bool,
-) -> Tuple[Optional[Tensor], Optional[List[Tensor]]]:
-    """Gradients of the features, (B, L, C), in memory (B, C, L) if `channels_first`, and of the kernels, from those of
-    what `forward` gives, where `supports` and `supports_backward` say so.
+        value_bias: Optional[Tensor], drop_rate: float, seed: Optional[Tensor], channels_first: bool, need_x: bool,
+        need_weights: bool,
+) -> Tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor], Optional[Tensor]]:
+    """Gradients of the features, (B, L, C), in memory (B, C, L) if `channels_first`, of the kernels and of the bias,
+    from those of what `forward` gives, where `supports_training` says so; None where not needed.
 
     Raises:
         MemoryError: If there is no memory for the buffers of its threads.
     """
     weights = _kernels(key_weight, value_weight)
-    (batch, length, channels), (maps, key_width), value_width = x_BLC.shape, weights[0].shape, weights[1].shape[1]
-    first_value, last_key = channels - conv_groups * value_width, conv_groups * key_width
-    dx_BLC = dweights = None
+    value_bias = None if value_bias is None else value_bias.contiguous()
+    call = _call(x_BLC, *weights, conv_groups, drop_rate, seed)
+    (batch, length, channels), maps, widths = x_BLC.shape, len(key_weight), [weight.shape[1] for weight in weights]
+    last_key, first_value = conv_groups * widths[0], channels - conv_groups * widths[1]
+    dx_BLC = dkey_weight = dvalue_weight = dvalue_bias = None
     if need_x:
         # keys and values write every channel, or values add to those of the keys
         new = x_BLC.new_empty if first_value in (last_key, last_key - channels) else x_BLC.new_zeros
         dx_BLC = new(batch, channels, length).mT if channels_first else new(batch, length, channels)
     if need_weights:
-        dweights = [torch.empty_like(weight) for weight in weights]
-    padded = -(-maps // conv_groups // LANES) * LANES * conv_groups
-    chunks = min(-(-TASKS // conv_groups), batch, max(COPIES_BYTES // (4 * padded * (key_width + value_width)), 1))
-    call = _call(x_BLC, *weights, conv_groups, 1 + need_x + need_weights)
-    call.channels_first, call.value_adds, call.chunks = channels_first, first_value < last_key, chunks
-    _run(call, grad=grad_BM.contiguous(), dx=dx_BLC, **dict(zip(('dkey_weight', 'dvalue_weight'), dweights or ())))
-    return dx_BLC, dweights and [
-        dweight.view(weight.shape) for dweight, weight in zip(dweights, (key_weight, value_weight))]
+        dkey_weight, dvalue_weight = (weight.new_empty(weight.shape) for weight in (key_weight, value_weight))
+        dvalue_bias = None if value_bias is None else value_bias.new_empty(maps)
+    copy = 4 * _padded(maps, conv_groups) * (sum(widths) + 1)
+    call.chunks = min(-(-TASKS // conv_groups), batch, max(COPIES_BYTES // copy, 1))
+    call.channels_first, call.value_adds = channels_first, first_value < last_key
+    _run(
+        call, 1 + need_x + need_weights, grad=grad_BM.contiguous(), dx=dx_BLC, dkey_weight=dkey_weight,
+        dvalue_weight=dvalue_weight, value_bias=value_bias, dvalue_bias=dvalue_bias)
+    return dx_BLC, dkey_weight, dvalue_weight, dvalue_bias
 
 
 def _kernels(*weights: Tensor) -> List[Tensor]:
     return [weight.flatten(1).contiguous() for weight in weights]
 
 
-def _call(x_BLC: Tensor, key_weight: Tensor, value_weight: Tensor, conv_groups: int, products: int) -> _Call:
-    """What both passes are told; `products` is how many times the work of the embeddings they do."""
+def _padded(maps: int, conv_groups: int) -> int:
+    """Maps as they are computed: groups are padded to whole vectors."""
+    return -(-maps // conv_groups // LANES) * LANES * conv_groups
+
+
+def _call(
+        x_BLC: Tensor, key_weight: Tensor, value_weight: Tensor, conv_groups: int, drop_rate: float,
+        seed: Optional[Tensor]) -> _Call:
     batch, length, channels = x_BLC.shape
     (maps, key_width), (_, value_width) = key_weight.shape, value_weight.shape
-    padded = -(-maps // conv_groups // LANES) * LANES * conv_groups
-    flop = 2 * batch * length * padded * (key_width + value_width) * products
-    return _Call(
+    call = _Call(
         x_BLC.data_ptr(), *x_BLC.stride(), key_weight.data_ptr(), value_weight.data_ptr(), None, batch, length,
-        channels, conv_groups, maps // conv_groups, key_width, value_width,
-        min(torch.get_num_threads(), max(int(flop / FLOP_PER_THREAD), 1)))
+        channels, conv_groups, maps // conv_groups, key_width, value_width)
+    if seed is not None:
+        call.seed, call.drop_rate = int(seed), drop_rate
+    return call
 
 
-def _run(call: _Call, **tensors: Optional[Tensor]) -> None:
+def _run(call: _Call, products: int, **tensors: Optional[Tensor]) -> None:
+    """Call it, with as many threads as pay; `products` is how many times the work of the embeddings it does."""
+    maps = _padded(call.groups * call.maps, call.groups)
+    flop = 2 * call.batch * call.length * maps * (call.key_depth + call.value_depth) * products
+    call.threads = min(torch.get_num_threads(), max(int(flop / FLOP_PER_THREAD), 1))
     for name, tensor in tensors.items():
         setattr(call, name, None if tensor is None else tensor.data_ptr())
     if compiled()(ctypes.byref(call)):

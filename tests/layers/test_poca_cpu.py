@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from noah_zoo.layers import poca_cpu
 from noah_zoo.layers.poca import poca, poca_op, poca_reference
@@ -37,7 +38,7 @@ def attended(x, args):
     """What the compiled function alone makes of it, in an output that had nothing but NaN; bias and sum by hand."""
     key, _, value, bias, num_groups, conv_groups = args
     x_BLC = x.flatten(2).transpose(1, 2)
-    assert poca_cpu.supports(x_BLC, key, value, conv_groups, None)
+    assert poca_cpu.supports(x_BLC, key, value, conv_groups)
     with nothing_but_nan():
         out = poca_cpu.forward(x_BLC, key, value, conv_groups)
     return out.unflatten(1, (num_groups, -1)).sum(1) + bias.unflatten(0, (num_groups, -1)).sum(0)
@@ -121,26 +122,27 @@ def test_any_number_of_threads(monkeypatch):
 
 def gradients(x, args, grad=None, **needs):
     """Of features and kernels by the compiled function alone, in memory that had nothing but NaN."""
-    key, _, value, _, num_groups, conv_groups = args
+    key, _, value, bias, num_groups, conv_groups = args
     grad_BK = torch.randn(len(x), len(key) // num_groups) if grad is None else grad
     x_BLC = x.flatten(2).transpose(1, 2)
-    assert poca_cpu.supports(x_BLC, key, value, conv_groups, None)
-    assert poca_cpu.supports_backward(x_BLC, key, value, conv_groups)
+    assert poca_cpu.supports_training(x_BLC, key, value, conv_groups)
     needs = {'channels_first': x.stride(1) != 1, 'need_x': True, 'need_weights': True, **needs}
     with nothing_but_nan():
-        dx_BLC, dweights = poca_cpu.backward(grad_BK.repeat(1, num_groups), x_BLC, key, value, conv_groups, **needs)
-    return None if dx_BLC is None else dx_BLC.mT.unflatten(2, x.shape[2:]), *(dweights or (None, None))
+        dx_BLC, *dweights = poca_cpu.backward(
+            grad_BK.repeat(1, num_groups), x_BLC, key, value, conv_groups, bias, 0., None, **needs)
+    return None if dx_BLC is None else dx_BLC.mT.unflatten(2, x.shape[2:]), *dweights
 
 
 def check_gradients(x, args, tolerance=1e-5):
     grad = torch.randn(len(x), len(args[0]) // args[4])
     x_double, args_double = x.double().requires_grad_(), as_double(args)
     logits = poca_reference(x_double, *args_double)
-    expected = torch.autograd.grad(logits, [x_double, args_double[0], args_double[2]], grad.double())
-    found = gradients(x.detach(), args, grad)
+    leaves = [leaf for leaf in (x_double, args_double[0], *args_double[2:4]) if leaf is not None]
+    expected = torch.autograd.grad(logits, leaves, grad.double())
+    found = [tensor for tensor in gradients(x.detach(), args, grad) if tensor is not None]
     assert found[0].stride() == x.contiguous().stride() or x.stride(1) == 1 and found[0].stride(1) == 1
     if x.shape[2:].numel() == 1:  # the attention is 1, whatever the key
-        found, expected = found[::2], expected[::2]
+        found, expected = [found[0], *found[2:]], [expected[0], *expected[2:]]
     assert_close(found, expected, tolerance)
 
 
@@ -172,7 +174,7 @@ def test_gradients_of_any_strides():
             x.contiguous(memory_format=torch.channels_last), x.flatten(2).mT.contiguous().mT.unsqueeze(3).view_as(x),
             torch.stack([x, x + 1], dim=-1)[..., 0], torch.cat([x, x], dim=1)[:, :48]):
         assert_close(gradients(same, args, grad), expected, 1e-6)
-    for needs, kept in ((dict(need_x=False), [1, 2]), (dict(need_weights=False), [0])):
+    for needs, kept in ((dict(need_x=False), [1, 2, 3]), (dict(need_weights=False), [0])):
         for at, (found, whole) in enumerate(zip(gradients(x, args, grad, **needs), expected)):
             assert torch.equal(found, whole) if at in kept else found is None
 
@@ -185,7 +187,7 @@ def test_channels_that_one_or_both_read_or_nobody():
         key, value = (torch.randn(12, width, 1, 1) / 4 for width in widths)
         check_gradients(x, (key, None, value, None, 2, groups))
     key, value = torch.randn(12, 16, 1, 1), torch.randn(12, 12, 1, 1)  # a channel of two groups
-    assert not poca_cpu.supports_backward(x.flatten(2).mT, key, value, 2)
+    assert not poca_cpu.supports_training(x.flatten(2).mT, key, value, 2)
     args = key / 4, None, value / 4, None, 2, 2
     leaves = [x.requires_grad_(), args[0].requires_grad_(), args[2].requires_grad_()]
     doubles = [leaf.detach().double().requires_grad_() for leaf in leaves]
@@ -210,7 +212,7 @@ def test_gradients_where_scores_are_hundreds_or_no_number():
         assert torch.equal(dx[[0, 1, 3]], good[[0, 1, 3]]) and dx[2].isnan().any()
         leaves = [worse.requires_grad_(), args[0], args[2]]
         expected = torch.autograd.grad(poca_reference(leaves[0], *args), leaves, grad)
-        for ours, theirs in zip((dx, *dweights), expected):
+        for ours, theirs in zip((dx, *dweights), expected):  # but the bias's, which knows that the attention sums to 1
             assert torch.equal(ours.isfinite(), theirs.isfinite())
 
 
@@ -232,6 +234,54 @@ def test_gradients_on_any_number_of_threads(copies, monkeypatch):
 
 
 @needs_kernel
+@pytest.mark.parametrize('channels_last', [False, True])
+def test_dropout_has_one_mask_in_both_passes(channels_last, monkeypatch):
+    torch.manual_seed(0)
+    key, _, value, bias, groups, conv_groups = make(16, 300, 1, dtype=torch.float32)
+    x = torch.randn(7, 16, 5, 5)
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    x_BLC, rate = x.flatten(2).mT, 0.3
+    embed = x_BLC, key, value, conv_groups
+
+    def out(seed, value=value, bias=bias, rate=rate):
+        return poca_cpu.forward(x_BLC, key, value, conv_groups, bias, rate, torch.tensor(seed))
+
+    # Values of 1 at one position and of 0 elsewhere give the attention there, or nothing.
+    seed = 2 ** 40 + 17
+    attention = F.conv2d(x[:, :key.shape[1]], key).flatten(2).softmax(dim=2).double()
+    masks = []
+    for position in range(25):
+        probe = torch.zeros(7, 25, 16)
+        probe[:, :, :8] = x_BLC[:, :, :8]
+        probe[:, position, 8:] = 1
+        with_one = poca_cpu.forward(
+            probe, key, torch.ones_like(value) / 8, conv_groups, None, rate, torch.tensor(seed)).double()
+        masks.append(with_one / attention[:, :, position])
+    mask_BML = torch.stack(masks, dim=2)
+    kept = mask_BML > 0.5
+    torch.testing.assert_close(mask_BML, kept.double() / (1 - rate), rtol=1e-4, atol=1e-6)
+    assert kept.double().mean().item() == pytest.approx(1 - rate, abs=4 * (0.21 / kept.numel()) ** 0.5)
+    for dim in range(3):  # no image, map or position is like the next one
+        left, right = kept.narrow(dim, 0, kept.shape[dim] - 1), kept.narrow(dim, 1, kept.shape[dim] - 1)
+        assert (left == right).double().mean().item() == pytest.approx(0.58, abs=0.02)
+
+    def formula(x, key, value, bias):
+        a_BML = F.conv2d(x[:, :key.shape[1]], key).flatten(2).softmax(dim=2)
+        v_BML = F.conv2d(x[:, -value.shape[1]:], value, bias).flatten(2)
+        return (a_BML * v_BML * kept / (1 - rate)).sum(dim=2)
+
+    leaves = as_double((x, key, value, bias))
+    assert_close([out(seed)], [formula(*leaves)], 2e-6)
+    assert torch.equal(out(seed), out(seed)) and not torch.equal(out(seed), out(seed + 1))
+    assert not torch.equal(out(seed), out(seed + 2 ** 32))
+    grad = torch.randn(7, 300)
+    expected = torch.autograd.grad(formula(*leaves), leaves, grad.double())
+    monkeypatch.setattr(poca_cpu, 'FLOP_PER_THREAD', 1)
+    dx_BLC, *dweights = poca_cpu.backward(grad, *embed, bias, rate, torch.tensor(seed), not channels_last, True, True)
+    assert_close([dx_BLC.mT.unflatten(2, (5, 5)), *dweights], expected, 1e-5)
+
+
+@needs_kernel
 def test_it_is_what_poca_uses(monkeypatch):
     used, forward, backward = [], poca_cpu.forward, poca_cpu.backward
     monkeypatch.setattr(poca_cpu, 'forward', lambda *a: used.append(True) or forward(*a))
@@ -242,27 +292,26 @@ def test_it_is_what_poca_uses(monkeypatch):
         first = poca(x, *args)
         assert used == [True]
         poca(x, *args, drop_rate=0.5, training=True)
-        assert used == [True]  # dropout is of the blocks
+        assert used == [True, True]
         monkeypatch.setattr(poca_cpu, 'compiled', lambda: None)
         assert_close([poca(x, *args)], [first], 2e-6)
-        assert used == [True]
+        assert used == [True, True]
     monkeypatch.undo()
     monkeypatch.setattr(poca_cpu, 'backward', lambda *a: used.append('backward') or backward(*a))
     poca(x, *args).sum().backward()
-    assert used == [True, 'backward']
+    assert used == [True, True, 'backward']
 
 
 @needs_kernel
 def test_what_it_leaves_to_the_blocks():
     key, _, value, *_, conv_groups = make(dtype=torch.float32)
     x = torch.randn(2, 9, 24)
-    assert poca_cpu.supports(x, key, value, conv_groups, None)
+    assert poca_cpu.supports(x, key, value, conv_groups)
     for given in (
             (x.double(), key.double(), value.double()), (x.bfloat16(), key.bfloat16(), value.bfloat16()), (x[:0],),
             (x[..., :8],), (x, key[:18], value[:18]), (x, key[:16])):
         tensors = *given, *(key, value)[len(given) - 1:]
-        assert not poca_cpu.supports(*tensors, conv_groups, None)
-    assert not poca_cpu.supports(x, key, value, conv_groups, torch.tensor(1))
+        assert not poca_cpu.supports(*tensors, conv_groups)
 
 
 @needs_kernel
@@ -281,7 +330,7 @@ def test_a_processor_without_avx2_has_none():
 def test_one_that_was_compiled_before_is_told(monkeypatch, caplog):
     poca_cpu.compiled.cache_clear()
     monkeypatch.setattr(poca_cpu.ctypes, 'CDLL', lambda path: object())
-    assert poca_cpu.compiled() is None and 'install the package again' in caplog.text
+    assert poca_cpu.compiled() is None and 'compiled for an earlier version' in caplog.text
     poca_cpu.compiled.cache_clear()
 
 
