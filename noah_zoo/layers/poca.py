@@ -182,7 +182,7 @@ def _backward(
     batch, channels, height, width = x_BCHW.shape
     x_BLC, dtype = x_BCHW.flatten(2).transpose(1, 2), grad_BK.dtype
     kernels = _kernels(x_BLC)
-    if poca_cpu.supports_training(x_BLC, key_weight, value_weight, conv_groups):
+    if not kernels and poca_cpu.supports_training(x_BLC, key_weight, value_weight, conv_groups):
         dx_BLC, *dweights = poca_cpu.backward(
             grad_BK.repeat(1, num_groups), x_BLC, key_weight, value_weight, conv_groups, value_bias, drop_rate, seed,
             channels_first, need_x, need_weights)
