@@ -152,7 +152,8 @@ def quantize(path: Union[str, Path], images: Sequence[str], output: Union[str, P
     description = json.loads(path.with_suffix('.json').read_text(encoding='utf-8'))
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f'.{output.name}.') as folder:
         prepared, file = Path(folder) / 'prepared.onnx', Path(folder) / output.name
-        quant_pre_process(str(path), str(prepared))
+        # onnxruntime's inference of symbolic shapes does not get through every model, and changes nothing in the others
+        quant_pre_process(str(path), str(prepared), skip_symbolic_shape=True)
         quantize_static(
             str(prepared), str(file), _Calibration(images, model), quant_format=QuantFormat.QDQ, per_channel=True,
             activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
