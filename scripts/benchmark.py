@@ -18,7 +18,7 @@ probe     heads trained on cached features, each at the best of a few learning r
           parameters, seconds; pooling and linear, NOAH, CSRA, SimPool, Efficient Probing, ML-Decoder, timm's
           AttentionPoolLatent
 
-Each prints a Markdown table, and leaves OUTPUT/WHAT-DEVICE-DTYPE.json and OUTPUT/WHAT-DEVICE-DTYPE.png.
+Each prints a Markdown table, and leaves OUTPUT/WHAT-DEVICE-DTYPE.json and .png, with --busy N ...-busyN.
 """
 import argparse
 import logging
@@ -42,6 +42,7 @@ def parse_args():
     add('--num-classes', type=int, nargs='+', metavar='N', help='of training (1000 21843)')
     add('--models', nargs='+', metavar='NAME', help='of pairs (all 25) and train_pairs (resnet18_noah)')
     add('--dtype', metavar='NAME', help='float32 (default), or autocast to bfloat16 or float16')
+    add('--busy', type=int, metavar='N', help='other processes that take what they get of the processor meanwhile (0)')
     add('--quick', action='store_true', help='a smoke run: few cases, two repeats or seeds; its figures mean nothing')
     add = parser.add_argument_group('probe', 'refused unless probe is among WHAT').add_argument
     add('--model', metavar='NAME', help="timm name, 'hf-hub:...' or 'local-dir:...' (resnet18)")

@@ -9,7 +9,10 @@ import json
 import os
 import platform
 import re
+import subprocess
+import sys
 import tempfile
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence
@@ -82,10 +85,23 @@ def benchmark(what: Sequence[str], **settings) -> Iterator[str]:
     try:
         for name in dict.fromkeys(run.what):
             with tempfile.TemporaryDirectory(prefix='.benchmark-', dir=output) as partial:  # fails now, if at all
-                text = _measure(name, run, Path(partial), output)
+                with _busy(run.busy):
+                    text = _measure(name, run, Path(partial), output)
             yield text
     finally:
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def _busy(processes: int) -> Iterator[None]:
+    """A context in which so many other processes take what they get of the processor."""
+    others = [subprocess.Popen([sys.executable, '-c', 'while True: pass']) for _ in range(processes)]
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
 
 
 def _measure(name: str, run: Run, partial: Path, output: Path) -> str:
@@ -94,11 +110,12 @@ def _measure(name: str, run: Run, partial: Path, output: Path) -> str:
     result.update(summary=MEASURES[name].summarize(rows), rows=rows)
     title = (
         f'{name} on {result["hardware"]}, {run.device}, {run.threads} threads, {run.dtype}, '
+        f'{f"beside {run.busy} busy processes, " if run.busy else ""}'
         f'PyTorch {result["versions"]["torch"]}, {result["date"][:10]}')
     note = 'smoke run: the figures mean nothing' if run.quick else MEASURES[name].note.format(run=run)
     figure = MEASURES[name].draw(rows)
     figure.suptitle(f'{title}\n{note}', fontsize=9)
-    stem = f'{name}-{run.device}-{run.dtype}'
+    stem = f'{name}-{run.device}-{run.dtype}' + (f'-busy{run.busy}' if run.busy else '')
     figure.savefig(partial / f'{stem}.png', dpi=120)
     (partial / f'{stem}.json').write_text(json.dumps(result, indent=1, allow_nan=False) + '\n', encoding='utf-8')
     for suffix in ('.png', '.json'):
@@ -116,7 +133,7 @@ def _circumstances(run: Run) -> Dict[str, Any]:
     return {
         'command': run.command, 'date': datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'),
         'device': run.device, 'hardware': torch.cuda.get_device_name() if run.device == 'cuda' else cpu, 'cpu': cpu,
-        'cores': os.cpu_count(), 'load_average': os.getloadavg(), 'threads': run.threads, 'dtype': run.dtype,
-        'quick': run.quick, 'versions': {
+        'cores': os.cpu_count(), 'load_average': os.getloadavg(), 'threads': run.threads, 'busy': run.busy,
+        'dtype': run.dtype, 'quick': run.quick, 'versions': {
             'python': platform.python_version(), 'torch': torch.__version__, 'timm': timm.__version__,
             'triton': triton, 'noah_zoo': noah_zoo.__version__}}

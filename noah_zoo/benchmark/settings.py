@@ -25,6 +25,7 @@ class Run:
     num_classes: Sequence[int] = ()
     models: Sequence[str] = ()
     dtype: str = 'float32'
+    busy: int = 0
     quick: bool = False
     command: str = ''
     probe: ProbeConfig = ProbeConfig()
@@ -42,6 +43,8 @@ class Run:
         for name in ('threads', 'repeats', 'batch_sizes', 'num_classes'):
             if np.min(getattr(self, name), initial=1) < 1:
                 raise ValueError(f'{name}={getattr(self, name)}: expected 1 or more')
+        if self.busy < 0:
+            raise ValueError(f'busy={self.busy}: expected 0 or more processes')
         if 'probe' in self.what and self.dtype != 'float32':
             raise ValueError(f'dtype={self.dtype!r}: probe trains heads in float32')
         if self.device == 'cuda' and not torch.cuda.is_available():

@@ -30,7 +30,7 @@ from noah_zoo.benchmark.report import (
     table_head,
     table_pairs,
 )
-from noah_zoo.benchmark.run import benchmark
+from noah_zoo.benchmark.run import MEASURES, benchmark
 from noah_zoo.benchmark.settings import Run
 from noah_zoo.catalog import CATALOG
 from noah_zoo.layers.ablations import PocaVariant
@@ -469,6 +469,20 @@ def test_a_dtype_leaves_the_files_of_another(tmp_path):
         for suffix in ('json', 'png')]
 
 
+def test_busy_processes_are_there_while_it_measures(tmp_path, monkeypatch):
+    def busy():
+        children = Path(f'/proc/{os.getpid()}/task/{os.getpid()}/children').read_text().split()
+        return [pid for pid in children if 'while True' in Path(f'/proc/{pid}/cmdline').read_text()]
+
+    found, measure = [], MEASURES['pairs'].measure
+    monkeypatch.setitem(MEASURES, 'pairs', MEASURES['pairs']._replace(
+        measure=lambda run: found.append(busy()) or measure(run)))
+    text, = benchmark(['pairs'], quick=True, models=['mobilenetv2_035'], busy=2, output=str(tmp_path))
+    assert len(found[0]) == 2 and not busy()
+    assert ', beside 2 busy processes, ' in text
+    assert json.loads((tmp_path / 'pairs-cpu-float32-busy2.json').read_text())['busy'] == 2
+
+
 def test_a_training_step_of_a_model_trains_it(monkeypatch):
     model = timm.create_model('test_resnet')
     monkeypatch.setattr(timm, 'create_model', lambda name: model)
@@ -505,7 +519,8 @@ def test_too_large_for_the_plain_form(monkeypatch, tmp_path, caplog):
     (dict(dtype='int8'), "dtype: 'int8' is not one of float32, bfloat16, float16"),
     (dict(models=['resnet50', 'resnet51']), "'resnet51' is not a model of Table XVII; choose from resnet18_noah, "),
     (dict(batch_sizes=[16, 0]), r'batch_sizes=\[16, 0\]: expected 1 or more'),
-    (dict(num_classes=[0]), 'num_classes'), (dict(threads=0), 'threads=0: expected'), (dict(repeats=-1), 'repeats=-1')])
+    (dict(num_classes=[0]), 'num_classes'), (dict(threads=0), 'threads=0: expected'), (dict(repeats=-1), 'repeats=-1'),
+    (dict(busy=-1), 'busy=-1')])
 def test_refusals(settings, message):
     with pytest.raises(ValueError, match=message):
         Run(**{'what': ['head'], **settings})
