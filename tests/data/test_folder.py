@@ -77,27 +77,31 @@ def test_a_class_is_the_outermost_folder_or_the_innermost(tmp_path, caplog):
 ORDER = """
 import sys
 from noah_zoo.data.factory import create_dataset
-images = create_dataset('folder', sys.argv[1], 'train')
-print(images.class_names, [images.where(i)[len(sys.argv[1]):] for i in range(len(images))])
+for root in sys.argv[1:]:
+    images = create_dataset('folder', root, 'train')
+    print(images.class_names, [images.where(i)[len(root):] for i in range(len(images))])
 """
 
 
-@pytest.mark.parametrize('names', [('Cat', 'cat', 'CAT'), ('lot01', 'lot1', 'lot001', 'lot2'), ('2²', '2', 'm²')])
-def test_names_that_are_alike_have_one_order(names, tmp_path):
-    for name in names:
-        make_folder(tmp_path, {name: 0}, ['train'])
-        for file in ('a1', 'A1', 'a01'):
-            photo().save(tmp_path / 'train' / name / f'{file}.png')
+def test_names_that_are_alike_have_one_order(tmp_path):
+    roots = {tmp_path / names[0]: names for names in (
+        ('Cat', 'cat', 'CAT'), ('lot01', 'lot1', 'lot001', 'lot2'), ('2²', '2', 'm²'))}
+    for root, names in roots.items():
+        for name in names:
+            make_folder(root, {name: 0}, ['train'])
+            for file in ('a1', 'A1', 'a01'):
+                photo().save(root / 'train' / name / f'{file}.png')
     found = set()
-    for seed in range(4):
+    for seed in range(3):
         env = {**os.environ, 'PYTHONHASHSEED': str(seed), 'OMP_NUM_THREADS': '1'}
-        done = subprocess.run([sys.executable, '-c', ORDER, tmp_path], env=env, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, '-c', ORDER, *roots], env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         found.add(done.stdout)
     assert len(found) == 1
-    images = create_dataset('folder', str(tmp_path), 'train')
-    assert images.class_names == tuple(sorted(names, key=natural))
-    assert [Path(images.where(i)).stem for i in range(3)] == ['A1', 'a01', 'a1']
+    for root, names in roots.items():
+        images = create_dataset('folder', str(root), 'train')
+        assert images.class_names == tuple(sorted(names, key=natural))
+        assert [Path(images.where(i)).stem for i in range(3)] == ['A1', 'a01', 'a1']
 
 
 def test_the_test_images_are_not_those_of_validation(tmp_path):

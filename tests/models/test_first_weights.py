@@ -30,12 +30,12 @@ def test_for_many_classes_they_are_those_of_the_release(num_classes):
         assert std(conv.weight) == pytest.approx(math.sqrt(2 / (4 * num_classes)), rel=0.01)
 
 
-@pytest.mark.parametrize('num_classes', [2, 10, 100, 999])
+@pytest.mark.parametrize('num_classes', [2, 10, 999])
 @pytest.mark.parametrize('in_features, num_groups, key_ratio', [(192, 4, 1 / 2), (1280, 8, 1 / 4), (2048, 1, 1 / 8)])
 @pytest.mark.parametrize('splits', [{}, dict(split_kv=False), dict(split_kv=False, split_groups=False)])
 def test_for_few_classes_scores_and_logits_have_one_scale(num_classes, in_features, num_groups, key_ratio, splits):
     torch.manual_seed(0)
-    x = torch.randn(400, in_features, 1, 1)  # of one position, whose attention is 1
+    x = torch.randn(200, in_features, 1, 1)  # of one position, whose attention is 1
     heads = [NoahHead(in_features, num_classes, num_groups, key_ratio, **splits) for _ in range(8)]
     with torch.no_grad():
         scores = std(torch.stack([head.key(x[:, :head.key_features]) for head in heads]))
