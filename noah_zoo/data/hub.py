@@ -9,7 +9,8 @@ from ..text import one_line
 from .base import Images, Multilabel, multi_hot
 from .images import UNREADABLE, DamagedImageError, read_image
 
-FORMATS = ('arrow', 'imagefolder', 'json', 'parquet', 'webdataset')  # names of files' formats, not of datasets
+FORMATS = (  # which `datasets` takes for names of files' formats, not of datasets
+    'arrow', 'csv', 'hdf5', 'imagefolder', 'json', 'lance', 'pandas', 'parquet', 'text', 'webdataset', 'xml')
 
 
 def source_of(name: str, data_dir: Optional[str]) -> Dict[str, Optional[str]]:
@@ -21,11 +22,13 @@ def source_of(name: str, data_dir: Optional[str]) -> Dict[str, Optional[str]]:
         data_dir: The cache; of a format the folder of the files.
 
     Raises:
-        ValueError: If a format comes without its folder.
+        ValueError: If a format comes without its folder, or with a configuration.
     """
-    if name in FORMATS:
-        if not data_dir:
-            raise ValueError(f'{name} is a format: name the folder of its files with --data-dir')
+    if name.partition(':')[0] in FORMATS:
+        if not data_dir or ':' in name:
+            raise ValueError(
+                f'{name}: {name.partition(":")[0]} is a format without configurations: name the folder of its files '
+                f'with --data-dir')
         return dict(path=name, name=None, data_dir=data_dir, cache_dir=None)
     path, _, config = name.rpartition(':')
     if len(path) < 2 or re.search(r'[\\/]', config) or os.path.exists(name):  # C: is no dataset
@@ -49,7 +52,7 @@ class HubRows(Images):
         self.name, self.split = name, split
         try:
             dataset = datasets.load_dataset(**source_of(name, data_dir), split=split)
-        except ValueError as error:
+        except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
             hint = '; choose one as hfds/NAME:CONFIG' if 'onfig' in str(error) and ':' not in name else ''
             raise ValueError(f'hfds/{name}: {one_line(error)} (split {split!r}){hint}') from error
         columns = {column: kind for column, kind in dataset.features.items() if column != input_key}

@@ -57,6 +57,11 @@ class PredictionFile:
                 except (csv.Error, LookupError, TypeError, UnicodeError, json.JSONDecodeError):
                     raise ValueError(
                         f'{path}: not a file of predictions, from byte {end:,} on; name another --output') from None
+                begins = (','.join(_columns(top_k)) + '\r\n' if self.is_csv else '{"path": ').encode()
+                file.seek(0)
+                torn = b'' if end else file.read(len(begins))
+                if not begins.startswith(torn):  # what is torn is not of this
+                    raise ValueError(f'{path}: not a file of predictions; name another --output')
             os.truncate(path, end)
         # rows end as csv has it, so that it quotes names with either character in them
         self.file = path.open('a', encoding='utf-8', errors='surrogateescape', newline='', buffering=1)

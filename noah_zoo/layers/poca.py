@@ -109,6 +109,11 @@ def _poca(
         raise ValueError(
             f'poca: weights of {maps} and {value_weight.shape[0]} maps; expected the same multiple of '
             f'num_groups={num_groups}, and that one of conv_groups={conv_groups}')
+    for name, bias in (('key', key_bias), ('value', value_bias)):
+        if bias is not None and bias.shape != (maps,):
+            raise ValueError(f'poca: a {name} bias of the shape {list(bias.shape)}; expected [{maps}]')
+    if not 0 <= drop_rate <= 1:
+        raise ValueError(f'poca: drop_rate={drop_rate} is not between 0 and 1')
     read = [conv_groups * weight.shape[1] for weight in (key_weight, value_weight)]
     if max(read) > channels:
         raise ValueError(f'poca: key and value read {read[0]} and {read[1]} channels of {channels}')

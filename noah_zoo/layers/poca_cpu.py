@@ -36,12 +36,15 @@ def compiled() -> Optional[Callable]:
     if spec is None or torch.backends.cpu.get_cpu_capability() not in ('AVX2', 'AVX512'):
         return None
     try:
-        return ctypes.CDLL(spec.origin).poca_run
+        library = ctypes.CDLL(spec.origin)
+        if ctypes.c_size_t.in_dll(library, 'poca_call_size').value == ctypes.sizeof(_Call):
+            return library.poca_run
     except OSError:  # no OpenMP library
         return None
-    except AttributeError:
-        _logger.warning('%s was compiled for an earlier version, and is not used; install it again', spec.origin)
-        return None
+    except ValueError:  # has no such name
+        pass
+    _logger.warning('%s was compiled for another version, and is not used; install the package again', spec.origin)
+    return None
 
 
 def supports(x_BLC: Tensor, key_weight: Tensor, value_weight: Tensor, conv_groups: int) -> bool:
@@ -71,7 +74,7 @@ def forward(
         MemoryError: If there is no memory for the buffers of its threads.
     """
     out_BM, weights = x_BLC.new_empty(len(x_BLC), len(key_weight)), _kernels(key_weight, value_weight)
-    value_bias = None if value_bias is None else value_bias.contiguous()
+    value_bias = None if value_bias is None else value_bias.to(x_BLC.dtype).contiguous()
     _run(_call(x_BLC, *weights, conv_groups, drop_rate, seed), 1, out=out_BM, value_bias=value_bias)
     return out_BM
 
@@ -88,7 +91,7 @@ def backward(
         MemoryError: If there is no memory for the buffers of its threads.
     """
     weights = _kernels(key_weight, value_weight)
-    value_bias = None if value_bias is None else value_bias.contiguous()
+    bias = None if value_bias is None else value_bias.to(x_BLC.dtype).contiguous()
     call = _call(x_BLC, *weights, conv_groups, drop_rate, seed)
     (batch, length, channels), maps, widths = x_BLC.shape, len(key_weight), [weight.shape[1] for weight in weights]
     last_key, first_value = conv_groups * widths[0], channels - conv_groups * widths[1]
@@ -99,14 +102,14 @@ def backward(
         dx_BLC = new(batch, channels, length).mT if channels_first else new(batch, length, channels)
     if need_weights:
         dkey_weight, dvalue_weight = (weight.new_empty(weight.shape) for weight in (key_weight, value_weight))
-        dvalue_bias = None if value_bias is None else value_bias.new_empty(maps)
+        dvalue_bias = None if bias is None else torch.empty_like(bias)
     copy = 4 * _padded(maps, conv_groups) * (sum(widths) + 1)
     call.chunks = min(-(-TASKS // conv_groups), batch, max(COPIES_BYTES // copy, 1))
     call.channels_first, call.value_adds = channels_first, first_value < last_key
     _run(
         call, 1 + need_x + need_weights, grad=grad_BM.contiguous(), dx=dx_BLC, dkey_weight=dkey_weight,
-        dvalue_weight=dvalue_weight, value_bias=value_bias, dvalue_bias=dvalue_bias)
-    return dx_BLC, dkey_weight, dvalue_weight, dvalue_bias
+        dvalue_weight=dvalue_weight, value_bias=bias, dvalue_bias=dvalue_bias)
+    return dx_BLC, dkey_weight, dvalue_weight, None if dvalue_bias is None else dvalue_bias.to(value_bias.dtype)
 
 
 def _kernels(*weights: Tensor) -> List[Tensor]:
@@ -127,7 +130,7 @@ def _call(
         x_BLC.data_ptr(), *x_BLC.stride(), key_weight.data_ptr(), value_weight.data_ptr(), None, batch, length,
         channels, conv_groups, maps // conv_groups, key_width, value_width)
     if seed is not None:
-        call.seed, call.drop_rate = int(seed), drop_rate
+        call.seed, call.drop_rate = int(seed), max(drop_rate, 1e-30)  # there is dropout, however little
     return call
 
 

@@ -11,6 +11,7 @@ import timm
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..catalog import CATALOG
+from ..data.hub import FORMATS
 from ..data.images import mode_of
 from ..tasks import Task, find_task
 from ..text import table
@@ -166,7 +167,9 @@ def _dataset(settings: Dict[str, Any]) -> Tuple[Optional[str], str, str]:
 
 def _is_on_hub(dataset: str) -> bool:
     """Whether 'NAME', 'USER/NAME' or such with ':CONFIG' is a dataset of the Hub, not a folder."""
-    return bool(re.fullmatch(r'[\w.-]+(/[\w.-]+)?(:[\w.-]+)?', dataset)) and not Path(dataset).exists()
+    name = r'[\w-][\w.-]*'
+    return bool(re.fullmatch(rf'{name}(/{name})?(:{name})?', dataset)) and not (
+        dataset in FORMATS or Path(dataset).exists())
 
 
 def start_of(settings: Dict[str, Any]) -> Optional[str]:
@@ -198,7 +201,7 @@ def _run_command(settings: Dict[str, Any]) -> str:
         elif isinstance(value, dict):
             words.append(' '.join([flag, *(shlex.quote(f'{k}={_without_path(v)}') for k, v in value.items())]))
         elif isinstance(value, (list, tuple)):
-            words.append(' '.join([flag, *(shlex.quote(str(v)) for v in value)]))
+            words.append(' '.join([flag, *(shlex.quote(_without_path(v)) for v in value)]))
         else:
             words.append(f'{flag} {places.get(key) or shlex.quote(_without_path(value))}')
     lines, line = [], 'accelerate launch scripts/train.py --recipe none'
@@ -213,6 +216,8 @@ def _run_command(settings: Dict[str, Any]) -> str:
 def _without_path(value: Any) -> str:
     """A value as it is, but of a path only the name."""
     text = str(value)
+    if not isinstance(value, str):
+        return '...' if '/' in text or '\\' in text else text
     prefix, slash, rest = text.partition('/')
     if text.startswith(('hf-hub:', 'hf_hub:')) or prefix in ('hfds', 'hfids') and _is_on_hub(rest):
         return text

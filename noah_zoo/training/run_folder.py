@@ -29,8 +29,8 @@ from .checkpoint import PREFIX, newest_checkpoint
 MAY_CHANGE = (  # settings that a run may go on with another value of: they do not change what it leaves
     'output', 'data_dir', 'resume', 'workers', 'log_with', 'checkpoint_hist', 'device_batch_size')
 OF_CHECKPOINT = (  # settings that a branch has from its checkpoint: they say what is in there
-    'model', 'model_kwargs', 'noah_variant', 'task', 'opt', 'amsgrad', 'layer_decay', 'head_lr_factor',
-    'model_ema_decay')
+    'model', 'model_kwargs', 'noah_variant', 'task', 'freeze', 'opt', 'amsgrad', 'layer_decay', 'head_lr_factor',
+    'model_ema_decay', 'smoke')
 
 
 class RunFolder:
@@ -67,11 +67,13 @@ class RunFolder:
             raise FileExistsError(
                 f'{self.path} has {state} run; go on with it by --resume auto, or name another --output')
         before = _settings(args, config)
-        more = config.epochs > before['epochs']
+        more = config.epochs > before['epochs'] and not config.smoke
         _refuse_changes(f'{self.path} cannot go on with', before, {
             name: value for name, value in now.items() if name not in MAY_CHANGE and not (more and name == 'epochs')})
-        if not summary.exists() or not more:
-            return json.loads(summary.read_text(encoding='utf-8')) if summary.exists() else None
+        if not summary.exists() or source:
+            return None
+        if not more:
+            return json.loads(summary.read_text(encoding='utf-8'))
         if not newest_checkpoint(self.checkpoints):
             raise FileNotFoundError(
                 f'{self.path} is a finished run of {before["epochs"]} epochs without checkpoints, from which it could '

@@ -101,8 +101,12 @@ def test_a_format_reads_the_folder_that_is_named(tmp_path, monkeypatch):
         images = create_dataset(f'hfds/{name}', data_dir, 'train')
         assert images.class_names == ('cat', 'dog') and images.read(0)[0].mode == 'RGB'
     assert sorted((tmp_path / 'Photos').rglob('*')) == before
-    with pytest.raises(ValueError, match='imagefolder is a format: name the folder of its files with --data-dir'):
-        create_dataset('hfds/imagefolder', None, 'train')
+    for name, data_dir in (('imagefolder', None), ('imagefolder:x', str(tmp_path / 'Photos'))):
+        with pytest.raises(ValueError, match='imagefolder is a format without configurations: name the folder of its'):
+            create_dataset(f'hfds/{name}', data_dir, 'train')
+    (tmp_path / 'Photos/train/odd.csv').write_text('a,b\n1,2,3,4\n"')
+    with pytest.raises(ValueError, match='hfds/csv: '):
+        create_dataset('hfds/csv', str(tmp_path / 'Photos'), 'train')
     hub = make_hub(tmp_path / 'Hub', pngs(4))
     assert len(create_dataset('hfds/parquet', f'{hub}/data', 'train')) == 4
 

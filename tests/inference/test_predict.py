@@ -266,3 +266,13 @@ def test_a_progress_bar_at_a_terminal_only(mixed, tmp_path):
     assert '0/9' in seen and 'img/s' in seen and seen.count('not a readable image') == 2
     plain = subprocess.run(command, capture_output=True, timeout=300, check=False)  # all of it is there already
     assert plain.returncode == 1 and plain.stdout == result.stdout and plain.stderr == b''
+
+
+@pytest.mark.parametrize('name, content', [
+    ('notes.csv', b'hello no newline'), ('mac.csv', b'a,b\r1,2\r'), ('quote.csv', b'"precious\nnotes 1\nnotes 2\n'),
+    ('one.jsonl', b'{"a": 1}'), ('notes.jsonl', b'precious')])
+def test_what_is_no_file_of_predictions_stays_as_it_is(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match='not a file of predictions'):
+        PredictionFile(tmp_path / name, 'model', 3, ['a.png'])
+    assert (tmp_path / name).read_bytes() == content

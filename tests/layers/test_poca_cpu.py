@@ -327,11 +327,37 @@ def test_a_processor_without_avx2_has_none():
 
 
 @needs_kernel
-def test_one_that_was_compiled_before_is_told(monkeypatch, caplog):
+def test_one_that_was_compiled_before_is_told(monkeypatch, caplog, tmp_path):
+    for number, code in enumerate(('void other() {}', 'unsigned long poca_call_size = 8; void poca_run() {}')):
+        (tmp_path / 'old.c').write_text(code)
+        library = tmp_path / f'old{number}.so'
+        subprocess.run(['gcc', '-shared', '-fPIC', tmp_path / 'old.c', '-o', library], check=True)
+        spec = type('Spec', (), {'origin': str(library)})
+        monkeypatch.setattr(poca_cpu.importlib.util, 'find_spec', lambda name, spec=spec: spec)
+        poca_cpu.compiled.cache_clear()
+        caplog.clear()
+        assert poca_cpu.compiled() is None and f'{library} was compiled for another version' in caplog.text
     poca_cpu.compiled.cache_clear()
-    monkeypatch.setattr(poca_cpu.ctypes, 'CDLL', lambda path: object())
-    assert poca_cpu.compiled() is None and 'compiled for an earlier version' in caplog.text
-    poca_cpu.compiled.cache_clear()
+
+
+@needs_kernel
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-6), (torch.bfloat16, 5e-3)])
+def test_a_bias_of_another_type_or_shape(dtype, tolerance):
+    torch.manual_seed(0)
+    key, _, value, bias, groups, conv_groups = make(24, 5, dtype=torch.float32)
+    x, other = torch.randn(4, 24, 3, 3), bias.detach().to(dtype).requires_grad_()
+    logits = poca(x, key, None, value, other, groups, conv_groups)
+    assert_close([logits], [poca(x, key, None, value, other.float(), groups, conv_groups)], tolerance)
+    logits.sum().backward()
+    assert other.grad.dtype == dtype and torch.equal(other.grad, torch.full_like(other, 4))
+    torch.manual_seed(1)
+    dropped = poca(x, key, None, value, other, groups, conv_groups, 0.5, True)
+    torch.manual_seed(1)
+    assert torch.equal(dropped, poca(x, key, None, value, other.float(), groups, conv_groups, 0.5, True))
+    with pytest.raises(ValueError, match=r'a value bias of the shape \[3\]; expected \[20\]'):
+        poca(x, key, None, value, bias[:3], groups, conv_groups, 0.5, True)
+    with pytest.raises(ValueError, match='drop_rate=1.5 is not between 0 and 1'):
+        poca(x, key, None, value, bias, groups, conv_groups, 1.5, True)
 
 
 @pytest.mark.slow

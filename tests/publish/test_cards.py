@@ -327,10 +327,13 @@ def test_base_model_only_where_it_is_known(tmp_path, settings, base_model):
 @pytest.mark.parametrize('dataset, ids, kind', [
     ('hfds/ethz/food101', ['ethz/food101'], 'ethz/food101'), ('hfds/me/pets:cats', ['me/pets'], 'me/pets'),
     ('folder', None, 'imagefolder'), ('hfds//home/secret/pets', None, 'imagefolder'),
-    ('hfds/C:\\secret\\pets', None, 'imagefolder'), ('wds/secret/{00..09}.tar', None, 'imagefolder')])
+    ('hfds/C:\\secret\\pets', None, 'imagefolder'), ('hfds/../secret', None, 'imagefolder'),
+    ('hfds/imagefolder', None, 'imagefolder'), ('wds/secret/{00..09}.tar', None, 'imagefolder')])
 def test_dataset_of_a_run(tmp_path, dataset, ids, kind):
     data = ModelCard(str(run_card(make_run(tmp_path, dict(dataset=dataset, val_split='held_out')), 'me/run'))).data
-    settings = dict(dataset=dataset, model_kwargs=dict(pretrained_backbone=r'C:\me\secret\weights.pt'))
+    settings = dict(dataset=dataset, model_kwargs=dict(
+        pretrained_backbone=r'C:\me\secret\weights.pt', channels=[8, 16], files=['/home/secret']))
+    assert "'channels=[8, 16]'" in str(run_card(make_run(tmp_path, settings), 'me/run'))
     assert 'secret' not in str(run_card(make_run(tmp_path, settings), 'me/run'))
     assert data.datasets == ids
     assert (data.eval_results[0].dataset_type, data.eval_results[0].dataset_split) == (kind, 'held_out')

@@ -136,7 +136,6 @@ def test_a_branch_has_its_own_settings_and_its_own_best(finished, tmp_path):
 
 def test_going_back_drops_what_came_later(finished, tmp_path):
     shutil.copytree(finished.output, tmp_path / 'run')
-    (tmp_path / 'run/summary.json').unlink()
     first, *_ = checkpoints(tmp_path / 'run/checkpoints')
     config = replace(finished, output=str(tmp_path / 'run'), resume=str(first), skip_damaged=False)
     with pytest.raises(KeyboardInterrupt):
