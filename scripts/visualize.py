@@ -30,17 +30,16 @@ def main() -> int:
     args = parser.parse_args()
 
     import noah_zoo  # noqa: F401  registers the models
-    from noah_zoo.data.images import mode_of, read_image
-    from noah_zoo.inference.predict import DEFAULT_MODEL
+    from noah_zoo.data.images import read_image
+    from noah_zoo.inference.predict import DEFAULT_MODEL, image_mode
     from noah_zoo.inference.visualize import draw, find_classes, load_pair
-    from noah_zoo.models.attach import input_size_of
 
     output = args.output or Path(f'{args.image.stem}_attention.png')
     try:
         if not output.parent.is_dir():
             raise FileNotFoundError(f'{output.parent}: no such folder for {output.name}')
         model, twin, reason = load_pair(args.model or DEFAULT_MODEL, args.twin, args.device)
-        image = read_image(args.image, mode=mode_of(input_size_of(model)[0]))
+        image = read_image(args.image, mode=image_mode(model))
         if reason:
             print(f'without Grad-CAM++: {reason}', file=sys.stderr)
         classes = args.classes and find_classes(model, args.classes)

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from ..config import TrainConfig
 from ..data.base import Images
 from ..data.factory import create_datasets, split_images
-from ..data.images import mode_of
 from ..data.loader import EpochBatchSampler, EvalBatchSampler, seed_everything
+from ..inference.predict import image_mode
 from ..layers.noah_head import NoahHead, fitting_key_ratio, fitting_num_groups
 from ..layers.other_heads import CSRA, EfficientProbing, MLDecoder, SimPool
-from ..models.attach import NoahModel, add_noah_head, begin, eval_transform, input_size_of
+from ..models.attach import NoahModel, add_noah_head, begin, eval_transform
 from ..tasks.multiclass import Metrics
 from ..training.builders import build_model
 from ..training.features import CachedFeatures, cache_features
@@ -284,7 +284,7 @@ def probe(config: ProbeConfig, device: str = 'cpu', quick: bool = False) -> List
     num_classes = len(train_images.class_names)
     model = create_backbone(config, train_images.class_names, quick).to(device)
     transform = eval_transform(model)
-    train_images.input_img_mode = test_images.input_img_mode = mode_of(input_size_of(model)[0])
+    train_images.input_img_mode = test_images.input_img_mode = image_mode(model)
     train_rows, test_rows = (
         Rows(model, cache_features(
             model, images, transform, Path(config.cache_features), BATCH_SIZE, config.workers), device)

@@ -9,10 +9,19 @@ from PIL import Image
 from torch import nn
 
 from ..catalog import CATALOG, TAG
-from ..data.images import mode_of, read_image
-from ..models.attach import input_size_of, name_of
+from ..data.images import read_image
+from ..models.attach import name_of
 from .attention import attention_maps
-from .predict import DEFAULT_MODEL, SAMPLES, load_model, load_twin, logits_of, probabilities, short_names
+from .predict import (
+    DEFAULT_MODEL,
+    SAMPLES,
+    image_mode,
+    load_model,
+    load_twin,
+    logits_of,
+    probabilities,
+    short_names,
+)
 from .visualize import as_model_sees, grad_cam, overlay
 
 SHOWN = 256  # pixels of the shorter side of a picture, at least
@@ -160,7 +169,7 @@ def look_for(pair: Pair, image: Image.Image, index: int) -> List[Tuple[Image.Ima
 
 
 def _read(pair: Pair, image: str) -> Image.Image:
-    return read_image(image, 'The image', mode_of(input_size_of(pair.model)[0]))
+    return read_image(image, 'The image', image_mode(pair.model))
 
 
 def _look(pair: Pair, image: Image.Image, index: int) -> Tuple[Any, str]:

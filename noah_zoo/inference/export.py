@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..data.images import mode_of, read_image
-from ..models.attach import data_config_of, eval_transform, input_size_of, name_of
-from .predict import label_names
+from ..data.images import read_image
+from ..models.attach import data_config_of, eval_transform, name_of
+from .predict import image_mode, label_names
 
 _logger = logging.getLogger(__name__)
 
@@ -167,7 +167,7 @@ class _Calibration:
     """Images one by one, as onnxruntime's CalibrationDataReader gives them; a fixed batch is filled with one."""
 
     def __init__(self, images: Sequence[str], model: 'ExportedModel') -> None:
-        self.images, self.transform, self.mode = iter(images), eval_transform(model), mode_of(input_size_of(model)[0])
+        self.images, self.transform, self.mode = iter(images), eval_transform(model), image_mode(model)
         self.batch_size = model.batch_size or 1
 
     def get_next(self) -> Optional[Dict[str, np.ndarray]]:

@@ -17,7 +17,7 @@ from ..catalog import CATALOG, SHIPPED, TAG, TWINS
 from ..data.folder import find_image_files
 from ..data.images import DamagedImageError, mode_of, read_image
 from ..data.loader import on_device, outlive_sigterm
-from ..models.attach import data_config_of, eval_transform, is_convolutional
+from ..models.attach import data_config_of, eval_transform, input_size_of, is_convolutional
 from ..text import near
 from ..weights import WeightsError
 from ..weights.drive import fetch_released
@@ -128,6 +128,11 @@ def probabilities(model: nn.Module, logits_BK: Tensor) -> Tensor:
     return logits_BK.float().sigmoid() if multilabel else logits_BK.float().softmax(dim=-1)
 
 
+def image_mode(model: nn.Module) -> str:
+    """The mode in which images are read for a model. Errors as `mode_of`."""
+    return mode_of(input_size_of(model)[0])
+
+
 def has_bf16(device: torch.device) -> bool:
     """Whether a device is a GPU that computes in bfloat16."""
     return device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -168,8 +173,8 @@ class ImageFiles(Dataset):
     """
 
     def __init__(self, paths: Sequence[str], model: nn.Module) -> None:
-        self.size = tuple(data_config_of(model)['input_size'])
-        self.paths, self.mode, self.transform = paths, mode_of(self.size[0]), eval_transform(model, normalize=False)
+        self.size, self.mode = input_size_of(model), image_mode(model)
+        self.paths, self.transform = paths, eval_transform(model, normalize=False)
 
     def __len__(self) -> int:
         return len(self.paths)

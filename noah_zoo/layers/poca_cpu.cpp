@@ -357,7 +357,7 @@ template <int V>
 void backward(const Call &call, float *buffer, float *packed_grads) {
     constexpr int PANEL = V * LANES;
     ptrdiff_t depth = call.key_depth + call.value_depth, panels = panels_of<V>(call), near = near_images(call);
-    ptrdiff_t rows = depth + 1, size = panels * rows * PANEL;  // packed gradients of a panel, the bias last, and a group
+    ptrdiff_t rows = depth + 1, size = panels * rows * PANEL;  // packed, of a panel, the bias last, and of a group
     float *scores = buffer + depth * PANEL, *values = scores + call.length * PANEL;
     float *grad = values + call.length * PANEL, *transposed = grad + PANEL;
     ptrdiff_t dx_channel = call.channels_first ? call.length : 1;
@@ -417,17 +417,17 @@ template <int V>
 int run(const Call &call) {
     constexpr int PANEL = V * LANES;
     ptrdiff_t depth = call.key_depth + call.value_depth;
-    ptrdiff_t floats = (depth + 3 * call.length + 2 * LANES + 1) * PANEL;
+    ptrdiff_t floats = ((depth + 3 * call.length + 2 * LANES + 1) * PANEL + 15) / 16 * 16;  // of a thread, aligned
     float *packed_grads = nullptr;
     if (call.grad) {
         packed_grads = allocate(call.chunks * call.groups * panels_of<V>(call) * (depth + 1) * PANEL);
         if (!packed_grads) return -1;
     }
-    float *buffers = allocate(call.threads * ((floats + 15) / 16 * 16));
+    float *buffers = allocate(call.threads * floats);
     if (buffers) {
 #pragma omp parallel num_threads(call.threads)
         {
-            float *buffer = buffers + omp_get_thread_num() * ((floats + 15) / 16 * 16);
+            float *buffer = buffers + omp_get_thread_num() * floats;
             if (call.grad)
                 backward<V>(call, buffer, packed_grads);
             else

@@ -56,7 +56,7 @@ class RunFolder:
                 of another model or optimizer.
         """
         args, summary, now = self.path / 'args.yaml', self.path / 'summary.json', _plain(config)
-        source = None if config.resume in (None, 'auto') else run_of(config.resume)
+        source = run_of(config.resume)
         if source and (source / 'args.yaml').exists():
             _refuse_changes(f'{config.resume} does not go with', _settings(source / 'args.yaml', config), {
                 name: now[name] for name in OF_CHECKPOINT})
@@ -83,7 +83,7 @@ class RunFolder:
     def check_classes(self, class_names: Sequence[str], resume: Optional[str]) -> None:
         """Raise ValueError, with their names, if the run that `resume` goes on with had other classes, or in another
         order."""
-        run = self.path if resume in (None, 'auto') else run_of(resume)
+        run = run_of(resume) or self.path
         kept, saved = run / 'classes.json', run / 'best' / 'config.json'  # the other was kept before the one was
         if not resume or not (run / 'args.yaml').exists() or not (kept.exists() or saved.exists()):
             return
@@ -115,7 +115,7 @@ class RunFolder:
         write(self.path / 'classes.json', json.dumps(list(class_names), indent=0) + '\n')
         if config.skip_damaged:
             write(self.path / 'damaged.json', json.dumps(damaged, indent=2) + '\n')
-        log = self.log if config.resume in (None, 'auto') else run_of(config.resume) / self.log.name
+        log = (run_of(config.resume) or self.path) / self.log.name
         if log.exists():
             lines = log.read_text(encoding='utf-8').splitlines(keepends=True)
             write(self.log, ''.join(
@@ -165,16 +165,18 @@ class RunFolder:
         write(self.path / 'summary.json', json.dumps(_finite(summary), indent=2, allow_nan=False) + '\n')
 
 
-def run_of(checkpoint: str) -> Path:
-    """The folder of the run that a checkpoint is of.
+def run_of(resume: Optional[str]) -> Optional[Path]:
+    """The folder of the run whose checkpoint `resume` is; None if it names none.
 
     Raises:
-        FileNotFoundError: If it is none.
+        FileNotFoundError: If what it names is no checkpoint.
     """
-    path = Path(checkpoint).resolve()
+    if resume in (None, 'auto'):
+        return None
+    path = Path(resume).resolve()
     if not (path / 'custom_checkpoint_0.pkl').is_file():
         raise FileNotFoundError(
-            f"--resume {checkpoint}: no checkpoint; accepted are 'auto' and a folder RUN/checkpoints/{PREFIX}N")
+            f"--resume {resume}: no checkpoint; accepted are 'auto' and a folder RUN/checkpoints/{PREFIX}N")
     return path.parent.parent
 
 

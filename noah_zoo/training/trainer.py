@@ -181,6 +181,7 @@ class Trainer:
         self.loss = math.nan  # the last that was read
         waits = config.skip_nonfinite or accelerator.device.type == 'cpu'
         self.read_every = 1 if waits else max(READ_EVERY // plan.accumulation, 1)
+        # of the scheduler `resume` reads nothing; checkpoints have it, so that those of before can be read
         accelerator.register_for_checkpointing(*filter(None, (self.progress, self.scheduler, self.ema)))
         self.erasing = create_erasing(config, accelerator.device)
         self.mixup = Mixup(

@@ -8,10 +8,9 @@ from torch.utils.data import IterableDataset
 
 from ..catalog import TAG, paper_results
 from ..data.factory import create_dataset
-from ..data.images import mode_of
 from ..data.loader import EvalBatchSampler, create_loader, on_device
 from ..inference.export import SUFFIXES, ExportedModel
-from ..inference.predict import check_model
+from ..inference.predict import check_model, image_mode
 from ..models.attach import data_config_of, eval_transform, set_image_size
 from ..tasks import find_task
 from .trainer import evaluate
@@ -72,7 +71,7 @@ def validate(
         set_image_size(net, img_size)
     images = judge.match(model, net, images)
     stream = isinstance(images, IterableDataset)
-    images.input_img_mode = mode_of(data_config_of(net)['input_size'][0])
+    images.input_img_mode = image_mode(net)
     transform = eval_transform(net, img_size, normalize=False)
     sampler = None if stream else EvalBatchSampler(
         len(images), batch_size, accelerator.num_processes, accelerator.process_index)

@@ -49,16 +49,22 @@ def check(x, args, tolerance=2e-6):
         assert_close([attended(x, args)], [poca_reference(x.double(), *as_double(args))], tolerance)
 
 
-@needs_kernel
-@pytest.mark.parametrize('split_groups, split_kv', SPLITS)
-def test_values_of_any_size(split_groups, split_kv):
+def of_any_size(split_groups, split_kv):
+    """Features and arguments of `poca`."""
     # Maps of a group: part of a panel, one, more. Channels: a multiple of 8 and not; more than a step of 128.
     torch.manual_seed(0)
     for classes, channels, side in itertools.product((1, 5, 16, 33), (8, 72, 600), ((1, 1), (2, 2), (1, 7), (7, 7))):
         args = make(channels, classes, 4, 1 / 2, split_groups, split_kv, dtype=torch.float32)
         for at in (0, 2):
             args[at].data.mul_(args[at].shape[1] ** -0.5)
-        check(torch.randn(3, channels, *side), args)
+        yield torch.randn(3, channels, *side), args
+
+
+@needs_kernel
+@pytest.mark.parametrize('split_groups, split_kv', SPLITS)
+def test_values_of_any_size(split_groups, split_kv):
+    for x, args in of_any_size(split_groups, split_kv):
+        check(x, args)
     for length in range(1, 40):  # every division of the positions into rows
         check(torch.randn(2, 600, 1, length), args)
 
@@ -149,12 +155,7 @@ def check_gradients(x, args, tolerance=1e-5):
 @needs_kernel
 @pytest.mark.parametrize('split_groups, split_kv', SPLITS)
 def test_gradients_of_any_size(split_groups, split_kv):
-    torch.manual_seed(0)
-    for classes, channels, side in itertools.product((1, 5, 16, 33), (8, 72, 600), ((1, 1), (2, 2), (1, 7), (7, 7))):
-        args = make(channels, classes, 4, 1 / 2, split_groups, split_kv, dtype=torch.float32)
-        for at in (0, 2):
-            args[at].data.mul_(args[at].shape[1] ** -0.5)
-        x = torch.randn(3, channels, *side)
+    for x, args in of_any_size(split_groups, split_kv):
         check_gradients(x, args)
         check_gradients(x.contiguous(memory_format=torch.channels_last), args)
     for length in range(2, 40):  # every division of the positions into rows and columns
