@@ -2,7 +2,7 @@
 
 `poca_reference` is the formula. `poca` computes the same in blocks, so that neither pass ever holds the N * K * L maps,
 and backward computes the blocks again: nothing is kept for it but inputs and weights. On CUDA a Triton kernel does it
-(`poca_triton.py`), and keeps two numbers per map; on x86 processors `poca_cpu.cpp` does. What that rests on:
+(`poca_triton.py`), and keeps two numbers per map; on most CPUs `poca_cpu.cpp` does. What that rests on:
 
 - The attention sums to 1 over positions. So the bias of the value leaves the sum, and that of the key cancels.
 - Per block, `out = sum_l exp(s) v / sum_l exp(s)`. The shift by the maximum is left out as long as the sums show that
@@ -99,7 +99,9 @@ def _poca(
         value_bias: Optional[Tensor], num_groups: int, conv_groups: int, drop_rate: float) -> Tensor:
     device, dtype = x_BCHW.device.type, x_BCHW.dtype
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        x_BCHW, dtype = x_BCHW.to(torch.get_autocast_dtype(device)), torch.float32
+        dtype = torch.float32
+        if device != 'cpu':  # where it is computed in float32 in any case
+            x_BCHW = x_BCHW.to(torch.get_autocast_dtype(device))
     elif not x_BCHW.dtype == key_weight.dtype == value_weight.dtype:
         raise RuntimeError(
             f'poca: features of {x_BCHW.dtype}, weights of {key_weight.dtype} and {value_weight.dtype}; expected one '
@@ -155,7 +157,7 @@ def _forward(
             out_GBM[block.groups, block.images, block.maps] = sums_GBM.div_(block.total_GBM)
     torch.sum(out_BM.unflatten(1, (num_groups, -1)), dim=1, out=out_BK)
     if value_bias is not None and seed is None:
-        out_BK += value_bias.view(num_groups, -1).sum(dim=0)
+        out_BK += value_bias.view(num_groups, -1).sum(dim=0, dtype=out_BK.dtype)
     return out_BK, stats_2BM, rows_BCHW
 
 

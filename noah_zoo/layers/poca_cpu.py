@@ -1,8 +1,9 @@
-"""`poca` and its gradients on x86 processors, compiled from poca_cpu.cpp when the package is installed."""
+"""`poca` and its gradients on processors with AVX-512, AVX2 or NEON, from poca_cpu.cpp, compiled at installation."""
 import ctypes
 import functools
 import importlib.util
 import logging
+import platform
 from typing import Callable, List, Optional, Tuple
 
 import torch
@@ -13,7 +14,7 @@ _logger = logging.getLogger(__name__)
 FLOP_PER_THREAD = 2e7  # a fraction of a millisecond; less is not worth starting a thread for
 TASKS = 16  # of backward, at least, if there are as many images
 COPIES_BYTES = 2 ** 26  # of the gradients of kernels that backward holds: a chunk of the images has its own
-LANES = 8  # maps that are computed at once
+DTYPES = torch.float32, torch.bfloat16, torch.float16  # the latter two are converted when they are read
 
 
 class _Call(ctypes.Structure):
@@ -29,29 +30,43 @@ class _Call(ctypes.Structure):
         ('drop_rate', ctypes.c_float)]
 
 
+def kind() -> Optional[str]:
+    """What of this processor is used, 'avx512', 'avx2' or 'neon', or None if it has none of them; as PyTorch finds it,
+    so that the environment's ATEN_CPU_CAPABILITY chooses here, too."""
+    if platform.machine().lower() in ('arm64', 'aarch64'):
+        return 'neon'
+    capability = torch.backends.cpu.get_cpu_capability().lower()
+    return capability if capability in ('avx512', 'avx2') else None
+
+
+def lanes() -> int:
+    """Maps that are computed at once."""
+    return {'avx512': 16, 'avx2': 8, 'neon': 4}[kind()]
+
+
 @functools.cache
 def compiled() -> Optional[Callable]:
     """The compiled function, where it was built and this processor can run it."""
     spec = importlib.util.find_spec('noah_zoo.layers._poca_cpu')
-    if spec is None or torch.backends.cpu.get_cpu_capability() not in ('AVX2', 'AVX512'):
+    if spec is None or kind() is None:
         return None
     try:
         library = ctypes.CDLL(spec.origin)
         if ctypes.c_size_t.in_dll(library, 'poca_call_size').value == ctypes.sizeof(_Call):
-            return library.poca_run
+            return getattr(library, f'poca_run_{kind()}')
     except OSError:  # no OpenMP library
         return None
-    except ValueError:  # has no such name
+    except (ValueError, AttributeError):  # has no such name
         pass
     _logger.warning('%s was compiled for another version, and is not used; install the package again', spec.origin)
     return None
 
 
 def supports(x_BLC: Tensor, key_weight: Tensor, value_weight: Tensor, conv_groups: int) -> bool:
-    """Whether `forward` does it, without dropout: float32 that fits, on a processor that it was compiled for."""
+    """Whether `forward` does it, without dropout: of `DTYPES`, and fits, on a processor that it was compiled for."""
     tensors, maps = (x_BLC, key_weight, value_weight), len(key_weight)
     return (
-        all(t.device.type == 'cpu' and t.dtype == torch.float32 and t.numel() for t in tensors)
+        all(t.device.type == 'cpu' and t.dtype in DTYPES and t.numel() for t in tensors)
         and maps == len(value_weight) and maps % conv_groups == 0
         and conv_groups * max(key_weight.shape[1], value_weight.shape[1]) <= x_BLC.shape[2]
         and compiled() is not None)
@@ -68,13 +83,15 @@ def supports_training(x_BLC: Tensor, key_weight: Tensor, value_weight: Tensor, c
 def forward(
         x_BLC: Tensor, key_weight: Tensor, value_weight: Tensor, conv_groups: int,
         value_bias: Optional[Tensor] = None, drop_rate: float = 0., seed: Optional[Tensor] = None) -> Tensor:
-    """Attended values of every map, (B, M), where `supports` says so; without bias, but for that of dropped values.
+    """Attended values of every map, float32 (B, M), where `supports` says so; without bias, but for that of dropped
+    values.
 
     Raises:
         MemoryError: If there is no memory for the buffers of its threads.
     """
-    out_BM, weights = x_BLC.new_empty(len(x_BLC), len(key_weight)), _kernels(key_weight, value_weight)
-    value_bias = None if value_bias is None else value_bias.to(x_BLC.dtype).contiguous()
+    x_BLC, weights = x_BLC.float(), _kernels(key_weight, value_weight)
+    out_BM = x_BLC.new_empty(len(x_BLC), len(key_weight))
+    value_bias = None if value_bias is None else value_bias.float().contiguous()
     _run(_call(x_BLC, *weights, conv_groups, drop_rate, seed), 1, out=out_BM, value_bias=value_bias)
     return out_BM
 
@@ -90,8 +107,8 @@ def backward(
     Raises:
         MemoryError: If there is no memory for the buffers of its threads.
     """
-    weights = _kernels(key_weight, value_weight)
-    bias = None if value_bias is None else value_bias.to(x_BLC.dtype).contiguous()
+    dtype, x_BLC, weights = x_BLC.dtype, x_BLC.float(), _kernels(key_weight, value_weight)
+    bias = None if value_bias is None else value_bias.float().contiguous()
     call = _call(x_BLC, *weights, conv_groups, drop_rate, seed)
     (batch, length, channels), maps, widths = x_BLC.shape, len(key_weight), [weight.shape[1] for weight in weights]
     last_key, first_value = conv_groups * widths[0], channels - conv_groups * widths[1]
@@ -101,24 +118,30 @@ def backward(
         new = x_BLC.new_empty if first_value in (last_key, last_key - channels) else x_BLC.new_zeros
         dx_BLC = new(batch, channels, length).mT if channels_first else new(batch, length, channels)
     if need_weights:
-        dkey_weight, dvalue_weight = (weight.new_empty(weight.shape) for weight in (key_weight, value_weight))
+        dkey_weight, dvalue_weight = map(torch.empty_like, weights)
         dvalue_bias = None if bias is None else torch.empty_like(bias)
     copy = 4 * _padded(maps, conv_groups) * (sum(widths) + 1)
     call.chunks = min(-(-TASKS // conv_groups), batch, max(COPIES_BYTES // copy, 1))
     call.channels_first, call.value_adds = channels_first, first_value < last_key
     _run(
-        call, 1 + need_x + need_weights, grad=grad_BM.contiguous(), dx=dx_BLC, dkey_weight=dkey_weight,
+        call, 1 + need_x + need_weights, grad=grad_BM.float().contiguous(), dx=dx_BLC, dkey_weight=dkey_weight,
         dvalue_weight=dvalue_weight, value_bias=bias, dvalue_bias=dvalue_bias)
-    return dx_BLC, dkey_weight, dvalue_weight, None if dvalue_bias is None else dvalue_bias.to(value_bias.dtype)
+    if need_weights:
+        dkey_weight, dvalue_weight = (
+            grad.view(weight.shape).to(weight.dtype)
+            for grad, weight in ((dkey_weight, key_weight), (dvalue_weight, value_weight)))
+    return (
+        None if dx_BLC is None else dx_BLC.to(dtype), dkey_weight, dvalue_weight,
+        None if dvalue_bias is None else dvalue_bias.to(value_bias.dtype))
 
 
 def _kernels(*weights: Tensor) -> List[Tensor]:
-    return [weight.flatten(1).contiguous() for weight in weights]
+    return [weight.flatten(1).float().contiguous() for weight in weights]
 
 
 def _padded(maps: int, conv_groups: int) -> int:
     """Maps as they are computed: groups are padded to whole vectors."""
-    return -(-maps // conv_groups // LANES) * LANES * conv_groups
+    return -(-maps // conv_groups // lanes()) * lanes() * conv_groups
 
 
 def _call(

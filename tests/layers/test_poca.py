@@ -79,8 +79,7 @@ def test_autocast():
     with torch.autocast('cpu', dtype=torch.bfloat16):
         ours = grads(poca, x, args, weight)
     assert {t.dtype for t in ours} == {torch.float32}
-    assert_close(ours, expected, 0.05)
-    assert not torch.equal(ours[0], expected[0])
+    assert all(map(torch.equal, ours, expected))  # on a CPU nothing is rounded
 
 
 @pytest.mark.parametrize('split_groups, split_kv', SPLITS)

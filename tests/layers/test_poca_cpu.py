@@ -1,8 +1,9 @@
-"""What is compiled for x86 processors against the formula in float64; what it leaves to the blocks."""
+"""What is compiled for CPUs against the formula in float64; what it leaves to the blocks."""
 import contextlib
 import itertools
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import zipfile
@@ -309,10 +310,100 @@ def test_what_it_leaves_to_the_blocks():
     x = torch.randn(2, 9, 24)
     assert poca_cpu.supports(x, key, value, conv_groups)
     for given in (
-            (x.double(), key.double(), value.double()), (x.bfloat16(), key.bfloat16(), value.bfloat16()), (x[:0],),
-            (x[..., :8],), (x, key[:18], value[:18]), (x, key[:16])):
+            (x.double(), key.double(), value.double()), (x[:0],), (x[..., :8],), (x, key[:18], value[:18]),
+            (x, key[:16])):
         tensors = *given, *(key, value)[len(given) - 1:]
         assert not poca_cpu.supports(*tensors, conv_groups)
+
+
+@needs_kernel
+@pytest.mark.parametrize('drop_rate', [0., 0.3])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(dtype, drop_rate):
+    # As with numbers of that type that are float32; under autocast, only the features can be of it.
+    torch.manual_seed(0)
+    args = [a.detach().to(dtype) if torch.is_tensor(a) else a for a in make(24, 5, dtype=torch.float32)]
+    x = torch.randn(3, 24, 4, 4).to(dtype)
+    results = []
+    for change, autocast in ((lambda t: t, False), (lambda t: t.float(), False), (lambda t: t.float(), True)):
+        leaves = [change(t).detach().requires_grad_() for t in (x, *args[:4])]
+        if autocast:
+            leaves[0] = x.clone().requires_grad_()
+        torch.manual_seed(1)
+        with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+            logits = poca(*leaves, *args[4:], drop_rate, True)
+        assert logits.dtype == (dtype if change(x).dtype == dtype and not autocast else torch.float32)
+        logits.float().square().sum().backward()
+        assert all(leaf.grad.dtype == leaf.dtype for leaf in leaves)
+        results.append([logits.detach(), *(leaf.grad for leaf in leaves)])
+    half, exact, mixed = results
+    assert torch.equal(half[0], exact[0].to(dtype)) and torch.equal(mixed[0], exact[0])
+    tolerance = 2 * torch.finfo(dtype).eps
+    assert_close(half[1:], exact[1:], tolerance)
+    assert_close(mixed[1:], exact[1:], tolerance)
+
+
+LOWERED = {  # what needs AVX-512, by what needs AVX2
+    'avx512f,avx512bw,avx512dq,avx512vl,fma': 'avx2,fma', 'LARGER _mm512_max_ps': 'LARGER(a, b) (a > b ? a : b)',
+    'SMALLER _mm512_min_ps': 'SMALLER(a, b) (a < b ? a : b)'}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind, compiler, flags, emulator, changes', [
+    ('neon', 'aarch64-linux-gnu-g++', ['-static', '-fopenmp'], ['qemu-aarch64'], {}),
+    ('avx2', 'g++', ['-fopenmp', '-fsanitize=address,alignment', '-fno-sanitize-recover'], [], {}),
+    ('avx2', 'clang++', ['-fopenmp'], [], {}),
+    ('avx2', 'clang++', ['-Wno-unknown-pragmas'], [], {}),
+    ('avx512', 'g++', ['-fopenmp', '-fsanitize=address,alignment', '-fno-sanitize-recover'], [], LOWERED)])
+def test_other_processors_and_compilers(kind, compiler, flags, emulator, changes, tmp_path):
+    # NEON under an emulator; the code for AVX-512 with vectors as wide, but of two halves.
+    missing = [name for name in (compiler, *emulator) if shutil.which(name) is None]
+    if missing or 'avx' in kind and not HAS_AVX2:
+        pytest.skip(f'needs {", ".join(missing) or "AVX2"}')
+    for name in ('noah_zoo/layers/poca_cpu.cpp', 'noah_zoo/layers/poca_cpu.h', 'tests/layers/poca_alone.cpp'):
+        text = (ROOT / name).read_text()
+        for before, after in changes.items():
+            assert name != 'noah_zoo/layers/poca_cpu.cpp' or before in text
+            text = text.replace(before, after)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    program = tmp_path / 'alone'
+    subprocess.run(
+        [compiler, '-std=c++17', '-O3', *flags, f'-DRUN=poca_run_{kind}', '-o', program,
+         tmp_path / 'tests/layers/poca_alone.cpp'], check=True, stderr=subprocess.DEVNULL)
+    torch.manual_seed(0)
+    for classes, channels, length in ((1, 8, 1), (5, 72, 4), (16, 72, 7), (33, 600, 49), (70, 40, 30)):
+        for split_groups, split_kv in SPLITS:
+            args = make(channels, classes, 4, 1 / 2, split_groups, split_kv, dtype=torch.float32)
+            for at in (0, 2):
+                args[at].data.mul_(args[at].shape[1] ** -0.5)
+            for channels_first in (False, True):
+                _check_alone([*emulator, program], torch.randn(5, channels, length, 1), args, channels_first)
+
+
+def _check_alone(command, x, args, channels_first, drop_rate=1e-30, seed=3):
+    """Run it on this call, and compare with the formula; so small a rate drops nothing."""
+    key, _, value, bias, num_groups, conv_groups = args
+    (batch, channels, length, _), maps, threads, chunks = x.shape, len(key), 2, 3
+    widths = [key.shape[1], value.shape[1]]
+    numbers = struct.pack(
+        '=11qQd', batch, length, channels, conv_groups, maps // conv_groups, *widths, threads, channels_first,
+        channels - conv_groups * widths[1] < conv_groups * widths[0], chunks, seed, drop_rate)
+    grad, x_BLC = torch.randn(batch, maps), x.flatten(2).mT
+    stored = [x_BLC.mT if channels_first else x_BLC, key, value, bias, grad]
+    folder = Path(command[-1]).parent
+    (folder / 'in').write_bytes(numbers + b''.join(t.detach().contiguous().numpy().tobytes() for t in stored))
+    subprocess.run([*command, folder / 'in', folder / 'out'], check=True)
+    found = torch.frombuffer(bytearray((folder / 'out').read_bytes()), dtype=torch.float32)
+    leaves = as_double((x_BLC, key, value, bias))
+    out_BM = poca_reference(leaves[0].mT.unsqueeze(3), leaves[1], None, *leaves[2:], 1, conv_groups)
+    expected = [out_BM, *torch.autograd.grad(out_BM, leaves, grad.double())]
+    out, dx, *others = (
+        part.view(e.shape) for part, e in zip(found.split([e.numel() for e in expected]), expected))
+    dx = dx.reshape(batch, channels, length).mT if channels_first else dx
+    if length == 1:  # the attention is 1, whatever the key
+        others, expected = others[1:], [*expected[:2], *expected[3:]]
+    assert_close([out, dx, *others], expected, 1e-5)
 
 
 @needs_kernel
@@ -376,4 +467,4 @@ def test_wheel(compiler, tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert any(name.startswith('noah_zoo/layers/_poca_cpu.') for name in names) == (compiler == 'g++' and HAS_AVX2)
     inside = {name for name in names if name.startswith('noah_zoo/') and '_poca_cpu.' not in name}
-    assert inside == {name for name in tracked if name.startswith('noah_zoo/') and not name.endswith('.cpp')}
+    assert inside == {name for name in tracked if name.startswith('noah_zoo/') and not name.endswith(('.cpp', '.h'))}
