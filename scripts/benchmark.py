@@ -9,6 +9,8 @@ and the accuracy of heads on the features of a frozen model.
 
 head      the head alone, four shapes and other numbers of classes: NOAH, its plain form, that under torch.compile (cuda
           only), pooling and linear, ML-Decoder, CSRA
+classes   the head alone for 2 to 1,000 classes, five shapes: forward, a training step on cached features, and one with
+          the features' gradient; NOAH, its plain form, pooling and linear
 pairs     images/s of the pairs of Table XVII, and the share of speed that is kept, beside the paper's
 train_pairs
           images/s of a whole training step, NOAH and vanilla, channels last, and the share of speed that is kept
@@ -31,15 +33,15 @@ def parse_args():
         prog='benchmark.py', description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
     add = parser.add_argument
-    add('what', nargs='+', metavar='WHAT', help='head, pairs, train_pairs, training, growth, probe')
+    add('what', nargs='+', metavar='WHAT', help='head, classes, pairs, train_pairs, training, growth, probe')
     add('--device', metavar='NAME', help='cpu (default) or cuda')
     add('--threads', type=int, metavar='N', help='CPU threads (1)')
     add('--output', metavar='DIR', help='folder of the results (results/benchmark)')
     add('--repeats', type=int, metavar='N', help='samples of every candidate, taken in turn (21)')
     add('-b', '--batch-size', type=int, nargs='+', metavar='N', dest='batch_sizes',
-        help='head: 1 16, on a GPU 1 200, training steps at the largest; pairs: 1, on a GPU 200; '
+        help='head: 1 16, on a GPU 1 200, training steps at the largest; classes: 32; pairs: 1, on a GPU 200; '
              'train_pairs: 8, on a GPU 128; training: 64; growth: 16')
-    add('--num-classes', type=int, nargs='+', metavar='N', help='of training (1000 21843)')
+    add('--num-classes', type=int, nargs='+', metavar='N', help='of classes (2 10 100 1000) and training (1000 21843)')
     add('--models', nargs='+', metavar='NAME', help='of pairs (all 25) and train_pairs (resnet18_noah)')
     add('--dtype', metavar='NAME', help='float32 (default), or autocast to bfloat16 or float16')
     add('--busy', type=int, metavar='N', help='other processes that take what they get of the processor meanwhile (0)')

@@ -23,7 +23,8 @@ PLAIN_MAPS = {False: 5, True: 8}  # maps (B, N, K, L) that the plain form may ho
 
 @dataclass(frozen=True)
 class Case:
-    """What a head is given: sizes, the layout of the features, and whether a step has a backward pass."""
+    """What a head is given: sizes, the layout of the features, whether a step has a backward pass, and whether that
+    leaves out the features, as they are kept from a backbone that does not change."""
     in_features: int
     num_groups: int
     key_ratio: float
@@ -32,6 +33,7 @@ class Case:
     num_classes: int = 1000
     batch_size: int = 16
     training: bool = False
+    cached: bool = False
 
     def features(self, device: str, dtype: torch.dtype) -> Tensor:
         """Random features as a backbone delivers them, contiguous in the order of `input_fmt`; a map is square."""
@@ -64,6 +66,7 @@ HEADS: Dict[str, Callable[[Case], nn.Module]] = {  # all without dropout
 }
 CNN = Case(2048, 4, 1 / 8, 49)
 SHAPES = (Case(1280, 8, 1 / 4, 49), CNN, Case(192, 4, 1 / 2, 196, 'NLC'), Case(768, 4, 1 / 2, 196, 'NLC'))
+CLASSES = (2, 10, 100, 1000)
 GROWTH_K, GROWTH_L = (100, 1000, 5089, 10000, 21843), (49, 196, 576, 1024)
 
 
@@ -71,7 +74,7 @@ def head_parts(head: str, case: Case, device: str, dtype: torch.dtype) -> Tuple[
     """A head, features, and the autocast context (none for float32) in which the one reads the other."""
     torch.manual_seed(0)
     module = HEADS[head](case).to(device).train(case.training)
-    x = case.features(device, dtype).requires_grad_(case.training)
+    x = case.features(device, dtype).requires_grad_(case.training and not case.cached)
     return module, x, functools.partial(torch.autocast, device, dtype, enabled=dtype != torch.float32)
 
 
@@ -169,6 +172,17 @@ def head_cases(run: Run) -> List[Case]:
     return cases + [
         replace(CNN, num_classes=k, batch_size=size, training=training)
         for training in (False, True) for k in num_classes]
+
+
+def measure_classes(run: Run) -> List[report.Row]:
+    """From few classes to many: a forward pass, a training step on cached features, and one with their gradient."""
+    batch_sizes, shapes = run.batch_sizes or ((2,) if run.quick else (32,)), (Case(512, 4, 1 / 2, 49), *SHAPES)
+    cases = [
+        replace(shape, num_classes=k, batch_size=size, training=training, cached=cached)
+        for size in batch_sizes for training, cached in ((False, False), (True, True), (True, False))
+        for shape in (shapes[3:4] if run.quick else shapes)
+        for k in run.num_classes or (CLASSES[:2] if run.quick else CLASSES)]
+    return measure_heads(run, cases, ['noah', 'plain', 'linear'], memory=False)
 
 
 def measure_training(run: Run) -> List[report.Row]:

@@ -1,5 +1,6 @@
 """Rows of the benchmark as Markdown tables and as figures."""
 import itertools
+import math
 import statistics
 from typing import Any, Dict, List, Sequence
 
@@ -19,6 +20,7 @@ PLAIN_FORMS = ('plain', 'compiled')  # that the others are as many times as fast
 MARKERS = dict(zip(('linear', 'noah', 'csra', 'simpool', 'efficient_probing', 'ml_decoder', 'latent'), 'osD^vPX'))
 QUARTILES = ('q1', 'median', 'q3')
 STEPS = {False: 'forward', True: 'forward + backward'}
+CACHED = ', cached features'
 PAIR_HEADER = ['model', 'batch', 'NOAH, images/s', 'vanilla, images/s', 'speed kept, %']
 FIGURES = {  # of a row: its name, unit, and what to multiply by
     'seconds': ('time', 'ms', 1e3), 'peak_bytes': ('peak memory', 'MiB', 2**-20),
@@ -41,11 +43,41 @@ def table_head(rows: Sequence[Row]) -> str:
             f'Plain / NOAH, geometric mean over the shapes at K=1,000: {means}.')
 
 
-def mean_ratios(rows: Sequence[Row]) -> Dict[str, float]:
-    """Plain / NOAH, the geometric mean over the shapes at K = 1000, for every batch size and kind of step."""
+def table_classes(rows: Sequence[Row]) -> str:
+    """A line per step and shape, a column per number of classes: plain / NOAH, and NOAH's images/s; and what of the
+    former is least, and its geometric mean at the most classes."""
+    noah = [row for row in rows if row['head'] == 'noah']
+    sizes = list(dict.fromkeys(row['case']['num_classes'] for row in noah))
+    lines: Dict[tuple, List[str]] = {}
+    for row in noah:
+        case = row['case']
+        line = lines.setdefault((_step(case), _features(case).replace('\n', ', '), case['input_fmt']), [])
+        line.append(f'{_faster(row, "plain")} ({_number(case["batch_size"] / row["seconds"]["median"])})')
+    header = ['step', 'features', 'layout', *(f'K={k:,}' for k in sizes)]
+    least, means = least_ratios(rows), mean_ratios(rows, max(sizes))
+    return '\n\n'.join([
+        table(header, [[*key, *line] for key, line in lines.items()]),
+        "Plain / NOAH, and NOAH's images/s in brackets. The least: "
+        + '; '.join(f'{step}: {value:.2f}' for step, value in least.items())
+        + f'. Geometric mean over the shapes at K={max(sizes):,}: '
+        + '; '.join(f'{step}: {value:.2f}' for step, value in means.items()) + '.'])
+
+
+def least_ratios(rows: Sequence[Row]) -> Dict[str, float]:
+    """Plain / NOAH, the least over shapes and numbers of classes, for every batch size and kind of step."""
+    ratios: Dict[str, float] = {}
+    for row in rows:
+        if row['head'] == 'noah' and 'plain_by_this' in row:
+            step = _step(row['case'])
+            ratios[step] = min(ratios.get(step, math.inf), row['plain_by_this']['median'])
+    return ratios
+
+
+def mean_ratios(rows: Sequence[Row], num_classes: int = 1000) -> Dict[str, float]:
+    """Plain / NOAH, the geometric mean over the shapes at so many classes, for every batch size and kind of step."""
     ratios = {}
     for row in rows:
-        if row['head'] == 'noah' and row['case']['num_classes'] == 1000 and 'plain_by_this' in row:
+        if row['head'] == 'noah' and row['case']['num_classes'] == num_classes and 'plain_by_this' in row:
             ratios.setdefault(_step(row['case']), []).append(row['plain_by_this']['median'])
     return {step: statistics.geometric_mean(values) for step, values in ratios.items()}
 
@@ -109,6 +141,25 @@ def draw_head(rows: Sequence[Row]) -> Figure:
         chosen = [row for row in rows if _step(row['case']) == step]
         _side_by_side(axes, chosen, 'seconds', [_shape(group[0]['case']) for group in by_case(chosen)])
         axes.set_title(step)
+    return _with_legend(figure, axes)
+
+
+def draw_classes(rows: Sequence[Row]) -> Figure:
+    """A panel per batch size and kind of step, plain / NOAH over the number of classes, a line per shape."""
+    steps = list(dict.fromkeys(_step(row['case']) for row in rows))
+    figure = Figure(figsize=(15, 0.6 + 4.2 * -(-len(steps) // 3)), layout='constrained')
+    for place, step in enumerate(steps, 1):
+        axes = figure.add_subplot(-(-len(steps) // 3), min(len(steps), 3), place)
+        chosen = [
+            row for row in rows if _step(row['case']) == step and row['head'] == 'noah' and 'plain_by_this' in row]
+        for shape in dict.fromkeys(_features(row['case']) for row in chosen):
+            drawn = [row for row in chosen if _features(row['case']) == shape]
+            q1, median, q3 = (np.array([row['plain_by_this'][name] for row in drawn]) for name in QUARTILES)
+            classes = [row['case']['num_classes'] for row in drawn]
+            axes.errorbar(classes, median, [median - q1, q3 - median], fmt='o-', capsize=2, markersize=5, label=shape)
+        axes.axhline(1, color='black', linewidth=0.8)
+        axes.set(xscale='log', yscale='log', xlabel='number of classes', ylabel='plain / NOAH', title=step)
+        axes.grid(alpha=0.3, which='both')
     return _with_legend(figure, axes)
 
 
@@ -247,7 +298,7 @@ def _label(row: Row) -> str:
 
 
 def _step(case: Dict[str, Any]) -> str:
-    return f'batch {case["batch_size"]}, {STEPS[case["training"]]}'
+    return f'batch {case["batch_size"]}, {STEPS[case["training"]]}{CACHED * case.get("cached", False)}'
 
 
 def _plain_forms(rows: Sequence[Row]) -> List[str]:
@@ -264,8 +315,12 @@ def _classes(case: Dict[str, Any]) -> str:
 
 
 def _shape(case: Dict[str, Any]) -> str:
+    return f'{_features(case)}\n{_classes(case)}'
+
+
+def _features(case: Dict[str, Any]) -> str:
     r = 1 / case['key_ratio']
-    return f'C={case["in_features"]}, L={case["positions"]}\nN={case["num_groups"]}, r=1/{r:.0f}\n{_classes(case)}'
+    return f'C={case["in_features"]}, L={case["positions"]}\nN={case["num_groups"]}, r=1/{r:.0f}'
 
 
 def _number(value: float) -> str:

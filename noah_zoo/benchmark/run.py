@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 import noah_zoo
 
 from . import report
-from .heads import measure_growth, measure_head, measure_training
+from .heads import measure_classes, measure_growth, measure_head, measure_training
 from .pairs import measure_pairs, measure_train_pairs
 from .probe import ProbeConfig, probe
 from .settings import Run
@@ -46,6 +46,9 @@ class What(NamedTuple):
 
 MEASURES = {
     'head': What(measure_head, report.mean_ratios, report.table_head, report.draw_head),
+    'classes': What(
+        measure_classes, lambda rows: {'least': report.least_ratios(rows), **report.mean_ratios(rows)},
+        report.table_classes, report.draw_classes),
     'pairs': What(measure_pairs, report.mean_losses, report.table_pairs, report.draw_pairs),
     'train_pairs': What(measure_train_pairs, report.mean_loss, report.table_train_pairs, report.draw_pairs),
     'training': What(measure_training, lambda rows: {}, report.table_costs, report.draw_training),
@@ -60,7 +63,7 @@ def benchmark(what: Sequence[str], **settings) -> Iterator[str]:
     """Measure, and write OUTPUT/WHAT-DEVICE-DTYPE.json and .png when all of it is measured.
 
     Args:
-        what: Of `MEASURES`: 'head', 'pairs', 'train_pairs', 'training', 'growth', 'probe'.
+        what: Of `MEASURES`: 'head', 'classes', 'pairs', 'train_pairs', 'training', 'growth', 'probe'.
         **settings: Of `Run`; and of `ProbeConfig`, with 'probe' only.
 
     Yields:

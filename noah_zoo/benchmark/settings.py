@@ -9,7 +9,7 @@ from ..catalog import CATALOG, find_row
 from .measure import MIN_SECONDS
 from .probe import ProbeConfig
 
-WHAT = ('head', 'pairs', 'train_pairs', 'training', 'growth', 'probe')
+WHAT = ('head', 'classes', 'pairs', 'train_pairs', 'training', 'growth', 'probe')
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
 

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import timm
 import torch
@@ -26,6 +27,7 @@ from noah_zoo.benchmark.report import (
     draw_head,
     mean_losses,
     mean_ratios,
+    table_classes,
     table_costs,
     table_head,
     table_pairs,
@@ -391,19 +393,19 @@ def test_means():
 @pytest.fixture(scope='module')
 def quick_run(tmp_path_factory):
     output = tmp_path_factory.mktemp('benchmark') / 'new' / 'folder'
-    command = [*SCRIPT, 'head', 'pairs', 'training', 'growth', '--quick', '--models', 'mobilenetv2_035',
+    command = [*SCRIPT, 'head', 'classes', 'pairs', 'training', 'growth', '--quick', '--models', 'mobilenetv2_035',
                '--output', str(output)]
     return output, subprocess.run(command, capture_output=True, text=True, timeout=600)
 
 
 @pytest.mark.parametrize('what, num_rows', [
-    ('head', (2 * 3 + 2) * 5), ('pairs', 1), ('training', 3), ('growth', 2 * 3 * 2)])
+    ('head', (2 * 3 + 2) * 5), ('classes', 3 * 2 * 3), ('pairs', 1), ('training', 3), ('growth', 2 * 3 * 2)])
 def test_quick_run(quick_run, what, num_rows):
     output, done = quick_run
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in output.iterdir()) == sorted(
         f'{name}-cpu-float32.{suffix}'
-        for name in ('head', 'pairs', 'training', 'growth') for suffix in ('json', 'png'))
+        for name in ('head', 'classes', 'pairs', 'training', 'growth') for suffix in ('json', 'png'))
     result = json.loads((output / f'{what}-cpu-float32.json').read_text())
     assert result['what'] == what and result['threads'] == 1 and result['quick'] and 'scripts/benchmark.py' in (
         result['command']) and result['versions']['torch'] == torch.__version__ and result['hardware']
@@ -420,8 +422,8 @@ def test_quick_run(quick_run, what, num_rows):
             continue
         assert row['seconds']['q1'] <= row['seconds']['median'] <= row['seconds']['q3']
         assert row['case']['input_fmt'] == ('NLC' if row['case']['in_features'] == 192 else 'NCHW')
-        assert ('peak_bytes' in row) == (what != 'head')
-        assert ('saved_bytes' in row) == (what != 'head' and row['case']['training'])
+        assert ('peak_bytes' in row) == (what not in ('head', 'classes'))
+        assert ('saved_bytes' in row) == (what in ('training', 'growth') and row['case']['training'])
 
 
 def test_geometric_mean_is_of_the_rows(quick_run):
@@ -429,6 +431,36 @@ def test_geometric_mean_is_of_the_rows(quick_run):
     ratios = [row['plain_by_this']['median'] for row in result['rows'] if row['head'] == 'noah'
               and row['case']['batch_size'] == 1]
     assert result['summary']['batch 1, forward'] == pytest.approx(statistics.geometric_mean(ratios))
+
+
+def test_least_and_mean_of_classes(quick_run):
+    result = json.loads((quick_run[0] / 'classes-cpu-float32.json').read_text())
+    steps = {'forward': (False, False), 'forward + backward, cached features': (True, True),
+             'forward + backward': (True, False)}
+    for step, (training, cached) in steps.items():
+        ratios = [
+            row['plain_by_this']['median'] for row in result['rows'] if row['head'] == 'noah'
+            and (row['case']['training'], row['case']['cached']) == (training, cached)]
+        assert len(ratios) == 2 and result['summary']['least'][f'batch 2, {step}'] == min(ratios)
+    assert list(result['summary']) == ['least']  # and no mean, as there are no 1,000 classes
+    kept = {'q1': 1., 'median': 2., 'q3': 3., 'repeats': 9}
+    rows = [
+        {'head': 'noah', 'seconds': dict.fromkeys(kept, 0.004 * k), 'plain_by_this': {**kept, 'median': k / 4},
+         'case': dataclasses.asdict(dataclasses.replace(shape, num_classes=k, batch_size=32))}
+        for shape in SHAPES[:2] for k in (2, 1000)]
+    *lines, _, note = table_classes(rows).split('\n')
+    assert lines[2:] == [
+        '| batch 32, forward | C=1280, L=49, N=8, r=1/4 | NCHW | 0.5 (4,000) | 250 (8) |',
+        '| batch 32, forward | C=2048, L=49, N=4, r=1/8 | NCHW | 0.5 (4,000) | 250 (8) |']
+    assert note.endswith('The least: batch 32, forward: 0.50. Geometric mean over the shapes at K=1,000: '
+                         'batch 32, forward: 250.00.')
+
+
+def test_cached_features_get_no_gradient():
+    case = Case(8, 2, 1 / 2, 4, num_classes=3, batch_size=5, training=True, cached=True)
+    module, x, _ = head_parts('noah', case, 'cpu', torch.float32)
+    assert not x.requires_grad and module.training
+    head_step('noah', case, 'cpu', torch.float32)()
 
 
 def test_cases_of_head(monkeypatch):
@@ -471,8 +503,7 @@ def test_a_dtype_leaves_the_files_of_another(tmp_path):
 
 def test_busy_processes_are_there_while_it_measures(tmp_path, monkeypatch):
     def busy():
-        children = Path(f'/proc/{os.getpid()}/task/{os.getpid()}/children').read_text().split()
-        return [pid for pid in children if 'while os.getppid' in Path(f'/proc/{pid}/cmdline').read_text()]
+        return [child for child in psutil.Process().children() if 'while os.getppid' in ' '.join(child.cmdline())]
 
     found, measure = [], MEASURES['pairs'].measure
     monkeypatch.setitem(MEASURES, 'pairs', MEASURES['pairs']._replace(
@@ -514,7 +545,7 @@ def test_too_large_for_the_plain_form(monkeypatch, tmp_path, caplog):
 
 
 @pytest.mark.parametrize('settings, message', [
-    (dict(what=['heads']), "what: 'heads' is not one of head, pairs, train_pairs, training, growth, probe"),
+    (dict(what=['heads']), "what: 'heads' is not one of head, classes, pairs, train_pairs, training, growth, probe"),
     (dict(device='tpu'), "device: 'tpu' is not one of cpu, cuda"),
     (dict(dtype='int8'), "dtype: 'int8' is not one of float32, bfloat16, float16"),
     (dict(models=['resnet50', 'resnet51']), "'resnet51' is not a model of Table XVII; choose from resnet18_noah, "),
