@@ -14,6 +14,7 @@ from packaging.utils import parse_wheel_filename
 
 ROOT = Path(__file__).resolve().parents[1]
 HAS_AVX2 = torch.backends.cpu.get_cpu_capability() in ('AVX2', 'AVX512')
+PLATFORM = 'manylinux_2_28_x86_64'
 pytestmark = [pytest.mark.slow, pytest.mark.network]  # pip gets what builds it
 
 USE = '''
@@ -30,6 +31,10 @@ print(sum(library['user_api'] == 'openmp' for library in threadpool_info()))
 
 def run(*words, **kwargs):
     return subprocess.run(list(map(str, words)), check=True, capture_output=True, text=True, **kwargs).stdout
+
+
+def contents(wheel):
+    return {name for name in zipfile.ZipFile(wheel).namelist() if not name.endswith('/')}
 
 
 @pytest.fixture(scope='module')
@@ -55,15 +60,14 @@ def test_the_wheel(wheel, tracked, tmp_path):
     has_kernel, wheel = wheel
     tag, = parse_wheel_filename(wheel.name)[3]
     assert str(tag) == (f'py3-none-{re.sub("[-.]", "_", sysconfig.get_platform())}' if has_kernel else 'py3-none-any')
-    names = set(zipfile.ZipFile(wheel).namelist())
+    names = contents(wheel)
     kernel = {'noah_zoo/layers/_poca_cpu.so'} if has_kernel else set()
     assert {name for name in names if name.startswith('noah_zoo/')} == kernel | {
         name for name in tracked if name.startswith('noah_zoo/') and not name.endswith('.cpp')}
     if has_kernel:  # it asks for no OpenMP library, or it would now be in there
-        words = sys.executable, '-m', 'auditwheel', 'repair', '--plat', 'manylinux_2_28_x86_64', '-w', tmp_path, wheel
-        run(*words)
+        run(sys.executable, '-m', 'auditwheel', 'repair', '--plat', PLATFORM, '-w', tmp_path, wheel)
         wheel, = tmp_path.glob('*.whl')
-        assert 'manylinux_2_28_x86_64' in wheel.name and set(zipfile.ZipFile(wheel).namelist()) == names
+        assert PLATFORM in wheel.name and contents(wheel) == names
     text = next(zipfile.ZipFile(wheel).read(name).decode() for name in names if name.endswith('/METADATA'))
     url = re.search('^Project-URL: Repository, (.*)$', text, re.MULTILINE)[1]
     assert f']({url}/raw/main/docs/bag.png)' in text and f']({url}/blob/main/CONTRIBUTING.md)' in text
@@ -78,7 +82,7 @@ def test_the_wheel(wheel, tracked, tmp_path):
         *(['threadpoolctl'] if whole else ['--no-deps']))
     if not whole:
         site = Path(run(python, '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))').strip())
-        (site / 'others.pth').write_text(sysconfig.get_path('purelib'))
+        (site / 'others.pth').write_text('\n'.join(path for path in sys.path if path.endswith('-packages')))
     clean = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'}
     file, compiled, runtimes = run(python, '-c', USE, cwd=tmp_path, env=clean).split()
     assert Path(file).is_relative_to(environment) and compiled == str(has_kernel)
