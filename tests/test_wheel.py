@@ -30,7 +30,9 @@ print(sum(library['user_api'] == 'openmp' for library in threadpool_info()))
 
 
 def run(*words, **kwargs):
-    return subprocess.run(list(map(str, words)), check=True, capture_output=True, text=True, **kwargs).stdout
+    done = subprocess.run(list(map(str, words)), check=False, capture_output=True, text=True, **kwargs)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
 
 
 def contents(wheel):
