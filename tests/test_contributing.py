@@ -1,4 +1,5 @@
 """What CONTRIBUTING.md says of extending the project, followed step by step in a copy of it; and the example."""
+import ast
 import os
 import re
 import shutil
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from .pictures import make_photos
 
@@ -122,3 +124,46 @@ def test_the_example(tmp_path):
     assert printed[0].startswith('epoch 1: loss ') and printed[1].endswith(' %')
     assert printed[2] == 'attention (images, blocks, classes, height, width): (1, 8, 3, 7, 7)'
     assert len((ROOT / 'examples' / 'minimal.py').read_text().splitlines()) < 70
+
+
+def test_another_owner(tmp_path):
+    for name in subprocess.check_output(['git', 'ls-files', '-z'], cwd=ROOT, text=True).rstrip('\0').split('\0'):
+        if not name.startswith(('results/', 'tests/goldens/', 'noah_zoo/assets/')):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, tmp_path / name)
+    project = (ROOT / 'pyproject.toml').read_text(encoding='utf-8')
+    owner = re.search('^Repository = "https://github.com/(.*)/noah_zoo"$', project, re.M)[1]
+    section = (ROOT / 'CONTRIBUTING.md').read_text(encoding='utf-8').split('## The address of the repository')[1]
+    command = re.search('```bash\n(.*?)```', section, re.S)[1]
+    for words in (['git', 'init', '-q'], ['git', 'add', '.'], ['bash', '-euo', 'pipefail', '-c', command]):
+        subprocess.run(words, cwd=tmp_path, check=True)
+    assert 'Repository = "https://github.com/you/noah_zoo"' in (tmp_path / 'pyproject.toml').read_text()
+    for word in (f'{owner}/noah_zoo', 'OWNER'):  # nothing else is to be filled in
+        found = subprocess.run(
+            ['git', 'grep', '-n', word, '--', f':!tests/{Path(__file__).name}'], cwd=tmp_path, capture_output=True,
+            text=True, check=False)
+        assert found.returncode == 1, found.stdout
+
+
+def test_the_changelog_and_the_release():
+    text = (ROOT / 'CHANGELOG.md').read_text(encoding='utf-8')
+    version = re.search("^__version__ = '(.*)'$", (ROOT / 'noah_zoo' / '__init__.py').read_text(), re.M)[1]
+    assert re.match(rf'# Changelog\n\n## {re.escape(version)} \((unreleased|\d{{4}}-\d\d-\d\d)\)\n', text)
+
+
+def test_workflows_and_forms():
+    workflows = sorted((ROOT / '.github' / 'workflows').glob('*.yml'))
+    subprocess.run(
+        [Path(sys.executable).with_name('check-jsonschema'), '--builtin-schema', 'vendor.github-workflows', *workflows],
+        check=True)
+    read = {path.name: yaml.safe_load(path.read_text()) for path in workflows}
+    for workflow in read.values():
+        for step in (step for job in workflow['jobs'].values() for step in job['steps']):
+            for word in step.get('run', '').split():  # files that a command names are there
+                assert not re.match(r'(tests|scripts|noah_zoo)/', word) or (ROOT / word).exists(), word
+    kernels = read['release.yml']['jobs']['kernel']['strategy']['matrix']['include']
+    flags = re.search(r'^FLAGS = ({.*?})$', (ROOT / 'setup.py').read_text(), re.M | re.S)[1]
+    assert [row['arch'] for row in kernels] == [arch for _, arch in ast.literal_eval(flags)]
+    form = yaml.safe_load((ROOT / '.github' / 'ISSUE_TEMPLATE' / 'bug.yml').read_text())
+    fields = {field['id']: field for field in form['body']}
+    assert '`noah-zoo env`' in fields['env']['attributes']['label'] and fields['env']['validations']['required']

@@ -1,9 +1,9 @@
 """`poca` and its gradients on processors with AVX-512, AVX2 or NEON, from poca_cpu.cpp, compiled at installation."""
 import ctypes
 import functools
-import importlib.util
 import logging
 import platform
+from pathlib import Path
 from typing import Callable, List, Optional, Tuple
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 _logger = logging.getLogger(__name__)
 
+LIBRARY = Path(__file__).with_name('_poca_cpu.so')  # on every system; setup.py compiles it
 FLOP_PER_THREAD = 2e7  # a fraction of a millisecond; less is not worth starting a thread for
 TASKS = 16  # of backward, at least, if there are as many images
 COPIES_BYTES = 2 ** 26  # of the gradients of kernels that backward holds: a chunk of the images has its own
@@ -47,18 +48,17 @@ def lanes() -> int:
 @functools.cache
 def compiled() -> Optional[Callable]:
     """The compiled function, where it was built and this processor can run it."""
-    spec = importlib.util.find_spec('noah_zoo.layers._poca_cpu')
-    if spec is None or kind() is None:
+    if not LIBRARY.is_file() or kind() is None:
         return None
     try:
-        library = ctypes.CDLL(spec.origin)
+        library = ctypes.CDLL(str(LIBRARY))
         if ctypes.c_size_t.in_dll(library, 'poca_call_size').value == ctypes.sizeof(_Call):
             return getattr(library, f'poca_run_{kind()}')
-    except OSError:  # no OpenMP library
+    except OSError:  # PyTorch has loaded no OpenMP library
         return None
     except (ValueError, AttributeError):  # has no such name
         pass
-    _logger.warning('%s was compiled for another version, and is not used; install the package again', spec.origin)
+    _logger.warning('%s was compiled for another version, and is not used; install the package again', LIBRARY)
     return None
 
 

@@ -1,0 +1,106 @@
+"""What `python -m build` makes: the source distribution, and the wheel, used without a checkout."""
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from packaging.utils import parse_wheel_filename
+
+ROOT = Path(__file__).resolve().parents[1]
+HAS_AVX2 = torch.backends.cpu.get_cpu_capability() in ('AVX2', 'AVX512')
+PLATFORM = 'manylinux_2_28_x86_64'
+pytestmark = [pytest.mark.slow, pytest.mark.network]  # pip gets what builds it
+
+USE = '''
+import importlib.util, torch, timm, noah_zoo
+from noah_zoo.layers import poca_cpu
+from threadpoolctl import threadpool_info
+
+print(noah_zoo.__file__)
+print(poca_cpu.compiled() is not None)
+timm.create_model('mobilenetv2_035_noah.fashion_mnist', pretrained=True).eval()(torch.randn(2, 3, 64, 64))
+print(sum(library['user_api'] == 'openmp' for library in threadpool_info()))
+'''
+
+
+def run(*words, **kwargs):
+    done = subprocess.run(list(map(str, words)), check=False, capture_output=True, text=True, **kwargs)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def contents(wheel):
+    return {name for name in zipfile.ZipFile(wheel).namelist() if not name.endswith('/')}
+
+
+@pytest.fixture(scope='module')
+def tracked():
+    return subprocess.check_output(['git', 'ls-files'], cwd=ROOT, text=True).split()
+
+
+@pytest.fixture(params=['compiled', 'no compiler', 'pure'])
+def wheel(request, tracked, tmp_path):
+    """From the sources alone, as in a clean clone: the wheel that is made of the source distribution."""
+    for name in tracked:
+        (tmp_path / 'clone' / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / 'clone' / name)
+    environment = {
+        'compiled': {}, 'no compiler': {'CC': 'false', 'CXX': 'false'}, 'pure': {'NOAH_ZOO_PURE': '1'}}[request.param]
+    run(sys.executable, '-m', 'build', '-o', tmp_path / 'dist', tmp_path / 'clone', env={**os.environ, **environment})
+    run(sys.executable, '-m', 'twine', 'check', '--strict', *(tmp_path / 'dist').iterdir())
+    wheel, = (tmp_path / 'dist').glob('*.whl')
+    return request.param == 'compiled' and sys.platform == 'linux' and HAS_AVX2 and bool(shutil.which('g++')), wheel
+
+
+def test_the_wheel(wheel, tracked, tmp_path):
+    has_kernel, wheel = wheel
+    tag, = parse_wheel_filename(wheel.name)[3]
+    assert str(tag) == (f'py3-none-{re.sub("[-.]", "_", sysconfig.get_platform())}' if has_kernel else 'py3-none-any')
+    names = contents(wheel)
+    kernel = {'noah_zoo/layers/_poca_cpu.so'} if has_kernel else set()
+    assert {name for name in names if name.startswith('noah_zoo/')} == kernel | {
+        name for name in tracked if name.startswith('noah_zoo/') and not name.endswith(('.cpp', '.h'))}
+    if has_kernel:  # it asks for no OpenMP library, or it would now be in there
+        run(sys.executable, '-m', 'auditwheel', 'repair', '--plat', PLATFORM, '-w', tmp_path, wheel)
+        wheel, = tmp_path.glob('*.whl')
+        assert PLATFORM in wheel.name and contents(wheel) == names
+    text = next(zipfile.ZipFile(wheel).read(name).decode() for name in names if name.endswith('/METADATA'))
+    url = re.search('^Project-URL: Repository, (.*)$', text, re.MULTILINE)[1]
+    assert f']({url}/raw/main/docs/bag.png)' in text and f']({url}/blob/main/CONTRIBUTING.md)' in text
+    assert not re.search(r'\]\((?!https://)', text)
+
+    # An environment of its own, and PyTorch of the one that runs the tests, unless all is to be installed.
+    environment = tmp_path / 'environment'
+    run(sys.executable, '-m', 'venv', '--without-pip', environment)
+    python = environment / ('Scripts/python.exe' if os.name == 'nt' else 'bin/python')
+    whole = bool(os.environ.get('NOAH_ZOO_TEST_INSTALL'))
+    run(sys.executable, '-m', 'pip', '--python', python, 'install', '-q', wheel,
+        *(['threadpoolctl'] if whole else ['--no-deps']))
+    if not whole:
+        site = Path(run(python, '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))').strip())
+        (site / 'others.pth').write_text('\n'.join(path for path in sys.path if path.endswith('-packages')))
+    clean = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'}
+    file, compiled, runtimes = run(python, '-c', USE, cwd=tmp_path, env=clean).split()
+    assert Path(file).is_relative_to(environment) and compiled == str(has_kernel)
+    assert runtimes == '1'  # PyTorch's
+    for command in ([python.with_name('noah-zoo')], [python, '-m', 'noah_zoo']):
+        assert 'Bag' in run(*command, 'predict', cwd=tmp_path, env=clean)
+
+
+def test_the_source_distribution(tracked, tmp_path):
+    run(sys.executable, '-m', 'build', '--sdist', '-o', tmp_path, ROOT)
+    shutil.unpack_archive(next(tmp_path.glob('*.tar.gz')), tmp_path)
+    source = next(path for path in tmp_path.iterdir() if path.is_dir())
+    names = {path.relative_to(source).as_posix() for path in source.rglob('*') if path.is_file()}
+    missing = set(tracked) - names
+    assert all(name.startswith('results/') or name in ('.gitignore', '.pre-commit-config.yaml', '.ci/run')
+               for name in missing), missing
+    assert sum(name.startswith('results/') for name in names) < 100
+    run(sys.executable, '-m', 'pytest', '-q', '-n0', 'tests/training/test_report.py', 'tests/publish/test_cards.py',
+        cwd=source, env={**os.environ, 'PYTHONPATH': str(source)})
