@@ -302,7 +302,7 @@ void forward(const Call &call, float *buffer) {
     float *values = scores + call.length * V * LANES, *attended = values + call.length * V * LANES;
     ptrdiff_t images = near_images(call), panels = panels_of<V>(call), all = call.groups * panels;
     ptrdiff_t tasks = (call.batch + images - 1) / images * all;
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, 1)
     for (ptrdiff_t task = 0; task < tasks; task++) {
         ptrdiff_t image = task / all * images, end = std::min(image + images, call.batch);
         Panel<V> panel(call, task % all / panels, task % panels * V * LANES, buffer);
