@@ -5,7 +5,7 @@
 It prints Markdown, which can be pasted as it is.
 """
 import argparse
-import importlib.metadata
+import importlib
 import importlib.util
 import logging
 import platform
@@ -16,11 +16,8 @@ PACKAGES = 'torch', 'torchvision', 'timm', 'accelerate', 'huggingface_hub', 'tri
 
 
 def version(package: str) -> str:
-    """Of an installed package."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return 'not installed'
+    """Of a package, with what it was built for."""
+    return importlib.import_module(package).__version__
 
 
 def cpu_kernel() -> str:
@@ -77,14 +74,14 @@ def warnings_of(logger: str) -> Iterator[List[str]]:
 
 
 def accelerators() -> str:
-    """The accelerators that PyTorch finds, a line each."""
+    """How many accelerators PyTorch finds, and a line for each."""
     import torch
 
-    device = torch.accelerator.current_accelerator()
-    if device is None:
-        return 'none that PyTorch finds'
-    names = [f'{device.type}:{number}' for number in range(torch.accelerator.device_count())]
-    return ''.join(f'\n  - {name}: {tell(describe, name)}; the head {tell(gpu_kernel, name)}' for name in names)
+    text = str(torch.accelerator.device_count())
+    for number in range(torch.accelerator.device_count()):
+        name = f'{torch.accelerator.current_accelerator().type}:{number}'
+        text += f'\n  - {name}: {tell(describe, name)}; the head {tell(gpu_kernel, name)}'
+    return text
 
 
 def describe(device: str) -> str:
