@@ -1,37 +1,6 @@
-"""python scripts/convert.py resnet50_noah.pth.tar --model resnet50_noah --output weights/resnet50_noah
-
-Converts a checkpoint of the authors' release into a folder that timm loads.
-"""
-import argparse
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog='convert.py',
-        description="Convert a checkpoint of the authors' release into a folder that timm loads.",
-        epilog='python scripts/convert.py resnet50_noah.pth.tar --model resnet50_noah --output weights/resnet50_noah')
-    parser.add_argument('file', metavar='FILE', help='the released checkpoint, as downloaded')
-    parser.add_argument(
-        '--model', metavar='NAME', required=True,
-        help='timm name of the NOAH model or of its vanilla twin: resnet50_noah, resnet50')
-    parser.add_argument(
-        '--output', metavar='DIR', required=True,
-        help='folder for model.safetensors and config.json, absent or empty; it appears whole or not at all')
-    parser.add_argument(
-        '--ema', action='store_true', help='take the averaged weights, which DeiT, Mixer and gMLP files may hold')
-    args = parser.parse_args()
-
-    from noah_zoo.weights import convert_file
-    try:
-        folder = convert_file(args.file, args.model, args.output, ema=args.ema)
-    except (OSError, ValueError) as error:
-        parser.exit(2, f'{parser.prog}: error: {" ".join(str(error).split())}\n')
-    except KeyboardInterrupt:
-        parser.exit(130, f'\n{parser.prog}: interrupted, nothing was written\n')
-    location = f'local-dir:{folder}'
-    print(f'{args.model}: converted to {folder}')
-    print(f'import timm, noah_zoo; model = timm.create_model({location!r}, pretrained=True)')
-
+"""`noah-zoo convert` of this checkout. Run by its path, its --help does not wait for PyTorch."""
+from pathlib import Path
+from runpy import run_path
 
 if __name__ == '__main__':
-    main()
+    run_path(str(Path(__file__).resolve().parents[1] / 'noah_zoo' / 'cli' / Path(__file__).name), run_name='__main__')

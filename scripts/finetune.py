@@ -1,15 +1,6 @@
-"""Fine-tune a pretrained model on images of your own.
-
-    accelerate launch scripts/finetune.py --model resnet50_noah --dataset folder --data-dir photos --output runs/photos
-    python scripts/finetune.py --model mobilenetv2_100_noah --dataset hfds/NAME --freeze --cache-features \\
-        --output runs/head
-
-As train.py, but with pretrained weights (--no-pretrained leaves them out) and, for every model, the recipe 'finetune'.
---freeze trains the head alone, --layer-decay lowers the learning rate from layer to layer. Another head starts on the
-backbone of a timm model with --model noah --no-pretrained --model-kwargs backbone=NAME pretrained_backbone=NAME. The
-recipe has 15 epochs of 20 updates or more, and bf16 on a GPU that has it.
-"""
-from train import main
+"""`noah-zoo finetune` of this checkout. Run by its path, its --help does not wait for PyTorch."""
+from pathlib import Path
+from runpy import run_path
 
 if __name__ == '__main__':
-    main('finetune.py', __doc__, recipe='finetune', pretrained=True)
+    run_path(str(Path(__file__).resolve().parents[1] / 'noah_zoo' / 'cli' / Path(__file__).name), run_name='__main__')

@@ -1,24 +1,6 @@
-"""Compare finished runs over their seeds.
-
-    python scripts/report.py results/fashion_mnist
-"""
-import argparse
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog='report.py', description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('folders', nargs='+', metavar='DIR', help='folders of runs of train.py')
-    args = parser.parse_args()
-
-    from noah_zoo.training.report import report
-
-    try:
-        print(report(args.folders))
-    except (OSError, ValueError) as error:
-        parser.exit(2, f'report.py: error: {error}\n')
-
+"""`noah-zoo report` of this checkout. Run by its path, its --help does not wait for PyTorch."""
+from pathlib import Path
+from runpy import run_path
 
 if __name__ == '__main__':
-    main()
+    run_path(str(Path(__file__).resolve().parents[1] / 'noah_zoo' / 'cli' / Path(__file__).name), run_name='__main__')

@@ -1,54 +1,6 @@
-"""Draw where a NOAH model looked (Figure 2 of the paper).
-
-    python scripts/visualize.py photo.jpg --model resnet18_noah --classes tabby "Egyptian cat" lynx
-    python scripts/visualize.py noah_zoo/samples/0018_bag.png
-
-The picture has two panels: attention, value and their product of every POCA block for the first class; and one block
-for all classes, above Grad-CAM++ of the vanilla twin (pip install 'noah-zoo[visualize]').
-"""
-import argparse
-import sys
+"""`noah-zoo visualize` of this checkout. Run by its path, its --help does not wait for PyTorch."""
 from pathlib import Path
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog='visualize.py', description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('image', metavar='IMAGE', type=Path)
-    parser.add_argument(
-        '--model', metavar='NAME',
-        help="timm name, 'local-dir:DIR' or 'hf-hub:USER/MODEL' (mobilenetv2_035_noah.fashion_mnist)")
-    parser.add_argument('--classes', nargs='+', metavar='CLASS', help='names or indices (the four likeliest)')
-    parser.add_argument('--block', type=int, default=1, metavar='N', help='POCA block of the second panel, from 1 (1)')
-    parser.add_argument(
-        '--twin', metavar='NAME',
-        help="model of the same classes for Grad-CAM++, or 'none' (the NOAH model's twin, where it can be had)")
-    parser.add_argument('--output', type=Path, metavar='FILE', help='picture to write (IMAGE_attention.png, here)')
-    parser.add_argument('--dpi', type=int, default=150, help='dots per inch of the picture (150)')
-    parser.add_argument('--device', default='cpu', help="torch device, 'cuda' say (cpu)")
-    args = parser.parse_args()
-
-    import noah_zoo  # noqa: F401  registers the models
-    from noah_zoo.data.images import read_image
-    from noah_zoo.inference.predict import DEFAULT_MODEL, image_mode
-    from noah_zoo.inference.visualize import draw, find_classes, load_pair
-
-    output = args.output or Path(f'{args.image.stem}_attention.png')
-    try:
-        if not output.parent.is_dir():
-            raise FileNotFoundError(f'{output.parent}: no such folder for {output.name}')
-        model, twin, reason = load_pair(args.model or DEFAULT_MODEL, args.twin, args.device)
-        image = read_image(args.image, mode=image_mode(model))
-        if reason:
-            print(f'without Grad-CAM++: {reason}', file=sys.stderr)
-        classes = args.classes and find_classes(model, args.classes)
-        draw(model, image, classes, args.block - 1, twin).savefig(output, dpi=args.dpi)
-    except (ImportError, OSError, ValueError) as error:
-        parser.exit(2, f'visualize.py: error: {error}\n')
-    print(output)
-    return 0
-
+from runpy import run_path
 
 if __name__ == '__main__':
-    sys.exit(main())
+    run_path(str(Path(__file__).resolve().parents[1] / 'noah_zoo' / 'cli' / Path(__file__).name), run_name='__main__')

@@ -11,7 +11,7 @@ from .scripts import call
 ROOT = Path(__file__).resolve().parents[1]
 STOREYS = (  # from the ground up; a room knows those below it
     {'catalog', 'config', 'files', 'layers', 'recipes', 'text'}, {'data', 'models'}, {'tasks', 'weights'},
-    {'inference', 'publish'}, {'training'}, {'benchmark'})
+    {'inference', 'publish'}, {'training'}, {'benchmark'}, {'cli'}, {'__main__'})
 SOURCES = sorted((ROOT / 'noah_zoo').rglob('*.py')) + sorted((ROOT / 'scripts').glob('*.py'))
 
 

@@ -1,9 +1,10 @@
-"""Time and memory of a step, which is any function without arguments.
+"""Time and memory of a step, which is any function without arguments, and what the processor is called.
 
 Linux only: memory is read from /proc.
 """
 import ctypes
 import multiprocessing
+import platform
 import random
 import re
 import signal
@@ -128,6 +129,13 @@ def _peak(build: Callable, device: str) -> int:
     before = kib('/proc/self/status', 'VmRSS')
     step()
     return (kib('/proc/self/status', 'VmHWM') - before) * 1024
+
+
+def processor() -> str:
+    """The name of the processor, or what Python knows of it where the system is not Linux."""
+    file = Path('/proc/cpuinfo')
+    name = re.search(r'^model name\s*: (.+)$', file.read_text(), re.MULTILINE) if file.exists() else None
+    return name[1] if name else platform.processor() or platform.machine()
 
 
 def kib(file: str, field: str) -> int:

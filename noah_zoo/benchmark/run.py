@@ -8,7 +8,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ import noah_zoo
 
 from . import report
 from .heads import measure_classes, measure_growth, measure_head, measure_training
+from .measure import processor
 from .pairs import measure_pairs, measure_train_pairs
 from .probe import ProbeConfig, probe
 from .settings import Run
@@ -130,8 +130,7 @@ def _measure(name: str, run: Run, partial: Path, output: Path) -> str:
 
 
 def _circumstances(run: Run) -> Dict[str, Any]:
-    cpu = re.search(r'^model name\s*: (.+)$', Path('/proc/cpuinfo').read_text(), re.MULTILINE)
-    cpu = cpu[1] if cpu else platform.machine()
+    cpu = processor()
     try:
         triton = importlib.metadata.version('triton')
     except importlib.metadata.PackageNotFoundError:

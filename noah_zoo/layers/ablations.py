@@ -1,7 +1,7 @@
 """The heads that the paper compares NOAH with (Section IV-C, Tables VII to XI), by name.
 
     timm.create_model('resnet18_noah', noah_variant='d')
-    python scripts/train.py --model resnet18_noah --noah-variant d --output runs/variant_d
+    noah-zoo train --model resnet18_noah --noah-variant d --output runs/variant_d
 
 Table VI needs no name: it varies `num_groups` and `key_ratio`. Counts are of ResNet18 with N=4, r=1/2 and 1,000
 classes, where the standard head has 520,000 parameters.

@@ -281,7 +281,7 @@ def _training(row: Pair, is_noah: bool) -> str:
     name, head_dropout = (row.name, row.drop_rate) if is_noah else (row.vanilla, 0.)
     thin = '`--model-kwargs pre_logits=True` adds the layer named above. ' if _is_thin_deit(name) else ''
     command = (
-        f'accelerate launch scripts/train.py --model {name} --dataset folder --data-dir /data/imagenet \\\n'
+        f'accelerate launch -m noah_zoo train --model {name} --dataset folder --data-dir /data/imagenet \\\n'
         f'  --output runs/{name}')
     return (
         f"The authors trained from scratch on ImageNet-1k, with [their own code]({RELEASE}); these weights come from "
@@ -345,7 +345,7 @@ def _provenance(row: Pair, is_noah: bool, sha256: Optional[str]) -> str:
     known = f'`{sha256}`' if sha256 else 'recorded here when the weights are published'
     return (
         f"The authors' file on Google Drive: [{drive_id(name)}]({drive_page(name)}). Converted with\n\n"
-        f'```bash\npython scripts/convert.py FILE --model {name} --output DIR\n```\n\n'
+        f'```bash\nnoah-zoo convert FILE --model {name} --output DIR\n```\n\n'
         f'which renames the parameters, checks every shape and value, and changes no number.{ema} '
         f'SHA-256 of `model.safetensors`: {known}.')
 

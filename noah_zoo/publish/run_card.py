@@ -25,7 +25,7 @@ _DATASETS = {  # train.py's own names: id on the Hub, name, splits
 
 def run_card(
         run_dir: Union[str, Path], repo_id: str, backbone: Optional[Backbone] = None, head_bytes: int = 0) -> ModelCard:
-    """The card of a model that scripts/train.py has trained.
+    """The card of a model that `noah-zoo train` has trained.
 
     Nothing is said that the run does not record: no license, no dataset id for a folder, no base model for training
     from scratch or from a local file. Local paths stay out of the card.
@@ -73,7 +73,7 @@ def run_card(
         measured.append(f'cross-entropy {best["val_loss"]:.4f}')
     epochs, seed = settings.get('epochs', '?'), settings.get('seed', '?')
     sections = (
-        f'# {model_name}', f'{_title(config)} trained on {dataset} with `scripts/train.py` of noah_zoo.',
+        f'# {model_name}', f'{_title(config)} trained on {dataset} with `noah-zoo train`.',
         '## Use', _run_usage(config, repo_id, bool(labels), task),
         *(('## Only the head', _only_the_head(backbone, head_bytes)) if backbone else ()),
         '## Model', _run_details(config, summary),
@@ -141,13 +141,13 @@ def _run_versions(summary: Dict[str, Any]) -> str:
 
 def _read(path: Path, key: str) -> Dict[str, Any]:
     if not path.is_file():
-        raise FileNotFoundError(f'{path} is missing; expected the folder of a finished run of scripts/train.py')
+        raise FileNotFoundError(f'{path} is missing; expected the folder of a finished run of noah-zoo train')
     try:
         content = json.loads(path.read_text(encoding='utf-8'))
     except ValueError as error:
         raise ValueError(f'{path}: not JSON: {error}') from None
     if not isinstance(content, dict) or key not in content:
-        raise ValueError(f'{path}: has no {key!r}; expected what scripts/train.py writes')
+        raise ValueError(f'{path}: has no {key!r}; expected what noah-zoo train writes')
     return content
 
 
@@ -204,7 +204,7 @@ def _run_command(settings: Dict[str, Any]) -> str:
             words.append(' '.join([flag, *(shlex.quote(_without_path(v)) for v in value)]))
         else:
             words.append(f'{flag} {places.get(key) or shlex.quote(_without_path(value))}')
-    lines, line = [], 'accelerate launch scripts/train.py --recipe none'
+    lines, line = [], 'accelerate launch -m noah_zoo train --recipe none'
     for word in words:
         if len(line) + len(word) > 110:
             lines.append(line)

@@ -124,5 +124,5 @@ def _download(name: str, released: Path) -> None:
 def _refused(name: str, reason: object) -> WeightsError:
     return WeightsError(
         f"{name}.{TAG}: no weights from the authors' file on Google Drive: {' '.join(str(reason).split())}. To get it "
-        f'by hand: download {drive_page(name)} with a browser, run `python scripts/convert.py FILE --model {name} '
+        f'by hand: download {drive_page(name)} with a browser, run `noah-zoo convert FILE --model {name} '
         f"--output DIR`, and load timm.create_model('local-dir:DIR', pretrained=True)")

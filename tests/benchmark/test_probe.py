@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import statistics
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,11 +31,12 @@ from noah_zoo.benchmark.probe import (
 from noah_zoo.benchmark.report import draw_probe, table_probe
 from noah_zoo.benchmark.run import benchmark
 from noah_zoo.benchmark.settings import Run
+from noah_zoo.cli import benchmark as cli
 from noah_zoo.data.base import Images
 from noah_zoo.training.features import cache_features
 
 from ..pictures import make_fashion_mnist
-from ..scripts import SCRIPTS, call, interrupt
+from ..scripts import call, interrupt
 
 # All heads
 
@@ -332,7 +334,7 @@ def test_flags_of_probe_are_refused_with_other_measures(tmp_path):
 
 
 def test_flags_are_the_settings():
-    text = (SCRIPTS / 'benchmark.py').read_text()
+    text = Path(cli.__file__).read_text(encoding='utf-8')
     group = text[text.index("add_argument_group('probe'"):]
     for field in dataclasses.fields(ProbeConfig):
         assert f"'--{field.name.replace('_', '-')}'" in group

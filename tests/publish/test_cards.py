@@ -1,6 +1,5 @@
 """Model cards: what they say is the catalog's and the run's, and what they tell to type works."""
 import functools
-import importlib.util
 import json
 import os
 import re
@@ -19,6 +18,7 @@ from huggingface_hub import ModelCard
 from timm.models import save_for_hf
 
 from noah_zoo.catalog import CATALOG, FAMILIES, released
+from noah_zoo.cli.train import parse_args
 from noah_zoo.publish import cards
 from noah_zoo.publish.cards import macs, model_card, models_table, write_cards
 from noah_zoo.publish.run_card import run_card
@@ -56,17 +56,10 @@ def table_rows(text):
     return {line[0]: line[1:] for line in lines}
 
 
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / 'scripts' / f'{name}.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def parse_training_command(command, monkeypatch):
+def parse_training_command(command):
     words = shlex.split(command.replace('\\\n', ' '))
-    monkeypatch.setattr(sys, 'argv', words[words.index('scripts/train.py'):])
-    return script('train').parse_args()[1]
+    assert words[:5] == ['accelerate', 'launch', '-m', 'noah_zoo', 'train']
+    return parse_args(words[5:])[1]
 
 
 # The catalog's cards
@@ -124,7 +117,7 @@ def test_figures_are_the_catalogs(name):
             assert float(pair[label][2].rstrip('%')) == pytest.approx(100 * (noah / vanilla - 1), abs=0.051)
     file = row.drive_id if is_noah else row.vanilla_drive_id
     assert f'[{file}](https://drive.google.com/file/d/{file}/view)' in text
-    assert f'scripts/convert.py FILE --model {name} --output DIR' in text
+    assert f'noah-zoo convert FILE --model {name} --output DIR' in text
 
 
 def test_where_paper_and_release_count_differently():
@@ -181,10 +174,10 @@ def test_snippet_compiles(name):
 
 
 @pytest.mark.parametrize('name', ROWS)
-def test_training_command_is_the_recipe(name, monkeypatch):
+def test_training_command_is_the_recipe(name):
     row, recipe = ROWS[name], RECIPES[ROWS[name].family]
     (command,) = re.findall(r'^accelerate launch.*?(?=\n```)', card(name).text, re.M | re.S)
-    config = configure(**vars(parse_training_command(command, monkeypatch)))
+    config = configure(**vars(parse_training_command(command)))
     assert (config.model, config.dataset, config.data_dir) == (name, 'folder', '/data/imagenet')
     assert config.output == f'runs/{name}' and config.crop_pct == timm.get_pretrained_cfg(
         f'{row.name}.osvai_in1k').crop_pct
@@ -269,7 +262,7 @@ def test_snippets_run(tmp_path):
 # A user's own run
 
 
-def test_run_card(tmp_path, monkeypatch):
+def test_run_card(tmp_path):
     made = run_card(make_run(tmp_path, dict(data_dir='/home/me/fashion')), 'me/fashion')
     data = ModelCard(str(made)).data
     assert (data.datasets, data.base_model, data.license) == (['zalando-datasets/fashion_mnist'], None, None)
@@ -281,7 +274,7 @@ def test_run_card(tmp_path, monkeypatch):
     assert '0 Bag\n1 a | b\n2 T-shirt/top' in made.text and '/home/me' not in str(made)
 
     (command,) = re.findall(r'^accelerate launch.*?(?=\n```)', made.text, re.M | re.S)
-    args = parse_training_command(command, monkeypatch)
+    args = parse_training_command(command)
     expected = json.loads(RUN_SUMMARY.read_text(encoding='utf-8'))['config']
     for key, value in expected.items():
         if value not in (None, False, {}) and key != 'data_dir':
@@ -289,11 +282,11 @@ def test_run_card(tmp_path, monkeypatch):
     assert args.data_dir == 'DIR'
 
 
-def test_run_card_says_what_was_switched_off(tmp_path, monkeypatch):
+def test_run_card_says_what_was_switched_off(tmp_path):
     for given, kept in ((None, None), (False, False), (True, True)):
         made = run_card(make_run(tmp_path / str(given), dict(channels_last=given)), 'me/fashion')
         (command,) = re.findall(r'^accelerate launch.*?(?=\n```)', made.text, re.M | re.S)
-        assert getattr(parse_training_command(command, monkeypatch), 'channels_last', None) is kept
+        assert getattr(parse_training_command(command), 'channels_last', None) is kept
 
 
 def test_run_card_of_a_head_on_another_backbone(tmp_path):

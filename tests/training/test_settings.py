@@ -1,6 +1,5 @@
 """Recipes: their figures, what timm makes of them, and how flags become the settings of a run."""
 import dataclasses
-import importlib.util
 import logging
 import math
 import subprocess
@@ -13,6 +12,7 @@ import torch
 
 import noah_zoo  # noqa: F401  registers the models
 from noah_zoo.catalog import CATALOG, released
+from noah_zoo.cli.train import main, parse_args
 from noah_zoo.config import TrainConfig
 from noah_zoo.recipes import RECIPES, REMARKS, Recipe, recipe_of
 from noah_zoo.training.builders import build_optimizer, build_scheduler
@@ -25,16 +25,9 @@ SMALL = {  # a model of every optimizer setting
     'gmlp': 'gmlp_ti16_050_224_noah'}
 
 
-def load_script():
-    spec = importlib.util.spec_from_file_location('train_script', SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def parse(*words):
     """What scripts/train.py makes of its flags."""
-    return configure(**vars(load_script().parse_args(['--output', 'out', *words])[1]))
+    return configure(**vars(parse_args(['--output', 'out', *words])[1]))
 
 
 # The figures
@@ -318,5 +311,5 @@ def test_exit_codes(error, code, said, monkeypatch, capsys):
     monkeypatch.setattr(trainer, 'train', train)
     monkeypatch.setattr(sys, 'argv', ['train.py', '--model', 'resnet18', '--output', 'out', '--epochs', '1'])
     with pytest.raises(SystemExit) as info:
-        load_script().main()
+        main()
     assert info.value.code == code and capsys.readouterr().err.endswith(said)

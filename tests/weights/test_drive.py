@@ -145,7 +145,7 @@ def test_detours(drive, client, data, expected, cache, mode, after, requests):
 ])
 def test_faults(drive, client, data, expected, cache, mode, after, message):
     drive.put(drive_id(NAME), data, mode=mode, after=after)
-    fail(client, cache, message, PAGE, f'scripts/convert.py FILE --model {NAME} --output DIR', 'local-dir:DIR')
+    fail(client, cache, message, PAGE, f'noah-zoo convert FILE --model {NAME} --output DIR', 'local-dir:DIR')
     drive.put(drive_id(NAME), data)
     load(client, expected, cache)
 

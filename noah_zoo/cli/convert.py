@@ -1,0 +1,35 @@
+"""Convert a checkpoint of the authors' release into a folder that timm loads.
+
+python scripts/convert.py resnet50_noah.pth.tar --model resnet50_noah --output weights/resnet50_noah
+"""
+import argparse
+
+
+def main(prog: str = 'convert.py') -> None:
+    description, _, example = __doc__.partition('\n\n')
+    parser = argparse.ArgumentParser(prog=prog, description=description, epilog=example)
+    parser.add_argument('file', metavar='FILE', help='the released checkpoint, as downloaded')
+    parser.add_argument(
+        '--model', metavar='NAME', required=True,
+        help='timm name of the NOAH model or of its vanilla twin: resnet50_noah, resnet50')
+    parser.add_argument(
+        '--output', metavar='DIR', required=True,
+        help='folder for model.safetensors and config.json, absent or empty; it appears whole or not at all')
+    parser.add_argument(
+        '--ema', action='store_true', help='take the averaged weights, which DeiT, Mixer and gMLP files may hold')
+    args = parser.parse_args()
+
+    from noah_zoo.weights import convert_file
+    try:
+        folder = convert_file(args.file, args.model, args.output, ema=args.ema)
+    except (OSError, ValueError) as error:
+        parser.exit(2, f'{prog}: error: {" ".join(str(error).split())}\n')
+    except KeyboardInterrupt:
+        parser.exit(130, f'\n{prog}: interrupted, nothing was written\n')
+    location = f'local-dir:{folder}'
+    print(f'{args.model}: converted to {folder}')
+    print(f'import timm, noah_zoo; model = timm.create_model({location!r}, pretrained=True)')
+
+
+if __name__ == '__main__':
+    main()

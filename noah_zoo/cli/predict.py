@@ -1,0 +1,88 @@
+"""Classify images.
+
+    python scripts/predict.py
+    python scripts/predict.py photo.jpg folder/ --model resnet50.a1_in1k --top-k 5
+    python scripts/predict.py folder/ --output folder.csv
+
+Without arguments: the sample images of the package, with the weights of the package. No network. A file of --output is
+written image by image; the same command, after Ctrl-C say, goes on with it.
+"""
+import argparse
+import json
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+
+def positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a positive number')
+    return int(text)
+
+
+def main(prog: str = 'predict.py') -> int:
+    parser = argparse.ArgumentParser(
+        prog=prog, description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('paths', nargs='*', metavar='PATH', help='images and folders of images (the sample images)')
+    parser.add_argument(
+        '--model', metavar='NAME',
+        help="timm name, 'local-dir:DIR' or 'hf-hub:USER/MODEL' (mobilenetv2_035_noah.fashion_mnist)")
+    parser.add_argument('--top-k', type=positive, default=3, metavar='K', help='classes per image (3)')
+    parser.add_argument('--device', default='cpu', help="torch device, 'cuda' say (cpu)")
+    parser.add_argument('-b', '--batch-size', type=positive, default=64, metavar='N', help='images at a time (64)')
+    parser.add_argument(
+        '-j', '--workers', type=int, metavar='N',
+        help='processes that read images (0 below 1,000 images, else by the processors)')
+    written = parser.add_mutually_exclusive_group()
+    written.add_argument('--json', action='store_true', help='print one JSON list instead of text')
+    written.add_argument(
+        '--output', type=Path, metavar='FILE', help='write FILE.csv or FILE.jsonl instead, or go on with it')
+    args = parser.parse_args()
+
+    from huggingface_hub.utils import tqdm
+
+    import noah_zoo  # noqa: F401  registers the models
+    from noah_zoo.inference.output import PredictionFile, check_output
+    from noah_zoo.inference.predict import DEFAULT_MODEL, SAMPLES, default_workers, find_images, load_model, predict
+
+    name, output, shown, failed = args.model or DEFAULT_MODEL, None, [], 0
+    try:
+        images = find_images(args.paths or [str(SAMPLES)])
+        if args.output:
+            check_output(args.output)
+        model = load_model(name, args.device)
+        if args.output:
+            output = PredictionFile(args.output, name, min(args.top_k, model.num_classes), images)
+        left = images[output.done:] if output else images
+        workers = default_workers(len(left), next(model.parameters()).device) if args.workers is None else args.workers
+        results = predict(model, left, args.top_k, args.batch_size, workers)
+        bar = tqdm(total=len(images), initial=len(images) - len(left), unit='img', disable=None, leave=False)
+        with output or nullcontext(), bar:
+            for result in results:
+                if output:
+                    output.add(result)
+                elif args.json:
+                    shown.append(result)
+                if 'error' in result:
+                    failed += 1
+                    tqdm.write(result['error'], file=sys.stderr)
+                elif not output and not args.json:
+                    guesses = (f'\n  {guess["probability"]:7.2%}  {guess["label"]}' for guess in result['predictions'])
+                    tqdm.write(result['path'] + ''.join(guesses), file=sys.stdout)
+                bar.update()
+    except (OSError, ValueError) as error:
+        parser.exit(2, f'{prog}: error: {error}\n')
+    except KeyboardInterrupt:
+        kept = f'; {args.output} has {output.done:,} of {len(images):,} images, and the same command goes on with it'
+        parser.exit(130, f'\n{prog}: interrupted{kept if output else ""}\n')
+    if args.json:
+        print(json.dumps(shown, indent=2))
+    if output:
+        failed = output.failed
+        print(f'{args.output}: {output.done:,} images' + (f', {failed:,} of which cannot be read' if failed else ''))
+    return 1 if failed else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

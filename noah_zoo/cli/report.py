@@ -1,0 +1,24 @@
+"""Compare finished runs over their seeds.
+
+    python scripts/report.py results/fashion_mnist
+"""
+import argparse
+
+
+def main(prog: str = 'report.py') -> None:
+    parser = argparse.ArgumentParser(
+        prog=prog, description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('folders', nargs='+', metavar='DIR', help='folders of runs of train')
+    args = parser.parse_args()
+
+    from noah_zoo.training.report import report
+
+    try:
+        print(report(args.folders))
+    except (OSError, ValueError) as error:
+        parser.exit(2, f'{prog}: error: {error}\n')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,67 @@
+"""Evaluate a pretrained model on a dataset: top-1 and top-5, beside the paper's for the authors' weights.
+
+    python scripts/validate.py --model resnet50_noah --dataset folder --data-dir /data/imagenet
+    python scripts/validate.py --model mobilenetv2_035_noah.fashion_mnist --dataset fashion_mnist
+    accelerate launch scripts/validate.py --model local-dir:runs/pets/best --dataset folder --data-dir /data/pets
+"""
+import argparse
+import json
+import logging
+import os
+
+
+def parse_args(prog: str):
+    parser = argparse.ArgumentParser(
+        prog=prog, description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
+    add = parser.add_argument
+    add('--model', required=True, metavar='NAME', help="timm name, 'hf-hub:...', 'local-dir:...', or an exported file")
+    add('--dataset', metavar='NAME', help="'fashion_mnist' (default), 'folder', 'hfds/NAME', 'hfids/NAME' or 'wds/...'")
+    add('--data-dir', metavar='DIR', help='folder of the data')
+    add('--task', metavar='NAME', help='multiclass (default), multilabel or reid')
+    add('--split', metavar='NAME', help='split to evaluate on (validation)')
+    add('-b', '--batch-size', type=int, metavar='N', help='batch size per process (64)')
+    add('-j', '--workers', type=int, metavar='N', help='data loading processes (2)')
+    add('--img-size', type=int, metavar='N', help="image size (the model's)")
+    add('--cpu', action='store_true', help='do not use an accelerator')
+    add('--json', action='store_true', help='print JSON')
+    return parser, parser.parse_args()
+
+
+def main(prog: str = 'validate.py') -> None:
+    parser, args = parse_args(prog)
+    from accelerate import PartialState
+
+    from noah_zoo.tasks import find_task
+    from noah_zoo.training.validate import validate
+
+    logging.basicConfig(level=logging.WARNING, format='%(message)s')
+    settings = dict(vars(args))
+    as_json = settings.pop('json', False)
+    try:
+        result = validate(**settings)
+    except (OSError, ValueError, RuntimeError) as error:
+        parser.exit(2, f'{prog}: error: {error}\n')
+    except KeyboardInterrupt:
+        parser.exit(130, f'\n{prog}: interrupted\n')
+    PartialState().destroy_process_group()  # threads of a group that is left alive may abort the process as it ends
+    if os.environ.get('RANK', '0') != '0':
+        return
+    if as_json:
+        print(json.dumps(result, indent=2))
+        return
+    print(f'{result["model"]} on {result["dataset"]} [{result["split"]}]')
+    labels = find_task(settings.get('task', 'multiclass')).figures
+    for key, value in result.items():
+        if isinstance(value, float) and key != 'val_loss' and not key.endswith('_top3'):
+            more = f'   paper, on ImageNet-1k: {result["paper"][key]:.2f} %' if key in result.get('paper', ()) else ''
+            more += f'   of the top 3: {result[f"{key}_top3"]:.2f} %' if f'{key}_top3' in result else ''
+            print(f'{labels.get(key, key)}: {value:.2f} %{more}')
+    for row in result.get('per_class', ()):
+        print('  '.join(f'{key} {value}' for key, value in row.items()))
+    if 'val_loss' in result:
+        print(f'cross-entropy: {result["val_loss"]:.4f}')
+
+
+if __name__ == '__main__':
+    main()
