@@ -39,7 +39,8 @@ def other_tools(tmp_path_factory):
     subprocess.run([sys.executable, '-m', 'venv', folder], check=True)
     python, = folder.glob('bin/python')
     packages, = folder.glob('lib/python*/site-packages')
-    (packages / 'of_the_tests.pth').write_text('\n'.join(path for path in sys.path if path.endswith('-packages')) + '\n')
+    ours = [path for path in sys.path if path.endswith('-packages')]
+    (packages / 'of_the_tests.pth').write_text('\n'.join(ours) + '\n')
     text = (Path(__file__).resolve().parents[1] / 'pyproject.toml').read_text(encoding='utf-8')
     wanted = re.findall('"(.*?)"', re.search(r'^other_tools = \[(.*)\]$', text, re.MULTILINE)[1])
     subprocess.run([python, '-m', 'pip', 'install', '--quiet', *wanted], check=True)
