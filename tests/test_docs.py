@@ -122,11 +122,12 @@ HUB = {
     'README.md': ('resnet50_noah', 'resnet50.a1_in1k', 'convnext_tiny.in12k_ft_in1k'),
     'models.md': ('resnet50.a1_in1k',), 'your_backbone.md': ('convnext_atto.d2_in1k',),
     'finetune.md': ('resnet50_noah', 'mobilenetv2_100_noah', 'convnext_atto.d2_in1k'), 'publish.md': ('resnet18_noah',),
-    'questions.md': ('resnet18_noah',),
+    'questions.md': ('resnet18_noah',), 'other_tools.md': ('resnet18_noah', 'resnet18.a1_in1k'),
     'downstream.md': ('resnet101_noah', 'vit_large_patch16_224.augreg_in21k', 'resnet50.a1_in1k')}
 # What a page goes on with.
 BEFORE = {'publish.md': """python scripts/finetune.py --model resnet18_noah --dataset folder --data-dir photos \
     --val-fraction 0.2 --output runs/photos"""}
+BEFORE['other_tools.md'] = BEFORE['publish.md'] + '\npython scripts/publish.py --from runs/photos --repo-id you/photos'
 QUICK = ('index.md', 'head.md', 'models.md', 'your_backbone.md', 'publish.md', 'questions.md')
 PAGES = sorted(
     path.relative_to(ROOT).as_posix() for path in (ROOT / 'README.md', *(ROOT / 'docs').glob('*.md'))
@@ -156,8 +157,19 @@ def program(page):
 
 
 @pytest.mark.parametrize('page', [
-    pytest.param(page, marks=() if Path(page).name in QUICK else pytest.mark.slow) for page in PAGES])
+    pytest.param(page, marks=() if Path(page).name in QUICK else pytest.mark.slow)
+    for page in PAGES if page != 'docs/other_tools.md'])
 def test_snippets(page, tmp_path):
+    check_snippets(page, tmp_path, sys.executable)
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_snippets_of_other_tools(tmp_path, other_tools):
+    check_snippets('docs/other_tools.md', tmp_path, other_tools)
+
+
+def check_snippets(page, tmp_path, python):
     name, workspace, text = Path(page).name, tmp_path / 'checkout', (ROOT / page).read_text(encoding='utf-8')
     shutil.copytree(ROOT, workspace, ignore=shutil.ignore_patterns('.*', 'runs', 'site', '*.egg-info', '__pycache__'))
     for file, make in FILES.items():
@@ -170,9 +182,9 @@ def test_snippets(page, tmp_path):
             hub.put(repo_id, {'model.safetensors': save(timm.create_model(model).state_dict())})
         env = hub.env(tmp_path / 'home', 'hf_you') | {
             'BASH_ENV': str(workspace / '.shell'), 'NOAH_ZOO_NAMESPACE': 'mirror', 'MPLBACKEND': 'agg',
-            'PYTHONPATH': str(workspace), 'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'}
+            'PYTHONPATH': str(workspace), 'PATH': f'{Path(python).parent}{os.pathsep}{os.environ["PATH"]}'}
         done = subprocess.run(
-            [sys.executable, '-c', program(page)], cwd=workspace, env=env, capture_output=True, text=True,
+            [python, '-c', program(page)], cwd=workspace, env=env, capture_output=True, text=True,
             timeout=1800, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     printed = done.stdout.splitlines()

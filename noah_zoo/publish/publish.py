@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from ..catalog import CATALOG, NAMESPACE, PUBLISHED, RECORD, TAG, Published
 from ..files import write
-from ..models.builder import START_ARGS, WeightsError
+from ..models.builder import WeightsError
+from ..models.saving import saved_config
 from ..text import one_line
 from ..weights.drive import fetch_released
 from ..weights.find import place_on_hub
@@ -182,7 +183,7 @@ def publish_folder(
         staging, cache = Path(scratch) / 'staging', Path(scratch) / 'cache'
         (staging / REFERENCE).parent.mkdir(parents=True)
         shutil.copyfile(folder / WEIGHTS, staging / WEIGHTS)
-        write(staging / CONFIG, _config(folder / CONFIG))
+        write(staging / CONFIG, saved_config(folder / CONFIG))
         card.save(staging / CARD)
         outputs = reference(_load(staging, whole))
         save_file(outputs, staging / REFERENCE)
@@ -207,17 +208,6 @@ def publish_folder(
             raise WeightsError(f'{repo_id}: {_explain(error)}') from error
     _logger.info('%s: published as %s, revision %s', repo_id, tag, revision)
     return Published(revision, published.sha256)
-
-
-def _config(file: Path) -> str:
-    """timm's `config.json`, without the weights that training began with, which may be a path of this machine."""
-    text = file.read_text(encoding='utf-8')
-    config = json.loads(text)
-    args = config.get('model_args') or {}
-    if not args.keys() & set(START_ARGS):
-        return text
-    config['model_args'] = {name: value for name, value in args.items() if name not in START_ARGS}
-    return json.dumps(config, indent=2) + '\n'
 
 
 @torch.inference_mode()

@@ -16,13 +16,12 @@ import accelerate
 import timm
 import torch
 import yaml
-from timm.models import save_for_hf
 from torch import nn
 
 from ..config import TrainConfig
 from ..data.base import class_changes
 from ..files import clear_partial, write
-from ..models.builder import START_ARGS
+from ..models.saving import save_model
 from .builders import model_kwargs
 from .checkpoint import PREFIX, newest_checkpoint
 
@@ -139,13 +138,7 @@ class RunFolder:
         model = deepcopy(model).cpu().to(memory_format=torch.contiguous_format)
         head = getattr(model, 'noah_cfg', {})
         head = {name: head[name] for name in ('num_groups', 'key_ratio') if name in head}
-        model_args = {**head, **model_kwargs(config)}
-        for args in (model_args, model.__dict__.get('_model_args', {})):  # given here, and recorded by timm
-            for name in START_ARGS:  # it has weights of its own now; and the path is the machine's
-                args.pop(name, None)
-        save_for_hf(
-            model, str(partial), safe_serialization=True, model_args=model_args,
-            model_config=dict(label_names=list(class_names)))
+        save_model(model, partial, {**head, **model_kwargs(config)}, label_names=list(class_names))
         if best.exists():
             os.replace(best, old)
         os.replace(partial, best)

@@ -1,7 +1,6 @@
 """Weights of a head alone: their file says which file on the Hub has the others."""
 import json
 import logging
-import shutil
 from pathlib import Path
 from typing import Dict, NamedTuple, Optional, Tuple, Union
 
@@ -11,12 +10,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..files import write
 from ..models.builder import WeightsError
 from .hub import fetch, sha256_of
 
 _logger = logging.getLogger(__name__)
 
 KEY = 'noah_zoo.backbone'  # in the header of the head's file
+MODEL_TYPE = 'noah_head_without_backbone'  # which transformers refuses; it would give the head a random backbone
 
 
 class Backbone(NamedTuple):
@@ -128,7 +129,8 @@ def write_head(
             f'to them. Publish the whole model')
     backbone = backbone._replace(without=tuple(sorted(stored.keys() - ours.keys())))
     folder.mkdir(parents=True)
-    shutil.copyfile(best / 'config.json', folder / 'config.json')
+    config = json.loads((best / 'config.json').read_text(encoding='utf-8'))
+    write(folder / 'config.json', json.dumps({**config, 'model_type': MODEL_TYPE}, indent=2) + '\n')
     sent = {name: ours[name] for name in ours if name in reshaped or name not in frozen}
     # One entry, as several are written in any order, and a repeated call has to find what it has sent.
     save_file(sent, folder / 'model.safetensors', {KEY: json.dumps(backbone._asdict())})

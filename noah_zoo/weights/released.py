@@ -13,11 +13,12 @@ from typing import Any, Dict, Mapping, NamedTuple, Optional, Union
 
 import torch
 from safetensors import SafetensorError
-from timm.models import create_model, get_pretrained_cfg, save_for_hf
+from timm.models import create_model, get_pretrained_cfg
 from torch import Tensor
 
 from ..catalog import TAG, Pair, find_row, released
 from ..models.noah_deit import ThinDeit
+from ..models.saving import save_model
 from ..text import near, some
 from .names import released_names
 
@@ -166,7 +167,7 @@ def write_folder(weights: Dict[str, Tensor], name: str, output: Union[str, Path]
     partial = output.with_name(f'.{output.name}.{uuid.uuid4().hex[:8]}.partial')
     try:
         try:
-            save_for_hf(model, str(partial), model_args=model_args, safe_serialization=True)
+            save_model(model, partial, model_args)
         except SafetensorError as error:  # a full disk, say
             raise OSError(f'{partial}: {error}') from None
         if output.exists():

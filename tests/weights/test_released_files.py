@@ -230,12 +230,12 @@ def test_output_that_exists(tmp_path, released):
 
 @pytest.mark.parametrize('failure', [OSError('no space left on device'), KeyboardInterrupt()])
 def test_failed_write_leaves_nothing(tmp_path, released, monkeypatch, failure):
-    def save_half(model, folder, **kwargs):
-        Path(folder).mkdir()
-        (Path(folder) / 'model.safetensors').write_bytes(b'half')
+    def save_half(model, folder, model_args):
+        folder.mkdir()
+        (folder / 'model.safetensors').write_bytes(b'half')
         raise failure
 
-    monkeypatch.setattr(module, 'save_for_hf', save_half)
+    monkeypatch.setattr(module, 'save_model', save_half)
     (tmp_path / 'empty').mkdir()
     for output in ('absent', 'empty'):
         with pytest.raises(type(failure)):
