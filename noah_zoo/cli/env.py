@@ -6,7 +6,6 @@ It prints Markdown, which can be pasted as it is.
 """
 import argparse
 import importlib
-import importlib.util
 import logging
 import platform
 from contextlib import contextmanager
@@ -26,15 +25,14 @@ def cpu_kernel() -> str:
 
     from noah_zoo.layers import poca_cpu
 
-    capability = torch.backends.cpu.get_cpu_capability()
-    if importlib.util.find_spec('noah_zoo.layers._poca_cpu') is None:
-        return 'in blocks, as _poca_cpu was not compiled when noah_zoo was installed'
-    if capability not in ('AVX2', 'AVX512'):
-        return f'in blocks, as the processor has no AVX2 ({capability})'
+    if not poca_cpu.LIBRARY.is_file():
+        return f'in blocks, as {poca_cpu.LIBRARY.name} was not compiled when noah_zoo was installed'
+    if poca_cpu.kind() is None:
+        return f'in blocks, as the processor has no AVX2 ({torch.backends.cpu.get_cpu_capability()})'
     with warnings_of('noah_zoo.layers.poca_cpu') as warnings:
         if poca_cpu.compiled():
-            return f'compiled (_poca_cpu) in float32, on {capability}; in blocks in other types'
-    return f'in blocks, as _poca_cpu cannot be used: {" ".join(warnings) or "no OpenMP library"}'
+            return f'compiled ({poca_cpu.LIBRARY.name}) up to float32, for {poca_cpu.kind()}; in blocks in float64'
+    return f'in blocks, as {poca_cpu.LIBRARY.name} cannot be used: {" ".join(warnings) or "no OpenMP library"}'
 
 
 def gpu_kernel(device: str) -> str:

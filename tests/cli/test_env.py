@@ -1,8 +1,8 @@
 """noah-zoo env."""
-import importlib.util
 import logging
 import platform
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -42,7 +42,7 @@ def test_this_machine(facts):
     assert found['torch'] == torch.__version__
     assert found['fused_attn'] == 'on' and found['processor']
     assert found['accelerators'] == str(torch.accelerator.device_count())
-    assert ('compiled (_poca_cpu)' in found['the head on the CPU']) == (poca_cpu.compiled() is not None)
+    assert ('compiled (_poca_cpu.so)' in found['the head on the CPU']) == (poca_cpu.compiled() is not None)
 
 
 def test_a_package_that_is_not_there(facts, monkeypatch):
@@ -59,26 +59,27 @@ def test_fused_attn_is_off(facts):
         set_fused_attn(bool(before))
 
 
-def test_no_compiled_kernel(monkeypatch):
-    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
-    assert env.cpu_kernel() == 'in blocks, as _poca_cpu was not compiled when noah_zoo was installed'
+def test_no_compiled_kernel(monkeypatch, tmp_path):
+    monkeypatch.setattr(poca_cpu, 'LIBRARY', tmp_path / 'kernel.so')
+    assert env.cpu_kernel() == 'in blocks, as kernel.so was not compiled when noah_zoo was installed'
 
 
 def test_an_old_processor(monkeypatch):
-    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: SimpleNamespace(origin='x'))
+    monkeypatch.setattr(poca_cpu, 'LIBRARY', Path(__file__))
+    monkeypatch.setattr(poca_cpu, 'kind', lambda: None)
     monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: 'DEFAULT')
     assert env.cpu_kernel() == 'in blocks, as the processor has no AVX2 (DEFAULT)'
 
 
 def test_a_kernel_of_another_version(monkeypatch, tmp_path, capfd):
-    monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: 'AVX2')
-    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: SimpleNamespace(origin=None))  # Python itself
+    monkeypatch.setattr(poca_cpu, 'kind', lambda: 'avx2')
+    monkeypatch.setattr(poca_cpu, 'LIBRARY', next((Path(torch.__file__).parent / 'lib').glob('*c10.*')))  # other functions
     poca_cpu.compiled.cache_clear()
     try:
         said = env.cpu_kernel()
     finally:
         poca_cpu.compiled.cache_clear()
-    assert said.startswith('in blocks, as _poca_cpu cannot be used: ') and 'install the package again' in said
+    assert said.startswith(f'in blocks, as {poca_cpu.LIBRARY.name} cannot be used: ') and 'install the package again' in said
     assert 'install' not in capfd.readouterr().err
 
 
