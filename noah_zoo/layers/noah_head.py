@@ -113,9 +113,9 @@ class NoahHead(nn.Module):
         From 1,000 classes on they are those of the authors' release, Kaiming normal by fan-out, which is N * K. For few
         classes that would be large, a standard deviation of 0.22 for K = 10 and N = 4. So below, the scale is one for
         every K, N and width: features of standard deviation 1 get scores of 1 and logits of 0.3. Values are small,
-        as few images do not unlearn random logits; keys are not, as a backbone that is new as well learns from the
-        first step on what the blocks make of different positions. On a trained backbone they are better zero, see
-        `begin_as_pooling`. `docs/numbers.md` has what this was chosen by.
+        as few images do not unlearn random logits; keys are not, as a model of tokens that is new as well learns from
+        the first step on what the blocks make of different positions. On a trained backbone, and on a convolutional
+        one, they are better zero, see `begin_as_pooling`. `docs/numbers.md` has what this was chosen by.
         """
         few = self.deviations_for_few_classes() if 0 < self.num_classes < MANY_CLASSES else {}
         for layer in self.modules():

@@ -30,6 +30,7 @@ from .attach import (
     check_init,
     classifier_names,
     find_classifier,
+    is_convolutional,
 )
 
 WEIGHT_PLACES = ('state_dict', 'file', 'hf_hub_id', 'hf_hub_filename', 'url', 'source')  # as timm ranks them
@@ -76,7 +77,7 @@ def build_noah(
         pretrained_backbone: A timm name with tag, 'hf-hub:', 'local-dir:' or the path of a checkpoint: everything but
             the head is loaded from it.
         init: What a new head starts from, 'pooling', 'random' or 'classifier' (that of `pretrained_backbone`); see
-            `add_noah_head`. None is as there if weights are loaded, else 'random'.
+            `add_noah_head`. None is as there if weights are loaded or most weights are of convolutions, else 'random'.
         **kwargs: `num_groups`, `key_ratio`, `drop_rate`, `split_groups`, `split_kv`, `noah_variant` (see
             `noah_zoo.layers.ablations`), and what timm's class takes.
 
@@ -101,7 +102,7 @@ def build_noah(
             attach(model, num_classes, Features(input_fmt, 0, model.num_features), find_classifier(model), **noah_cfg)
         except ValueError as error:
             raise ValueError(f'{variant}: {error}') from None
-        begin(model.get_classifier(), init)
+        begin(model.get_classifier(), init or _start_of(model, pretrained or source))
         if source:
             load_backbone(model, source, variant, row.vanilla, filter_fn, init)
         return model
@@ -161,7 +162,7 @@ def build_any(
         add_noah_head(model, num_classes or 1, init='random', **noah_cfg)
         if not num_classes:
             model.reset_classifier(0)
-        begin(model.get_classifier(), init)
+        begin(model.get_classifier(), init or _start_of(model, pretrained or source))
         if source:
             load_backbone(model, source, f'noah on {twin}', twin, filter_fn, init)
         return model
@@ -180,7 +181,7 @@ def _backbone_source(
         if init == 'classifier' and pretrained_backbone is None:
             raise ValueError(
                 f'{variant}: init={init!r} needs pretrained_backbone=, whose classifier the head starts from')
-        return pretrained_backbone, init or (None if pretrained_backbone else 'random')
+        return pretrained_backbone, init
     saved = kwargs.get('pretrained_model_args') or {}
     given = dict(pretrained_backbone=pretrained_backbone, init=init)
     given = {name: value for name, value in given.items() if value not in (None, saved.get(name))}
@@ -189,6 +190,11 @@ def _backbone_source(
             raise ValueError(
                 f'{variant}: pretrained=True and {name}={value!r} exclude each other (--no-pretrained of finetune.py)')
     return None, given.get('init')
+
+
+def _start_of(model: nn.Module, weights: Any) -> Optional[str]:
+    """`init` where nothing is said: a model of tokens that learns from nothing begins with random keys."""
+    return None if weights or is_convolutional(model) else 'random'
 
 
 def build_model(

@@ -63,17 +63,23 @@ def test_whatever_makes_a_head_makes_it_so(num_classes, resnet18, tmp_path):
     torch.manual_seed(0)
     drawn = scales(NoahHead(512, num_classes))
     of_any = dict(backbone='resnet18', num_classes=num_classes)
-    from_scratch = [
-        timm.create_model('resnet18_noah', num_classes=num_classes), timm.create_model('noah', **of_any),
+    tokens = dict(num_classes=num_classes, img_size=32, patch_size=8)  # 96 channels, with random keys
+    for name in 'deit_tiny_050_patch16_224_noah', 'noah':
+        model = timm.create_model(
+            name, **tokens, **(dict(backbone='deit_tiny_050_patch16_224') if name == 'noah' else {}))
+        assert scales(model.get_classifier()) == pytest.approx(scales(NoahHead(96, num_classes)), rel=0.15)
+    asked_for = [
+        timm.create_model('resnet18_noah', num_classes=num_classes, init='random'),
         timm.create_model('resnet18_noah', num_classes=num_classes, pretrained_backbone=resnet18, init='random'),
         noah_zoo.add_noah_head(timm.create_model('resnet18', num_classes=num_classes), init='random')]
-    for model in from_scratch:
+    for model in asked_for:
         assert scales(model.get_classifier()) == pytest.approx(drawn, rel=0.15)
     save_for_hf(timm.create_model('resnet18_noah', num_classes=3), str(tmp_path), safe_serialization=True)
     reset = timm.create_model('resnet18_noah', num_classes=5)
     reset.reset_classifier(num_classes)
     on_weights = [
-        reset, noah_zoo.add_noah_head(timm.create_model('resnet18', num_classes=num_classes)),
+        reset, timm.create_model('resnet18_noah', num_classes=num_classes), timm.create_model('noah', **of_any),
+        noah_zoo.add_noah_head(timm.create_model('resnet18', num_classes=num_classes)),
         timm.create_model('resnet18_noah', num_classes=num_classes, pretrained_backbone=resnet18),
         timm.create_model('noah', pretrained_backbone=resnet18, **of_any),
         timm.create_model(f'local-dir:{tmp_path}', pretrained=True, num_classes=num_classes)]
@@ -82,7 +88,7 @@ def test_whatever_makes_a_head_makes_it_so(num_classes, resnet18, tmp_path):
         timm.create_model('noah', init='pooling', **of_any),
         noah_zoo.add_noah_head(timm.create_model('resnet18', num_classes=num_classes), init='pooling')]
     if num_classes == 10:
-        as_pooling += on_weights
+        as_pooling += on_weights  # and convolutional models without
     else:
         assert all(scales(model.get_classifier()) == pytest.approx(drawn, rel=0.05) for model in on_weights)
     for model in as_pooling:
