@@ -87,18 +87,23 @@ def poca(
         ValueError: If features and weights do not fit.
     """
     if not torch.jit.is_scripting():
-        if not (torch.jit.is_tracing() or torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active()):
+        if not (torch.jit.is_tracing() or _is_exporting() or torch._C._are_functorch_transforms_active()):
             return _poca(
                 x_BCHW, key_weight, key_bias, value_weight, value_bias, num_groups, conv_groups, drop_rate * training)
     return poca_reference(
         x_BCHW, key_weight, key_bias, value_weight, value_bias, num_groups, conv_groups, drop_rate, training)
 
 
+def _is_exporting() -> bool:
+    # with the older versions of PyTorch, 2.11 say, the former is true in torch.compile as well
+    return torch.compiler.is_exporting() and getattr(torch.compiler, '_is_exporting_flag', True)
+
+
 def _poca(
         x_BCHW: Tensor, key_weight: Tensor, key_bias: Optional[Tensor], value_weight: Tensor,
         value_bias: Optional[Tensor], num_groups: int, conv_groups: int, drop_rate: float) -> Tensor:
     device, dtype = x_BCHW.device.type, x_BCHW.dtype
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device != 'meta' and torch.is_autocast_enabled(device):
         dtype = torch.float32
         if device != 'cpu':  # where it is computed in float32 in any case
             x_BCHW = x_BCHW.to(torch.get_autocast_dtype(device))
