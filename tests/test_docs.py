@@ -65,6 +65,21 @@ def test_the_site(tmp_path):
     assert 'Where a NOAH model looks' in (tmp_path / 'reference' / 'index.html').read_text(encoding='utf-8')
 
 
+def test_figures_of_the_quick_start():
+    numbers = (ROOT / 'docs' / 'numbers.md').read_text(encoding='utf-8')
+    sections = {
+        re.sub(r'\W+', '-', section.partition('\n')[0].lower()): section for section in numbers.split('\n## ')[1:]}
+    rows = re.findall(
+        r'^\|.*?\|(.*)\| \[[^]]*\]\(numbers\.md#(\S+)\) \|$',
+        (ROOT / 'docs' / 'index.md').read_text(encoding='utf-8'), re.MULTILINE)
+    assert len(rows) >= 5
+    for row, anchor in rows:
+        figures = re.findall(r'[\d.,]+%?', row)
+        assert figures
+        for figure in figures:
+            assert re.search(rf'(?<![\d.,]){re.escape(figure)}(?![\d])', sections[anchor]), (figure, anchor)
+
+
 # Snippets
 
 # What a shell does before it runs a page's commands as they are printed: training in a few steps of small batches.
@@ -128,7 +143,7 @@ HUB = {
     'questions.md': ('resnet18_noah',),
     'downstream.md': ('resnet101_noah', 'vit_large_patch16_224.augreg_in21k', 'resnet50.a1_in1k')}
 # Pictures that a page draws, and the mean difference to the one kept (of 255): another machine, fewer colours.
-PICTURES = {'head.md': {'bag.png': 1}, 'photographs.md': {'stamps.png': 1, 'koala.png': 10}}
+PICTURES = {'head.md': {'bag.png': 1}, 'photographs.md': {'stamps.png': 1, 'koala.png': 10, 'looked.png': 10}}
 # What a page goes on with.
 BEFORE = {'publish.md': """python scripts/finetune.py --model resnet18_noah --dataset folder --data-dir photos \
     --val-fraction 0.2 --output runs/photos"""}
@@ -178,7 +193,8 @@ def test_snippets(page, tmp_path):
             repo_id = f'mirror/{model}.osvai_in1k' if model.endswith('_noah') else f'timm/{model}'
             hub.put(repo_id, {'model.safetensors': save(timm.create_model(model).state_dict())})
         env = hub.env(tmp_path / 'home', 'hf_you') | {
-            'BASH_ENV': str(workspace / '.shell'), 'NOAH_ZOO_NAMESPACE': 'mirror', 'MPLBACKEND': 'agg', 'REAL': 'yes' * (name in REAL),
+            'BASH_ENV': str(workspace / '.shell'), 'NOAH_ZOO_NAMESPACE': 'mirror', 'MPLBACKEND': 'agg',
+            'REAL': 'yes' * (name in REAL),
             'PYTHONPATH': str(workspace), 'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'}
         done = subprocess.run(
             [sys.executable, '-c', program(page)], cwd=workspace, env=env, capture_output=True, text=True,
