@@ -44,25 +44,53 @@ class Loaded(HTMLParser):
             self.addresses.append(attrs['href'])
 
 
-def test_the_site(tmp_path):
+@pytest.fixture(scope='module')
+def site(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('site')
     result = subprocess.run(
-        [sys.executable, '-m', 'mkdocs', 'build', '--strict', '--site-dir', str(tmp_path)], cwd=ROOT,
+        [sys.executable, '-m', 'mkdocs', 'build', '--strict', '--site-dir', str(folder)], cwd=ROOT,
         capture_output=True, text=True, timeout=200, check=False, env={**os.environ, 'NO_MKDOCS_2_WARNING': '1'})
     assert result.returncode == 0, result.stderr
+    return folder
+
+
+def test_the_site(site):
     nav = re.search(r'^nav:\n((  - .*\n)*)', (ROOT / 'mkdocs.yml').read_text(encoding='utf-8'), re.MULTILINE)[1]
     names = [name for entry in yaml.safe_load(nav) for name in entry.values()]
     assert set(names) == {path.name for path in (ROOT / 'docs').glob('*.md')}
     for name in names:
-        page = tmp_path / ('' if name == 'index.md' else name.removesuffix('.md')) / 'index.html'
+        page = site / ('' if name == 'index.md' else name.removesuffix('.md')) / 'index.html'
         loaded = Loaded()
         loaded.feed(page.read_text(encoding='utf-8'))
         assert len(loaded.addresses) >= 3
         for address in loaded.addresses:
             assert '//' not in address and (page.parent / address.partition('?')[0]).resolve().is_file(), address
-    reference = (tmp_path / 'reference' / 'index.html').read_text(encoding='utf-8')
+    reference = (site / 'reference' / 'index.html').read_text(encoding='utf-8')
     for field in dataclasses.fields(TrainConfig):
         assert f'<code>{field.name}</code>' in reference, field.name
-    assert 'Where a NOAH model looks' in (tmp_path / 'reference' / 'index.html').read_text(encoding='utf-8')
+    assert 'Where a NOAH model looks' in (site / 'reference' / 'index.html').read_text(encoding='utf-8')
+
+
+@pytest.mark.browser
+def test_tables_fit_or_scroll(site):
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=shutil.which('chromium'), args=['--no-sandbox'])
+        for width in (1280, 390):
+            page = chromium.new_page(viewport={'width': width, 'height': 900})
+            for path in sorted(site.glob('*/index.html')):
+                page.goto(path.as_uri())
+                assert page.evaluate('document.documentElement.scrollWidth') <= width, (path, width)
+            page.goto((site / 'models' / 'index.html').as_uri())
+            room, table, before, after = page.evaluate('''() => {
+                const scrolls = document.querySelector('.md-typeset__scrollwrap')
+                const left = () => scrolls.querySelector('td').getBoundingClientRect().left
+                const before = left()
+                scrolls.scrollLeft = 200
+                return [scrolls.clientWidth, scrolls.scrollWidth, before, left()]}''')
+            assert (table <= room) == (width == 1280), (table, room)
+            assert after >= 0 and before - after <= 20  # its first column is still there
+        chromium.close()
 
 
 def test_figures_of_the_quick_start():
