@@ -5,12 +5,13 @@
 import json
 import re
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, List, Tuple
 
 PAGE = Path(__file__).with_name('photographs.md')
 REPOSITORY = 'https://github.com/OWNER/noah_zoo'
 SETUP = f"""%%bash
-git clone --quiet {REPOSITORY} || true
+# The owner of your copy of the code in place of OWNER.
+[ -d noah_zoo ] || git clone --quiet {REPOSITORY}
 apt-get -qq install tuxpaint-stamps-default > /dev/null
 pip install --quiet -e noah_zoo"""
 PARTS = re.compile(r'^```(python|bash)\n(.*?)\n```$|^!\[[^]]*\]\((\S+)\)$', re.MULTILINE | re.DOTALL)
@@ -18,15 +19,17 @@ PARTS = re.compile(r'^```(python|bash)\n(.*?)\n```$|^!\[[^]]*\]\((\S+)\)$', re.M
 
 def notebook(page: str) -> Dict[str, Any]:
     """The notebook, without outputs, of a page in Markdown."""
-    cells = [('code', SETUP), ('code', '%cd noah_zoo')]
+    cells: List[Tuple[str, str]] = []
 
     def tell(text: str) -> None:
         text = re.sub(r'\]\((?!https?:)(\S+?)\)', rf']({REPOSITORY}/blob/main/docs/\1)', text.strip())
         if text:
             cells.append(('markdown', text))
 
-    end = 0
-    for part in PARTS.finditer(page):
+    end = page.index('\n## ')
+    tell(page[:end])
+    cells += [('code', SETUP), ('code', '%cd noah_zoo')]
+    for part in PARTS.finditer(page, end):
         tell(page[end:part.start()])
         language, code, picture = part.groups()
         if picture:
