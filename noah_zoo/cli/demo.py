@@ -1,7 +1,7 @@
 """A page in the browser: pick an image, see what a NOAH model says and where it looked.
 
     python scripts/demo.py
-    python scripts/demo.py --model hf-hub:you/photos --port 8000
+    python scripts/demo.py --model hf-hub:you/photos --samples photos/ --port 8000
 
 It works offline with the shipped model. Needs pip install 'noah-zoo[demo]'.
 """
@@ -18,6 +18,9 @@ def main(prog: str = 'demo.py') -> int:
     parser.add_argument(
         '--model', nargs='+', default=[], metavar='NAME',
         help="timm names, 'local-dir:DIR', 'hf-hub:USER/MODEL' to choose from (the shipped model and the paper's)")
+    parser.add_argument(
+        '--samples', nargs='+', default=[], metavar='PATH',
+        help='images and folders of images to offer, the first 50, before those of the package')
     parser.add_argument('--device', default='cpu', help="torch device, 'cuda' say (cpu)")
     parser.add_argument('--host', default='127.0.0.1', help="address to listen on, '0.0.0.0' for all (127.0.0.1)")
     parser.add_argument('--port', type=int, default=7860, help='port to listen on (7860)')
@@ -30,9 +33,9 @@ def main(prog: str = 'demo.py') -> int:
     except ImportError as error:
         parser.exit(2, f"{prog}: error: {error}; pip install 'noah-zoo[demo]'\n")
     try:
-        create_page(args.model, args.device).launch(
+        create_page(args.model, args.device, args.samples).launch(
             server_name=args.host, server_port=args.port, prevent_thread_lock=True, quiet=True, **LAUNCH)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         parser.exit(2, f'{prog}: error: {error}\n')
     print(f'http://{args.host}:{args.port}  (Ctrl-C ends it)', flush=True)
     try:

@@ -15,6 +15,7 @@ from .attention import attention_maps
 from .predict import (
     DEFAULT_MODEL,
     SAMPLES,
+    find_images,
     image_mode,
     load_model,
     load_twin,
@@ -25,6 +26,7 @@ from .predict import (
 from .visualize import as_model_sees, grad_cam, overlay
 
 SHOWN = 256  # pixels of the shorter side of a picture, at least
+OFFERED = 50  # samples of one's own, at most: each is read when the page is made
 INTRODUCTION = '''# Where does NOAH look?
 
 A NOAH head gives every class a map of attention of its own, in several blocks side by side. Pick an image; then click a
@@ -52,16 +54,21 @@ class Asked(NamedTuple):
     model: str
 
 
-def create_page(models: Sequence[str] = (), device: str = 'cpu') -> gr.Blocks:
+def create_page(models: Sequence[str] = (), device: str = 'cpu', samples: Sequence[str] = ()) -> gr.Blocks:
     """The page, to be launched with `LAUNCH`.
 
     Args:
         models: Names to choose from, see `load_model`, the first of which is chosen; if none, the shipped model and the
             25 of the paper.
         device: A torch device.
+        samples: Images and folders of images, of which the first 50 are offered before those of the package.
+
+    Raises:
+        FileNotFoundError: If one of `samples` does not exist, or is a folder without images.
+        ValueError: If an image cannot be read.
     """
     models = list(models) or [DEFAULT_MODEL, *(f'{name}.{TAG}' for name in CATALOG)]
-    samples = sorted(SAMPLES.glob('*.png'))
+    offered = [*find_images(samples)[:OFFERED], *(str(path) for path in sorted(SAMPLES.glob('*.png')))]
     load = functools.lru_cache(maxsize=3)(functools.partial(make_pair, device=device))
 
     def classify(image: Optional[str], name: str) -> Tuple[Any, ...]:
@@ -83,7 +90,7 @@ def create_page(models: Sequence[str] = (), device: str = 'cpu') -> gr.Blocks:
             pictures, '\n\n'.join(part for part in (message, pair.reason) if part))
 
     def classify_sample(name: str, event: gr.SelectData) -> Tuple[Any, ...]:
-        return classify(str(samples[event.index]), name)
+        return classify(offered[event.index], name)
 
     def classify_again(asked: Optional[Asked], name: str) -> Tuple[Any, ...]:
         return classify(asked and asked.image, name)
@@ -100,7 +107,7 @@ def create_page(models: Sequence[str] = (), device: str = 'cpu') -> gr.Blocks:
                 model = gr.Dropdown(models, value=models[0], label='Model', allow_custom_value=True, elem_id='model')
                 upload = gr.File(label='Your image', height=140, elem_id='upload')
                 chosen = gr.Gallery(
-                    [str(path) for path in samples], label='Or one of these', columns=4, height='auto',
+                    [_small(path) for path in offered], label='Or one of these', columns=4, height='auto',
                     allow_preview=False, interactive=False, buttons=[], elem_id='samples')
             with gr.Column(scale=2, min_width=240):
                 message = gr.Markdown(elem_id='message')
@@ -182,6 +189,12 @@ def _look(pair: Pair, image: Image.Image, index: int) -> Tuple[Any, str]:
 
 def _nothing(message: str) -> Tuple[Any, ...]:
     return gr.Label(value=None), gr.Label(value=None), [], message
+
+
+def _small(path: str) -> Image.Image:
+    picture = read_image(path)
+    picture.thumbnail((SHOWN, SHOWN))
+    return picture
 
 
 def _large(picture: Image.Image) -> Image.Image:

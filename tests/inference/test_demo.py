@@ -9,6 +9,7 @@ import sys
 import urllib.request
 from pathlib import Path
 
+import gradio as gr
 import pytest
 import timm
 import yaml
@@ -65,6 +66,26 @@ def test_a_model_of_other_channels(channels, tmp_path):
     expected = next(predict(make_pair(name).model, [str(BAG)]))['predictions']
     assert {c['label']: c['confidence'] for c in noah.value['confidences']} == pytest.approx(
         {one['label']: one['probability'] for one in expected})
+
+
+def test_samples_of_ones_own(tmp_path):
+    for i, colour in enumerate(('white', 'black', *['gray'] * 50)):
+        with Image.open(BAG).convert('RGB') as bag:
+            bag.paste(colour, (0, 0, 8, 8))
+            bag.resize((600, 400)).save(tmp_path / f'{i:02}.jpg')
+    page = create_page([DEFAULT_MODEL], samples=[str(tmp_path)])
+    gallery = next(block for block in page.blocks.values() if getattr(block, 'elem_id', '') == 'samples')
+    assert len(gallery.value) == 50 + len(list(SAMPLES.glob('*.png')))
+    with Image.open(gallery.value[0]['image']['path']) as shown:
+        assert shown.size == (256, 171) and shown.getpixel((2, 2)) != (0, 0, 0)
+    classify = next(f.fn for f in page.fns.values() if f.fn.__name__ == 'classify_sample')
+    asked, *_ = classify(DEFAULT_MODEL, gr.SelectData(None, {'index': 1, 'value': None}))
+    assert asked.image == str(tmp_path / '01.jpg')
+    with pytest.raises(FileNotFoundError, match='nowhere: no such file or folder'):
+        create_page(samples=['nowhere'])
+    (tmp_path / 'broken.png').write_text('no image')
+    with pytest.raises(ValueError, match='broken.png: not a readable image'):
+        create_page(samples=[str(tmp_path / 'broken.png')])
 
 
 def test_classes_of_one_name():
