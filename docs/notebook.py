@@ -10,7 +10,7 @@ from typing import Any, Dict, List, Tuple
 PAGE = Path(__file__).with_name('photographs.md')
 REPOSITORY = 'https://github.com/OWNER/noah_zoo'
 SETUP = f"""%%bash
-# The owner of your copy of the code in place of OWNER.
+# The address is that of your copy of the code.
 [ -d noah_zoo ] || git clone --quiet {REPOSITORY}
 apt-get -qq install tuxpaint-stamps-default > /dev/null
 pip install --quiet -e noah_zoo"""

@@ -149,7 +149,7 @@ def test_the_backbone_waits_for_its_epochs(photos, tmp_path):
     assert not a1[stem].equal(b1[stem]) and b1[stem].equal(c1[stem]) and c1[stem].equal(c2[stem])
     assert not b1[stem].equal(b2[stem])
     assert c1['bn1.running_mean'].equal(c2['bn1.running_mean'])
-    assert not c1['classifier.key.weight'].equal(c2['classifier.key.weight'])
+    assert not c1['classifier.value.weight'].equal(c2['classifier.value.weight'])
 
 
 def test_the_crop_goes_with_the_model(photos, tmp_path):

@@ -31,7 +31,7 @@ def test_freeze_trains_the_head_only(idx_dir, tmp_path):
     weights = []
     for lr in (0.01, 0.1):
         train(idx_dir, tmp_path / str(lr), '--model', 'mobilenetv2_035_noah', '--recipe', 'none', '--img-size', 32,
-              '--epochs', 1, '-b', 16, '--lr', lr, '--freeze')
+              '--model-kwargs', 'output_stride=16', '--epochs', 1, '-b', 16, '--lr', lr, '--freeze')  # 2 x 2 positions
         weights.append(load_file(tmp_path / str(lr) / 'best' / 'model.safetensors'))
     different = {key for key in weights[0] if not weights[0][key].equal(weights[1][key])}
     assert different == {'classifier.key.weight', 'classifier.value.weight', 'classifier.value.bias'}
