@@ -1,8 +1,7 @@
 """Rows of the benchmark as Markdown tables and as figures."""
 import itertools
-import math
 import statistics
-from typing import Any, Dict, List, Sequence
+from typing import Any, Callable, Dict, List, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -20,7 +19,6 @@ PLAIN_FORMS = ('plain', 'compiled')  # that the others are as many times as fast
 MARKERS = dict(zip(('linear', 'noah', 'csra', 'simpool', 'efficient_probing', 'ml_decoder', 'latent'), 'osD^vPX'))
 QUARTILES = ('q1', 'median', 'q3')
 STEPS = {False: 'forward', True: 'forward + backward'}
-CACHED = ', cached features'
 PAIR_HEADER = ['model', 'batch', 'NOAH, images/s', 'vanilla, images/s', 'speed kept, %']
 FIGURES = {  # of a row: its name, unit, and what to multiply by
     'seconds': ('time', 'ms', 1e3), 'peak_bytes': ('peak memory', 'MiB', 2**-20),
@@ -38,9 +36,8 @@ def table_head(rows: Sequence[Row]) -> str:
             *(_faster(group[0], other) for other in others)])
     labels = [f'{HEAD_LOOKS[row["head"]][0]}, ms' for row in by_case(rows)[0]]
     header = ['features', 'layout', 'step', *labels, *(f'{other} / NOAH' for other in others)]
-    means = '; '.join(f'{step}: {mean:.2f}' for step, mean in mean_ratios(rows).items())
     return (f'{table(header, lines)}\n\n'
-            f'Plain / NOAH, geometric mean over the shapes at K=1,000: {means}.')
+            f'Plain / NOAH, geometric mean over the shapes at K=1,000: {_by_step(mean_ratios(rows))}.')
 
 
 def table_classes(rows: Sequence[Row]) -> str:
@@ -54,32 +51,34 @@ def table_classes(rows: Sequence[Row]) -> str:
         line = lines.setdefault((_step(case), _features(case).replace('\n', ', '), case['input_fmt']), [])
         line.append(f'{_faster(row, "plain")} ({_number(case["batch_size"] / row["seconds"]["median"])})')
     header = ['step', 'features', 'layout', *(f'K={k:,}' for k in sizes)]
-    least, means = least_ratios(rows), mean_ratios(rows, max(sizes))
-    return '\n\n'.join([
-        table(header, [[*key, *line] for key, line in lines.items()]),
-        "Plain / NOAH, and NOAH's images/s in brackets. The least: "
-        + '; '.join(f'{step}: {value:.2f}' for step, value in least.items())
-        + f'. Geometric mean over the shapes at K={max(sizes):,}: '
-        + '; '.join(f'{step}: {value:.2f}' for step, value in means.items()) + '.'])
+    return (
+        f'{table(header, [[*key, *line] for key, line in lines.items()])}\n\n'
+        f"Plain / NOAH, and NOAH's images/s in brackets. The least: {_by_step(least_ratios(rows))}. Geometric mean "
+        f'over the shapes at K={max(sizes):,}: {_by_step(mean_ratios(rows, max(sizes)))}.')
 
 
 def least_ratios(rows: Sequence[Row]) -> Dict[str, float]:
     """Plain / NOAH, the least over shapes and numbers of classes, for every batch size and kind of step."""
-    ratios: Dict[str, float] = {}
-    for row in rows:
-        if row['head'] == 'noah' and 'plain_by_this' in row:
-            step = _step(row['case'])
-            ratios[step] = min(ratios.get(step, math.inf), row['plain_by_this']['median'])
-    return ratios
+    return {step: min(values) for step, values in _ratios(rows).items()}
 
 
 def mean_ratios(rows: Sequence[Row], num_classes: int = 1000) -> Dict[str, float]:
     """Plain / NOAH, the geometric mean over the shapes at so many classes, for every batch size and kind of step."""
-    ratios = {}
-    for row in rows:
-        if row['head'] == 'noah' and row['case']['num_classes'] == num_classes and 'plain_by_this' in row:
-            ratios.setdefault(_step(row['case']), []).append(row['plain_by_this']['median'])
+    ratios = _ratios([row for row in rows if row['case']['num_classes'] == num_classes])
     return {step: statistics.geometric_mean(values) for step, values in ratios.items()}
+
+
+def _ratios(rows: Sequence[Row]) -> Dict[str, List[float]]:
+    """Plain / NOAH of every batch size and kind of step."""
+    ratios: Dict[str, List[float]] = {}
+    for row in rows:
+        if row['head'] == 'noah' and 'plain_by_this' in row:
+            ratios.setdefault(_step(row['case']), []).append(row['plain_by_this']['median'])
+    return ratios
+
+
+def _by_step(values: Dict[str, float]) -> str:
+    return '; '.join(f'{step}: {value:.2f}' for step, value in values.items())
 
 
 def table_costs(rows: Sequence[Row]) -> str:
@@ -132,35 +131,26 @@ def mean_losses(rows: Sequence[Row]) -> Dict[str, Any]:
 
 
 def draw_head(rows: Sequence[Row]) -> Figure:
-    """A panel per batch size and kind of step, three to a line; shapes from left to right."""
-    steps = list(dict.fromkeys(_step(row['case']) for row in rows))
-    lines = -(-len(steps) // 3)
-    figure = Figure(figsize=(15, 0.6 + 4.2 * lines), layout='constrained')
-    for place, step in enumerate(steps, 1):
-        axes = figure.add_subplot(lines, min(len(steps), 3), place)
-        chosen = [row for row in rows if _step(row['case']) == step]
+    """A panel per batch size and kind of step; shapes from left to right."""
+    def draw(axes: Axes, chosen: Sequence[Row]) -> None:
         _side_by_side(axes, chosen, 'seconds', [_shape(group[0]['case']) for group in by_case(chosen)])
-        axes.set_title(step)
-    return _with_legend(figure, axes)
+
+    return _panels(rows, draw)
 
 
 def draw_classes(rows: Sequence[Row]) -> Figure:
     """A panel per batch size and kind of step, plain / NOAH over the number of classes, a line per shape."""
-    steps = list(dict.fromkeys(_step(row['case']) for row in rows))
-    figure = Figure(figsize=(15, 0.6 + 4.2 * -(-len(steps) // 3)), layout='constrained')
-    for place, step in enumerate(steps, 1):
-        axes = figure.add_subplot(-(-len(steps) // 3), min(len(steps), 3), place)
-        chosen = [
-            row for row in rows if _step(row['case']) == step and row['head'] == 'noah' and 'plain_by_this' in row]
+    def draw(axes: Axes, chosen: Sequence[Row]) -> None:
         for shape in dict.fromkeys(_features(row['case']) for row in chosen):
             drawn = [row for row in chosen if _features(row['case']) == shape]
             q1, median, q3 = (np.array([row['plain_by_this'][name] for row in drawn]) for name in QUARTILES)
             classes = [row['case']['num_classes'] for row in drawn]
             axes.errorbar(classes, median, [median - q1, q3 - median], fmt='o-', capsize=2, markersize=5, label=shape)
         axes.axhline(1, color='black', linewidth=0.8)
-        axes.set(xscale='log', yscale='log', xlabel='number of classes', ylabel='plain / NOAH', title=step)
+        axes.set(xscale='log', yscale='log', xlabel='number of classes', ylabel='plain / NOAH')
         axes.grid(alpha=0.3, which='both')
-    return _with_legend(figure, axes)
+
+    return _panels([row for row in rows if row['head'] == 'noah' and 'plain_by_this' in row], draw)
 
 
 def draw_training(rows: Sequence[Row]) -> Figure:
@@ -279,6 +269,18 @@ def _side_by_side(axes: Axes, rows: Sequence[Row], key: str, labels: Sequence[st
     axes.grid(alpha=0.3)
 
 
+def _panels(rows: Sequence[Row], draw: Callable[[Axes, Sequence[Row]], None]) -> Figure:
+    """A panel per batch size and kind of step, three to a line."""
+    steps = list(dict.fromkeys(_step(row['case']) for row in rows))
+    lines = -(-len(steps) // 3)
+    figure = Figure(figsize=(15, 0.6 + 4.2 * lines), layout='constrained')
+    for place, step in enumerate(steps, 1):
+        axes = figure.add_subplot(lines, min(len(steps), 3), place)
+        draw(axes, [row for row in rows if _step(row['case']) == step])
+        axes.set_title(step)
+    return _with_legend(figure, axes)
+
+
 def _with_legend(figure: Figure, axes: Axes, ncols: int = 6) -> Figure:
     figure.legend(*axes.get_legend_handles_labels(), loc='outside lower center', ncols=ncols, fontsize=9)
     return figure
@@ -298,7 +300,7 @@ def _label(row: Row) -> str:
 
 
 def _step(case: Dict[str, Any]) -> str:
-    return f'batch {case["batch_size"]}, {STEPS[case["training"]]}{CACHED * case.get("cached", False)}'
+    return f'batch {case["batch_size"]}, {STEPS[case["training"]]}{", cached features" if case.get("cached") else ""}'
 
 
 def _plain_forms(rows: Sequence[Row]) -> List[str]:

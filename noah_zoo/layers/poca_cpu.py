@@ -15,6 +15,7 @@ LIBRARY = Path(__file__).with_name('_poca_cpu.so')  # on every system; setup.py 
 FLOP_PER_THREAD = 2e7  # a fraction of a millisecond; less is not worth starting a thread for
 TASKS = 16  # of backward, at least, if there are as many images
 COPIES_BYTES = 2 ** 26  # of the gradients of kernels that backward holds: a chunk of the images has its own
+LANES = {'avx512': 16, 'avx2': 8, 'neon': 4}  # maps that are computed at once
 DTYPES = torch.float32, torch.bfloat16, torch.float16  # the latter two are converted when they are read
 
 
@@ -31,6 +32,7 @@ class _Call(ctypes.Structure):
         ('drop_rate', ctypes.c_float)]
 
 
+@functools.cache
 def kind() -> Optional[str]:
     """What of this processor is used, 'avx512', 'avx2' or 'neon', or None if it has none of them; as PyTorch finds it,
     so that the environment's ATEN_CPU_CAPABILITY chooses here, too."""
@@ -38,11 +40,6 @@ def kind() -> Optional[str]:
         return 'neon'
     capability = torch.backends.cpu.get_cpu_capability().lower()
     return capability if capability in ('avx512', 'avx2') else None
-
-
-def lanes() -> int:
-    """Maps that are computed at once."""
-    return {'avx512': 16, 'avx2': 8, 'neon': 4}[kind()]
 
 
 @functools.cache
@@ -141,7 +138,8 @@ def _kernels(*weights: Tensor) -> List[Tensor]:
 
 def _padded(maps: int, conv_groups: int) -> int:
     """Maps as they are computed: groups are padded to whole vectors."""
-    return -(-maps // conv_groups // lanes()) * lanes() * conv_groups
+    lanes = LANES[kind()]
+    return -(-maps // conv_groups // lanes) * lanes * conv_groups
 
 
 def _call(

@@ -50,15 +50,20 @@ def check(x, args, tolerance=2e-6):
         assert_close([attended(x, args)], [poca_reference(x.double(), *as_double(args))], tolerance)
 
 
+def scaled(channels, classes, split_groups, split_kv):
+    """Arguments of `poca` whose scores and values are of the order of 1."""
+    args = make(channels, classes, 4, 1 / 2, split_groups, split_kv, dtype=torch.float32)
+    for at in (0, 2):
+        args[at].data.mul_(args[at].shape[1] ** -0.5)
+    return args
+
+
 def of_any_size(split_groups, split_kv):
     """Features and arguments of `poca`."""
     # Maps of a group: part of a panel, one, more. Channels: a multiple of 8 and not; more than a step of 128.
     torch.manual_seed(0)
     for classes, channels, side in itertools.product((1, 5, 16, 33), (8, 72, 600), ((1, 1), (2, 2), (1, 7), (7, 7))):
-        args = make(channels, classes, 4, 1 / 2, split_groups, split_kv, dtype=torch.float32)
-        for at in (0, 2):
-            args[at].data.mul_(args[at].shape[1] ** -0.5)
-        yield torch.randn(3, channels, *side), args
+        yield torch.randn(3, channels, *side), scaled(channels, classes, split_groups, split_kv)
 
 
 @needs_kernel
@@ -374,9 +379,7 @@ def test_other_processors_and_compilers(kind, compiler, flags, emulator, changes
     torch.manual_seed(0)
     for classes, channels, length in ((1, 8, 1), (5, 72, 4), (16, 72, 7), (33, 600, 49), (70, 40, 30)):
         for split_groups, split_kv in SPLITS:
-            args = make(channels, classes, 4, 1 / 2, split_groups, split_kv, dtype=torch.float32)
-            for at in (0, 2):
-                args[at].data.mul_(args[at].shape[1] ** -0.5)
+            args = scaled(channels, classes, split_groups, split_kv)
             for channels_first in (False, True):
                 _check_alone([*emulator, program], torch.randn(5, channels, length, 1), args, channels_first)
 
