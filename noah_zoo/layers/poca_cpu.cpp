@@ -68,7 +68,7 @@ float *allocate(ptrdiff_t floats) { return (float *)aligned_alloc(64, (floats * 
 // 12 sums, a kernel's 2 vectors and a feature fill 15 of 16 registers
 BEGIN_TARGET("avx2,fma")
 #define LANES 8
-#define ROWS 6
+#define SUMS 12
 #define LARGER _mm256_max_ps
 #define SMALLER _mm256_min_ps
 namespace avx2 {
@@ -76,14 +76,14 @@ namespace avx2 {
 }
 END_TARGET
 #undef LANES
-#undef ROWS
+#undef SUMS
 #undef LARGER
 #undef SMALLER
 
 // 24, 2 and 1 fill 27 of 32
 BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,fma")
 #define LANES 16
-#define ROWS 12
+#define SUMS 24
 #define LARGER _mm512_max_ps
 #define SMALLER _mm512_min_ps
 namespace avx512 {
@@ -97,7 +97,7 @@ END_TARGET
 #define LANES 4
 #define SMALL 2
 #define LARGE 4
-#define ROWS 6
+#define SUMS 24
 #define LARGER(a, b) (a > b ? a : b)
 #define SMALLER(a, b) (a < b ? a : b)
 namespace neon {

@@ -1,5 +1,6 @@
 // POCA and its gradients for one kind of processor: poca_cpu.cpp includes this for each, in a namespace of its own,
-// with what differs as macros: LANES of a vector, SMALL and LARGE numbers of vectors that a panel has, ROWS at a time.
+// with what differs as macros: LANES of a vector, SMALL and LARGE numbers of vectors that a panel has, SUMS that the
+// registers hold.
 //
 // A panel of maps at a time: their kernels are transposed once (pack), and per image two small matrix products
 // give their scores and values at every position (embed), of which the softmax and the sum are taken while they lie in
@@ -12,6 +13,19 @@ typedef float Vector __attribute__((vector_size(4 * LANES)));
 typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
 
+// 4 x 4 floats: pairs, then pairs of pairs
+inline void transpose(Four (&rows)[4]) {
+    Four pairs[4];
+    for (int m = 0; m < 4; m += 2) {
+        pairs[m] = SHUFFLE(rows[m], rows[m + 1], 0, 4, 1, 5);
+        pairs[m + 1] = SHUFFLE(rows[m], rows[m + 1], 2, 6, 3, 7);
+    }
+    for (int m = 0; m < 2; m++) {
+        rows[2 * m] = SHUFFLE(pairs[m], pairs[m + 2], 0, 1, 4, 5);
+        rows[2 * m + 1] = SHUFFLE(pairs[m], pairs[m + 2], 2, 3, 6, 7);
+    }
+}
+
 // (maps, depth) -> (depth, V * LANES); maps that are missing repeat the first
 template <int V>
 void pack(const float *weight, ptrdiff_t maps, ptrdiff_t depth, float *packed) {
@@ -21,21 +35,31 @@ void pack(const float *weight, ptrdiff_t maps, ptrdiff_t depth, float *packed) {
         for (int m = 0; m < 4; m++) row[m] = weight + (some + m < maps ? some + m : 0) * depth;
         float *to = packed + some;
         ptrdiff_t c = 0;
-        for (; c + 4 <= depth; c += 4) {  // 4 x 4 floats: pairs, then pairs of pairs
-            Four a[4], b[4];
-            for (int m = 0; m < 4; m++) memcpy(&a[m], row[m] + c, sizeof(Four));
-            for (int m = 0; m < 4; m += 2) {
-                b[m] = SHUFFLE(a[m], a[m + 1], 0, 4, 1, 5);
-                b[m + 1] = SHUFFLE(a[m], a[m + 1], 2, 6, 3, 7);
-            }
-            for (int m = 0; m < 2; m++) {
-                a[2 * m] = SHUFFLE(b[m], b[m + 2], 0, 1, 4, 5);
-                a[2 * m + 1] = SHUFFLE(b[m], b[m + 2], 2, 3, 6, 7);
-            }
-            for (int m = 0; m < 4; m++) memcpy(to + (c + m) * PANEL, &a[m], sizeof(Four));
+        for (; c + 4 <= depth; c += 4) {
+            Four four[4];
+            for (int m = 0; m < 4; m++) memcpy(&four[m], row[m] + c, sizeof(Four));
+            transpose(four);
+            for (int m = 0; m < 4; m++) memcpy(to + (c + m) * PANEL, &four[m], sizeof(Four));
         }
         for (; c < depth; c++)
             for (int m = 0; m < 4; m++) to[c * PANEL + m] = row[m][c];
+    }
+}
+
+// (rows, V * LANES) -> (maps, stride)
+template <int V>
+void unpack(const float *packed, ptrdiff_t rows, ptrdiff_t maps, float *to, ptrdiff_t stride) {
+    constexpr int PANEL = V * LANES;
+    for (ptrdiff_t some = 0; some < maps; some += 4) {
+        ptrdiff_t row = 0, end = std::min<ptrdiff_t>(some + 4, maps);
+        for (; end == some + 4 && row + 4 <= rows; row += 4) {
+            Four four[4];
+            for (int m = 0; m < 4; m++) memcpy(&four[m], packed + (row + m) * PANEL + some, sizeof(Four));
+            transpose(four);
+            for (int m = 0; m < 4; m++) memcpy(to + (some + m) * stride + row, &four[m], sizeof(Four));
+        }
+        for (; row < rows; row++)
+            for (ptrdiff_t m = some; m < end; m++) to[m * stride + row] = packed[row * PANEL + m];
     }
 }
 
@@ -44,17 +68,17 @@ template <int V, int COUNT>
 void multiply_rows(const float *x, ptrdiff_t row_stride, ptrdiff_t depth_stride, const float *packed, ptrdiff_t depth,
                    bool first, float *out) {
     Vector sums[COUNT][V];
-#pragma GCC unroll 16
+#pragma GCC unroll 24
     for (int row = 0; row < COUNT; row++)
         for (int v = 0; v < V; v++) sums[row][v] = first ? Vector{} : ((Vector *)out)[row * V + v];
     for (ptrdiff_t d = 0; d < depth; d++, x += depth_stride, packed += V * LANES) {
         Vector right[V];
         for (int v = 0; v < V; v++) right[v] = ((const Vector *)packed)[v];
-#pragma GCC unroll 16
+#pragma GCC unroll 24
         for (int row = 0; row < COUNT; row++)
             for (int v = 0; v < V; v++) sums[row][v] += x[row * row_stride] * right[v];
     }
-#pragma GCC unroll 16
+#pragma GCC unroll 24
     for (int row = 0; row < COUNT; row++)
         for (int v = 0; v < V; v++) ((Vector *)out)[row * V + v] = sums[row][v];
 }
@@ -68,8 +92,8 @@ constexpr auto multiplies(std::integer_sequence<int, COUNT...>) {
 template <int V>
 void multiply(const float *x, ptrdiff_t rows, ptrdiff_t row_stride, ptrdiff_t depth_stride, const float *packed,
               ptrdiff_t depth, bool first, float *out, const float *next = nullptr) {
+    constexpr int ROWS = SUMS / V, PANEL = V * LANES;
     constexpr auto MULTIPLY_ROWS = multiplies<V>(std::make_integer_sequence<int, ROWS>());
-    constexpr int PANEL = V * LANES;
     ptrdiff_t fetched = 0;
     for (ptrdiff_t d = 0; d < depth; d += DEPTH) {
         ptrdiff_t step = std::min(depth - d, DEPTH);
@@ -97,7 +121,7 @@ void add_rows(const float *left, ptrdiff_t left_stride, const float *right, ptrd
     for (ptrdiff_t d = 0; d < depth; d++, right += right_stride) {
         Vector columns[V];
         for (int v = 0; v < V; v++) columns[v] = ((const Unaligned *)right)[v];
-#pragma GCC unroll 16
+#pragma GCC unroll 24
         for (int row = 0; row < COUNT; row++)
             for (int v = 0; v < V; v++) sums[row][v] += left[row * left_stride + d] * columns[v];
     }
@@ -114,33 +138,45 @@ constexpr auto adds(std::integer_sequence<int, COUNT...>) {
     return std::array{add_rows<V, COUNT + 1>...};
 }
 
-// All of out (rows, width), V * LANES columns at a time; depth is at most a panel
+// All rows of a product of left (rows, depth) and right (depth, width), width at most V * LANES
 template <int V>
-void add_columns(const float *left, ptrdiff_t left_stride, const float *right, ptrdiff_t right_stride, ptrdiff_t depth,
-                 float *out, ptrdiff_t rows, ptrdiff_t out_stride, ptrdiff_t width, bool add) {
+void add_block(const float *left, ptrdiff_t left_stride, const float *right, ptrdiff_t right_stride, ptrdiff_t depth,
+               float *out, ptrdiff_t rows, ptrdiff_t out_stride, ptrdiff_t width, bool add) {
+    constexpr int ROWS = SUMS / V;
     constexpr auto ADD_ROWS = adds<V>(std::make_integer_sequence<int, ROWS>());
+    for (ptrdiff_t row = 0, steps = (rows + ROWS - 1) / ROWS, count; steps > 0; steps--, row += count) {
+        count = (rows - row) / steps;
+        ADD_ROWS[count - 1](left + row * left_stride, left_stride, right, right_stride, depth, out + row * out_stride,
+                            out_stride, width, add);
+    }
+}
+
+// The columns from whole on, at most V * LANES, beyond which there may be no memory: a block that ends with them, and
+// adds nothing to the columns before, or leaves them to be written
+template <int V>
+void add_last(const float *left, ptrdiff_t left_stride, const float *right, ptrdiff_t right_stride, ptrdiff_t depth,
+              float *out, ptrdiff_t rows, ptrdiff_t out_stride, ptrdiff_t width, ptrdiff_t whole, bool add) {
     constexpr int WIDTH = V * LANES;
     alignas(64) float last[LARGE * LANES * WIDTH];
-    for (ptrdiff_t column = 0; column < width; column += WIDTH) {
-        ptrdiff_t here = std::min<ptrdiff_t>(width - column, WIDTH), stride = right_stride;
-        const float *columns = right + column;
-        if (here < WIDTH) {  // what is beyond may be no memory
-            if (V > SMALL && here <= SMALL * LANES)
-                return add_columns<SMALL>(left, left_stride, columns, right_stride, depth, out + column, rows, out_stride,
-                                      here, add);
-            for (ptrdiff_t d = 0; d < depth; d++) {
-                memset(last + d * WIDTH, 0, WIDTH * sizeof(float));
-                memcpy(last + d * WIDTH, columns + d * right_stride, here * sizeof(float));
-            }
-            columns = last;
-            stride = WIDTH;
-        }
-        for (ptrdiff_t row = 0, steps = (rows + ROWS - 1) / ROWS, count; steps > 0; steps--, row += count) {
-            count = (rows - row) / steps;
-            ADD_ROWS[count - 1](left + row * left_stride, left_stride, columns, stride, depth,
-                                out + row * out_stride + column, out_stride, here, add);
-        }
-    }
+    ptrdiff_t first = std::max<ptrdiff_t>(width - WIDTH, 0);
+    for (ptrdiff_t d = 0; d < depth; d++)
+        for (ptrdiff_t i = 0, column = first; i < WIDTH; i++, column++)
+            last[d * WIDTH + i] = column >= whole && column < width ? right[d * right_stride + column] : 0.f;
+    add_block<V>(left, left_stride, last, WIDTH, depth, out + first, rows, out_stride, width - first, add);
+}
+
+// All of out (rows, width); depth is at most a panel
+inline void add_product(const float *left, ptrdiff_t left_stride, const float *right, ptrdiff_t right_stride,
+                        ptrdiff_t depth, float *out, ptrdiff_t rows, ptrdiff_t out_stride, ptrdiff_t width, bool add) {
+    constexpr int WIDTH = LARGE * LANES;
+    ptrdiff_t rest = width % WIDTH, whole = width - rest;
+    if (rest > SMALL * LANES)
+        add_last<LARGE>(left, left_stride, right, right_stride, depth, out, rows, out_stride, width, whole, add);
+    else if (rest)
+        add_last<SMALL>(left, left_stride, right, right_stride, depth, out, rows, out_stride, width, whole, add);
+    for (ptrdiff_t column = 0; column < whole; column += WIDTH)
+        add_block<LARGE>(left, left_stride, right + column, right_stride, depth, out + column, rows, out_stride, WIDTH,
+                         add);
 }
 
 inline Vector larger(Vector a, Vector b) { return LARGER(a, b); }  // b if one of them is NaN
@@ -208,16 +244,19 @@ void drop(const Dropout<V> &dropout, const float *bias, ptrdiff_t maps, float *v
         }
 }
 
-// One vector's maps of scores and values (length, V * LANES): attended values; scores become exponentials and total
-// their sum if keep. Scores are shifted by their largest only if the sums show that there is need.
-template <int V, bool keep>
-inline Vector attend(float *scores, const float *values, ptrdiff_t length, Vector &total) {
-    Vector *score = (Vector *)scores, shift = {}, sum;
-    const Vector *value = (const Vector *)values;
+// One vector's maps of scores and values (length, V * LANES): attended values; total is the sum of the exponentials,
+// which are kept (length, LANES) if there is where. Scores are shifted by their largest only if the sums show that
+// there is need.
+template <int V>
+inline Vector attend(const float *scores, const float *values, ptrdiff_t length, Vector &total,
+                     Vector *kept = nullptr) {
+    const Vector *score = (const Vector *)scores, *value = (const Vector *)values;
+    Vector shift = {}, sum;
     for (bool shifted : {false, true}) {
         total = sum = Vector{};
         for (ptrdiff_t l = 0; l < length; l++) {
             Vector attention = exponential(score[l * V] - shift);
+            if (kept) kept[l] = attention;
             total += attention;
             sum += attention * value[l * V];
         }
@@ -225,21 +264,20 @@ inline Vector attend(float *scores, const float *values, ptrdiff_t length, Vecto
         shift = *score;
         for (ptrdiff_t l = 1; l < length; l++) shift = larger(score[l * V], shift);
     }
-    if (keep)
-        for (ptrdiff_t l = 0; l < length; l++) score[l * V] = exponential(score[l * V] - shift);
     return sum / total;
 }
 
 // Scores and values -> their gradients, in their place; those of the bias are added to dbias
 template <int V>
-void derive(float *scores, float *values, ptrdiff_t length, const float *grad, const Dropout<V> *dropout,
-            float *dbias) {
+void derive(float *scores, float *values, ptrdiff_t length, const float *grad, const Dropout<V> *dropout, float *dbias,
+            float *buffer) {
+    Vector *attention = (Vector *)buffer;
     for (int v = 0; v < V; v++) {
         Vector *score = (Vector *)scores + v, *value = (Vector *)values + v, total, sum = {};
-        Vector out = attend<V, true>(scores + v * LANES, values + v * LANES, length, total);
+        Vector out = attend<V>(scores + v * LANES, values + v * LANES, length, total, attention);
         Vector scale = ((const Vector *)grad)[v] / total;
         for (ptrdiff_t l = 0; l < length; l++) {
-            Vector dvalue = score[l * V] * scale;
+            Vector dvalue = attention[l] * scale;
             score[l * V] = dvalue * (value[l * V] - out);
             if (dropout) dvalue *= (*dropout)(l, v);
             value[l * V] = dvalue;
@@ -247,13 +285,6 @@ void derive(float *scores, float *values, ptrdiff_t length, const float *grad, c
         }
         ((Vector *)dbias)[v] += dropout ? sum : ((const Vector *)grad)[v];  // the attention sums to 1
     }
-}
-
-// (length, V * LANES) -> (maps, stride)
-template <int V>
-void transpose(const float *from, ptrdiff_t length, ptrdiff_t maps, float *to, ptrdiff_t stride) {
-    for (ptrdiff_t l = 0; l < length; l++)
-        for (ptrdiff_t m = 0; m < maps; m++) to[m * stride + l] = from[l * V * LANES + m];
 }
 
 // What both passes know of a group's maps: where its key and its value read, and its kernels
@@ -286,118 +317,139 @@ struct Panel {
     }
 };
 
-template <int V>
-ptrdiff_t panels_of(const Call &call) {
-    return (call.maps + V * LANES - 1) / (V * LANES);
+constexpr ptrdiff_t PANEL = LARGE * LANES;  // maps of a panel, but for the last of a group, which may be small
+
+inline ptrdiff_t panels_of(const Call &call) { return (call.maps + PANEL - 1) / PANEL; }
+
+inline bool is_small(const Call &call, ptrdiff_t map) { return call.maps - map <= SMALL * LANES; }
+
+// So many images as the second nearest cache holds; of rows of all channels, other groups' lie in the same lines
+inline ptrdiff_t near_images(const Call &call) {
+    ptrdiff_t channels = call.channel_stride == 1 ? call.channels : call.key_depth + call.value_depth;
+    return std::max<ptrdiff_t>(NEAR / (call.length * channels), 1);
 }
 
-ptrdiff_t near_images(const Call &call) {
-    return std::max<ptrdiff_t>(NEAR / (call.length * (call.key_depth + call.value_depth)), 1);
+template <int V>
+void forward_panel(const Call &call, ptrdiff_t group, ptrdiff_t map, ptrdiff_t begin, ptrdiff_t end, float *buffer) {
+    Panel<V> panel(call, group, map, buffer);
+    constexpr int WIDTH = V * LANES;
+    float *scores = buffer + (call.key_depth + call.value_depth) * WIDTH, *values = scores + call.length * WIDTH;
+    Vector attended[V], total;
+    for (ptrdiff_t image = begin; image < end; image++) {
+        panel.embed(call, call.x + image * call.image_stride, image, scores, values);
+        for (int v = 0; v < V; v++)
+            attended[v] = attend<V>(scores + v * LANES, values + v * LANES, call.length, total);
+        memcpy(call.out + image * call.groups * call.maps + panel.row, attended, panel.maps * sizeof(float));
+    }
 }
 
-// Tasks are panels of all groups, for so many images at a time as the second nearest cache holds
-template <int V>
-void forward(const Call &call, float *buffer) {
-    float *scores = buffer + (call.key_depth + call.value_depth) * V * LANES;
-    float *values = scores + call.length * V * LANES, *attended = values + call.length * V * LANES;
-    ptrdiff_t images = near_images(call), panels = panels_of<V>(call), all = call.groups * panels;
+// Tasks are panels of all groups, for some images at a time
+inline void forward(const Call &call, float *buffer) {
+    ptrdiff_t images = near_images(call), panels = panels_of(call), all = call.groups * panels;
     ptrdiff_t tasks = (call.batch + images - 1) / images * all;
 #pragma omp for schedule(dynamic, 1)
     for (ptrdiff_t task = 0; task < tasks; task++) {
-        ptrdiff_t image = task / all * images, end = std::min(image + images, call.batch);
-        Panel<V> panel(call, task % all / panels, task % panels * V * LANES, buffer);
-        for (; image < end; image++) {
-            panel.embed(call, call.x + image * call.image_stride, image, scores, values);
-            Vector total;
-            for (int v = 0; v < V; v++)
-                ((Vector *)attended)[v] = attend<V, false>(scores + v * LANES, values + v * LANES, call.length, total);
-            memcpy(call.out + image * call.groups * call.maps + panel.row, attended, panel.maps * sizeof(float));
-        }
+        ptrdiff_t begin = task / all * images, end = std::min(begin + images, call.batch);
+        ptrdiff_t group = task % all / panels, map = task % panels * PANEL;
+        (is_small(call, map) ? forward_panel<SMALL> : forward_panel<LARGE>)(call, group, map, begin, end, buffer);
     }
 }
 
 // Adds the products of a panel's gradients at all positions of an image with its kernels to the gradients of features
 template <int V>
 void add_features(const Call &call, const float *dmaps, const float *weight, const float *packed, ptrdiff_t maps,
-                  ptrdiff_t depth, bool add, float *dx, float *transposed) {
+                  ptrdiff_t depth, bool add, float *dx, float *buffer) {
     if (call.channels_first) {
-        ptrdiff_t stride = (call.length + LARGE * LANES - 1) / (LARGE * LANES) * LARGE * LANES;
-        transpose<V>(dmaps, call.length, maps, transposed, stride);
-        add_columns<LARGE>(packed, V * LANES, transposed, stride, maps, dx, depth, call.length, call.length, add);
+        ptrdiff_t stride = (call.length + LANES - 1) / LANES * LANES;
+        unpack<V>(dmaps, call.length, maps, buffer, stride);
+        add_product(packed, V * LANES, buffer, stride, maps, dx, depth, call.length, call.length, add);
     } else {
-        add_columns<LARGE>(dmaps, V * LANES, weight, depth, maps, dx, call.length, call.channels, depth, add);
+        add_product(dmaps, V * LANES, weight, depth, maps, dx, call.length, call.channels, depth, add);
     }
 }
 
-// Tasks are chunks of images and groups; then the packed gradients of the kernels are put together
+// Gradients of a panel's kernels and bias, packed, from these images, with the first of which they may begin
 template <int V>
-void backward(const Call &call, float *buffer, float *packed_grads) {
-    constexpr int PANEL = V * LANES;
-    ptrdiff_t depth = call.key_depth + call.value_depth, panels = panels_of<V>(call), near = near_images(call);
-    ptrdiff_t rows = depth + 1, size = panels * rows * PANEL;  // packed, of a panel, the bias last, and of a group
-    float *scores = buffer + depth * PANEL, *values = scores + call.length * PANEL;
-    float *grad = values + call.length * PANEL, *transposed = grad + PANEL;
+void backward_panel(const Call &call, ptrdiff_t group, ptrdiff_t map, ptrdiff_t begin, ptrdiff_t end, bool first,
+                    float *dkey, float *buffer) {
+    constexpr int WIDTH = V * LANES;
     ptrdiff_t dx_channel = call.channels_first ? call.length : 1;
-#pragma omp for schedule(dynamic, 1)
-    for (ptrdiff_t task = 0; task < call.chunks * call.groups; task++) {
-        ptrdiff_t chunk = task / call.groups, group = task % call.groups;
-        ptrdiff_t begin = call.batch * chunk / call.chunks, last = call.batch * (chunk + 1) / call.chunks;
-        for (ptrdiff_t some = begin; some < last; some += near) {
-            for (ptrdiff_t p = 0; p < panels; p++) {
-                Panel<V> panel(call, group, p * PANEL, buffer);
-                float *dkey = packed_grads + (chunk * call.groups + group) * size + p * rows * PANEL;
-                float *dvalue = dkey + call.key_depth * PANEL, *dbias = dkey + depth * PANEL;
-                if (some == begin) memset(dbias, 0, PANEL * sizeof(float));
-                for (ptrdiff_t image = some; image < std::min(some + near, last); image++) {
-                    const float *x = call.x + image * call.image_stride;
-                    panel.embed(call, x, image, scores, values);
-                    memset(grad, 0, PANEL * sizeof(float));
-                    memcpy(grad, call.grad + image * call.groups * call.maps + panel.row, panel.maps * sizeof(float));
-                    Dropout<V> dropout(call, image, panel.row);
-                    derive<V>(scores, values, call.length, grad, call.drop_rate ? &dropout : nullptr, dbias);
-                    if (call.dkey_weight) {
-                        multiply<V>(x + panel.key_channel * call.channel_stride, call.key_depth, call.channel_stride,
-                                    call.position_stride, scores, call.length, image == begin, dkey);
-                        multiply<V>(x + panel.value_channel * call.channel_stride, call.value_depth,
-                                    call.channel_stride, call.position_stride, values, call.length, image == begin,
-                                    dvalue);
-                    }
-                    if (call.dx) {
-                        float *dx = call.dx + image * call.length * call.channels;
-                        add_features<V>(call, scores, panel.key_weight, panel.key, panel.maps, call.key_depth,
-                                        p > 0, dx + panel.key_channel * dx_channel, transposed);
-                        add_features<V>(call, values, panel.value_weight, panel.value, panel.maps, call.value_depth,
-                                        p > 0 || call.value_adds, dx + panel.value_channel * dx_channel, transposed);
-                    }
-                }
-            }
+    Panel<V> panel(call, group, map, buffer);
+    float *dvalue = dkey + call.key_depth * WIDTH, *dbias = dvalue + call.value_depth * WIDTH;
+    float *scores = buffer + (call.key_depth + call.value_depth) * WIDTH, *values = scores + call.length * WIDTH;
+    float *more = values + call.length * WIDTH;
+    alignas(64) float grad[WIDTH] = {};
+    if (first) memset(dbias, 0, sizeof(grad));
+    for (ptrdiff_t image = begin; image < end; image++, first = false) {
+        const float *x = call.x + image * call.image_stride;
+        panel.embed(call, x, image, scores, values);
+        memcpy(grad, call.grad + image * call.groups * call.maps + panel.row, panel.maps * sizeof(float));
+        Dropout<V> dropout(call, image, panel.row);
+        derive<V>(scores, values, call.length, grad, call.drop_rate ? &dropout : nullptr, dbias, more);
+        if (call.dkey_weight) {
+            multiply<V>(x + panel.key_channel * call.channel_stride, call.key_depth, call.channel_stride,
+                        call.position_stride, scores, call.length, first, dkey);
+            multiply<V>(x + panel.value_channel * call.channel_stride, call.value_depth, call.channel_stride,
+                        call.position_stride, values, call.length, first, dvalue);
         }
+        if (call.dx) {
+            float *dx = call.dx + image * call.length * call.channels;
+            add_features<V>(call, scores, panel.key_weight, panel.key, panel.maps, call.key_depth, map > 0,
+                            dx + panel.key_channel * dx_channel, more);
+            add_features<V>(call, values, panel.value_weight, panel.value, panel.maps, call.value_depth,
+                            map > 0 || call.value_adds, dx + panel.value_channel * dx_channel, more);
+        }
+    }
+}
+
+// The sum of all chunks' gradients of a panel, unpacked
+template <int V>
+void sum_panel(const Call &call, ptrdiff_t group, ptrdiff_t map, float *sum, ptrdiff_t stride) {
+    constexpr int WIDTH = V * LANES;
+    ptrdiff_t depth = call.key_depth + call.value_depth, row = group * call.maps + map;
+    ptrdiff_t maps = std::min<ptrdiff_t>(call.maps - map, WIDTH);
+    for (ptrdiff_t chunk = 1; chunk < call.chunks; chunk++)
+        for (ptrdiff_t i = 0; i < (depth + 1) * V; i++) ((Vector *)sum)[i] += ((Vector *)(sum + chunk * stride))[i];
+    unpack<V>(sum, call.key_depth, maps, call.dkey_weight + row * call.key_depth, call.key_depth);
+    unpack<V>(sum + call.key_depth * WIDTH, call.value_depth, maps, call.dvalue_weight + row * call.value_depth,
+              call.value_depth);
+    if (call.dvalue_bias) memcpy(call.dvalue_bias + row, sum + depth * WIDTH, maps * sizeof(float));
+}
+
+// Tasks are chunks of images, of a group or, if those of other groups lie in the same lines, of all of them; then the
+// packed gradients of the kernels are put together
+inline void backward(const Call &call, float *buffer, float *packed_grads) {
+    ptrdiff_t panels = panels_of(call), near = near_images(call), together = call.channel_stride == 1 ? call.groups : 1;
+    ptrdiff_t size = (call.key_depth + call.value_depth + 1) * PANEL, all = call.groups * panels;  // packed, bias last
+    ptrdiff_t parts = call.groups / together;
+#pragma omp for schedule(dynamic, 1)
+    for (ptrdiff_t task = 0; task < call.chunks * parts; task++) {
+        ptrdiff_t chunk = task / parts, some = task % parts * together * panels;
+        ptrdiff_t first = call.batch * chunk / call.chunks, last = call.batch * (chunk + 1) / call.chunks;
+        for (ptrdiff_t begin = first; begin < last; begin += near)
+            for (ptrdiff_t p = some; p < some + together * panels; p++) {
+                ptrdiff_t map = p % panels * PANEL;
+                (is_small(call, map) ? backward_panel<SMALL> : backward_panel<LARGE>)(
+                    call, p / panels, map, begin, std::min(begin + near, last), begin == first,
+                    packed_grads + (chunk * all + p) * size, buffer);
+            }
     }
     if (!call.dkey_weight) return;
 #pragma omp for schedule(dynamic, 1)
-    for (ptrdiff_t task = 0; task < call.groups * panels; task++) {
-        ptrdiff_t group = task / panels, map = task % panels * PANEL, row = group * call.maps + map;
-        ptrdiff_t maps = std::min<ptrdiff_t>(call.maps - map, PANEL);
-        float *sum = packed_grads + task * rows * PANEL;
-        for (ptrdiff_t chunk = 1; chunk < call.chunks; chunk++)
-            for (ptrdiff_t i = 0; i < rows * V; i++)
-                ((Vector *)sum)[i] += ((Vector *)(sum + chunk * call.groups * size))[i];
-        transpose<V>(sum, call.key_depth, maps, call.dkey_weight + row * call.key_depth, call.key_depth);
-        transpose<V>(sum + call.key_depth * PANEL, call.value_depth, maps,
-                     call.dvalue_weight + row * call.value_depth, call.value_depth);
-        if (call.dvalue_bias) memcpy(call.dvalue_bias + row, sum + depth * PANEL, maps * sizeof(float));
+    for (ptrdiff_t p = 0; p < all; p++) {
+        ptrdiff_t map = p % panels * PANEL;
+        (is_small(call, map) ? sum_panel<SMALL> : sum_panel<LARGE>)(
+            call, p / panels, map, packed_grads + p * size, all * size);
     }
 }
 
 // A team of threads, each with a buffer; gives 0, or -1 if there is no memory
-template <int V>
-int run(const Call &call) {
-    constexpr int PANEL = V * LANES;
+inline int run(const Call &call) {
     ptrdiff_t depth = call.key_depth + call.value_depth;
-    ptrdiff_t floats = ((depth + 3 * call.length + LARGE * LANES + 1) * PANEL + 15) / 16 * 16;  // of a thread, aligned
+    ptrdiff_t floats = ((depth + 3 * call.length + LANES) * PANEL + 15) / 16 * 16;  // of a thread, aligned
     float *packed_grads = nullptr;
     if (call.grad) {
-        packed_grads = allocate(call.chunks * call.groups * panels_of<V>(call) * (depth + 1) * PANEL);
+        packed_grads = allocate(call.chunks * call.groups * panels_of(call) * (depth + 1) * PANEL);
         if (!packed_grads) return -1;
     }
     float *buffers = allocate(call.threads * floats);
@@ -406,9 +458,9 @@ int run(const Call &call) {
         {
             float *buffer = buffers + omp_get_thread_num() * floats;
             if (call.grad)
-                backward<V>(call, buffer, packed_grads);
+                backward(call, buffer, packed_grads);
             else
-                forward<V>(call, buffer);
+                forward(call, buffer);
         }
     }
     int result = buffers ? 0 : -1;
@@ -416,5 +468,3 @@ int run(const Call &call) {
     free(packed_grads);
     return result;
 }
-
-int run(const Call &call) { return call.maps > SMALL * LANES ? run<LARGE>(call) : run<SMALL>(call); }

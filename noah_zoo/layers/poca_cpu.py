@@ -12,7 +12,7 @@ from torch import Tensor
 _logger = logging.getLogger(__name__)
 
 LIBRARY = Path(__file__).with_name('_poca_cpu.so')  # on every system; setup.py compiles it
-FLOP_PER_THREAD = 2e7  # a fraction of a millisecond; less is not worth starting a thread for
+FLOP_PER_THREAD = 8e7  # about a millisecond; less is not worth waiting for another thread on a busy processor
 TASKS = 16  # of backward, at least, if there are as many images
 COPIES_BYTES = 2 ** 26  # of the gradients of kernels that backward holds: a chunk of the images has its own
 LANES = {'avx512': 16, 'avx2': 8, 'neon': 4}  # maps that are computed at once
@@ -118,7 +118,8 @@ def backward(
         dkey_weight, dvalue_weight = map(torch.empty_like, weights)
         dvalue_bias = None if bias is None else torch.empty_like(bias)
     copy = 4 * _padded(maps, conv_groups) * (sum(widths) + 1)
-    call.chunks = min(-(-TASKS // conv_groups), batch, max(COPIES_BYTES // copy, 1))
+    parts = 1 if x_BLC.stride(2) == 1 else conv_groups  # tasks of a chunk
+    call.chunks = min(-(-TASKS // parts), batch, max(COPIES_BYTES // copy, 1))
     call.channels_first, call.value_adds = channels_first, first_value < last_key
     _run(
         call, 1 + need_x + need_weights, grad=grad_BM.float().contiguous(), dx=dx_BLC, dkey_weight=dkey_weight,
