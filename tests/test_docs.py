@@ -171,7 +171,8 @@ HUB = {
     'questions.md': ('resnet18_noah',), 'other_tools.md': ('resnet18_noah', 'resnet18.a1_in1k'),
     'downstream.md': ('resnet101_noah', 'vit_large_patch16_224.augreg_in21k', 'resnet50.a1_in1k')}
 # Pictures that a page draws, and the mean difference to the one kept (of 255): another machine, fewer colours.
-PICTURES = {'head.md': {'bag.png': 1}, 'photographs.md': {'stamps.png': 1, 'koala.png': 10, 'looked.png': 10}}
+PICTURES = {'head.md': {'bag.png': 1}, 'photographs.md': {
+    'stamps.png': 1, 'epochs.png': 10, 'mistakes.png': 10, 'koala.png': 10, 'looked.png': 10}}
 # What a page goes on with.
 BEFORE = {'publish.md': """python scripts/finetune.py --model resnet18_noah --dataset folder --data-dir photos \
     --val-fraction 0.2 --output runs/photos"""}
