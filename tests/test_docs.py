@@ -67,7 +67,10 @@ def test_the_site(site):
     reference = (site / 'reference' / 'index.html').read_text(encoding='utf-8')
     for field in dataclasses.fields(TrainConfig):
         assert f'<code>{field.name}</code>' in reference, field.name
-    assert 'Where a NOAH model looks' in (site / 'reference' / 'index.html').read_text(encoding='utf-8')
+    assert 'Where a NOAH model looks' in reference
+    assert re.search(r'in the grid of\s+their number', reference)  # a result in two lines is one row
+    finetune = (site / 'finetune' / 'index.html').read_text(encoding='utf-8')
+    assert '<code><span class="whole">--epoch-updates</span></code>' in finetune
 
 
 @pytest.mark.browser
