@@ -189,7 +189,7 @@ PAGES = sorted(
 def blocks(page):
     text = (ROOT / page).read_text(encoding='utf-8')
     found = re.findall(r'^```(\w*)\n(.*?)^```$', text, re.MULTILINE | re.DOTALL)
-    assert {language for language, _ in found} <= {'python', 'bash', 'bibtex', 'text'}
+    assert {language for language, _ in found} <= {'python', 'bash', 'bibtex', 'json', 'text'}
     return found
 
 
