@@ -19,6 +19,13 @@ def on_page_markdown(markdown, **kwargs):
     return markdown.replace('](../model_cards/', '](model_cards/')
 
 
+def on_page_content(html, **kwargs):
+    """In a text, a flag or a short name is not torn at its hyphens."""
+    word = r'(?<![^\s>])(?=[^\s<]{1,30}(?![^\s<]))[^\s<]*-[^\s<]*'
+    whole = r'<span class="whole">\g<0></span>'
+    return re.sub(r'<code>[^<\n]+</code>', lambda code: re.sub(word, whole, code[0]), html)
+
+
 def settings(match):
     """A table of the fields that a dataclass adds to those of its base."""
     from noah_zoo.config import TrainConfig

@@ -148,7 +148,10 @@ def test_another_owner(tmp_path):
 def test_the_changelog_and_the_release():
     text = (ROOT / 'CHANGELOG.md').read_text(encoding='utf-8')
     version = re.search("^__version__ = '(.*)'$", (ROOT / 'noah_zoo' / '__init__.py').read_text(), re.M)[1]
-    assert re.match(rf'# Changelog\n\n## {re.escape(version)} \((unreleased|\d{{4}}-\d\d-\d\d)\)\n', text)
+    newest = re.search('^## .*$', text, re.M)[0]
+    assert re.fullmatch(rf'## {re.escape(version)} \((unreleased|\d{{4}}-\d\d-\d\d)\)', newest)
+    groups = {'What you have to do', 'Added', 'Changed', 'Deprecated', 'Removed', 'Fixed', 'Security'}
+    assert set(re.findall('^### (.*)$', text, re.M)) <= groups
 
 
 def test_workflows_and_forms():

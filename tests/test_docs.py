@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-import yaml
 from PIL import Image
 from safetensors.torch import save
 
@@ -55,9 +54,9 @@ def site(tmp_path_factory):
 
 
 def test_the_site(site):
-    nav = re.search(r'^nav:\n((  - .*\n)*)', (ROOT / 'mkdocs.yml').read_text(encoding='utf-8'), re.MULTILINE)[1]
-    names = [name for entry in yaml.safe_load(nav) for name in entry.values()]
-    assert set(names) == {path.name for path in (ROOT / 'docs').glob('*.md')}
+    nav = re.search(r'^nav:\n(( +- .*\n)*)', (ROOT / 'mkdocs.yml').read_text(encoding='utf-8'), re.MULTILINE)[1]
+    names = re.findall(r'\w+\.md$', nav, re.MULTILINE)
+    assert sorted(names) == sorted(path.name for path in (ROOT / 'docs').glob('*.md'))
     for name in names:
         page = site / ('' if name == 'index.md' else name.removesuffix('.md')) / 'index.html'
         loaded = Loaded()
@@ -68,7 +67,10 @@ def test_the_site(site):
     reference = (site / 'reference' / 'index.html').read_text(encoding='utf-8')
     for field in dataclasses.fields(TrainConfig):
         assert f'<code>{field.name}</code>' in reference, field.name
-    assert 'Where a NOAH model looks' in (site / 'reference' / 'index.html').read_text(encoding='utf-8')
+    assert 'Where a NOAH model looks' in reference
+    assert re.search(r'in the grid of\s+their number', reference)  # a result in two lines is one row
+    finetune = (site / 'finetune' / 'index.html').read_text(encoding='utf-8')
+    assert '<code><span class="whole">--epoch-updates</span></code>' in finetune
 
 
 @pytest.mark.browser
@@ -171,7 +173,8 @@ HUB = {
     'questions.md': ('resnet18_noah',), 'other_tools.md': ('resnet18_noah', 'resnet18.a1_in1k'),
     'downstream.md': ('resnet101_noah', 'vit_large_patch16_224.augreg_in21k', 'resnet50.a1_in1k')}
 # Pictures that a page draws, and the mean difference to the one kept (of 255): another machine, fewer colours.
-PICTURES = {'head.md': {'bag.png': 1}, 'photographs.md': {'stamps.png': 1, 'koala.png': 10, 'looked.png': 10}}
+PICTURES = {'head.md': {'bag.png': 1}, 'photographs.md': {
+    'stamps.png': 1, 'epochs.png': 10, 'mistakes.png': 10, 'koala.png': 10, 'looked.png': 10}}
 # What a page goes on with.
 BEFORE = {'publish.md': """python scripts/finetune.py --model resnet18_noah --dataset folder --data-dir photos \
     --val-fraction 0.2 --output runs/photos"""}
@@ -186,7 +189,7 @@ PAGES = sorted(
 def blocks(page):
     text = (ROOT / page).read_text(encoding='utf-8')
     found = re.findall(r'^```(\w*)\n(.*?)^```$', text, re.MULTILINE | re.DOTALL)
-    assert {language for language, _ in found} <= {'python', 'bash', 'bibtex', 'text'}
+    assert {language for language, _ in found} <= {'python', 'bash', 'bibtex', 'json', 'text'}
     return found
 
 

@@ -1,6 +1,7 @@
 """A page on which one sees what a NOAH model says of an image, and where it looked."""
 import functools
 import importlib.util
+import os
 from collections import Counter
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -30,14 +31,18 @@ OFFERED = 50  # samples of one's own, at most: each is read when the page is mad
 INTRODUCTION = '''# Where does NOAH look?
 
 A NOAH head gives every class a map of attention of its own, in several blocks side by side. Pick an image; then click a
-class, and see where the model looked for it. Beside it is its vanilla twin, which pools.'''
+class, and see where the model looked for it. Beside it is its vanilla twin, which pools.
+
+A model knows its own classes and nothing else; the one that ships with the package, ten kinds of clothing.'''
 LAUNCH = dict(  # what a server of the page needs: no request leaves it
-    share=False, ssr_mode=False, footer_links=['gradio'], max_file_size='50mb', theme=gr.themes.Default(),
+    share=False, ssr_mode=False, footer_links=['gradio'], max_file_size='50mb',
+    theme=gr.themes.Default(font='system-ui', font_mono='ui-monospace'),
     css='''
         .gradio-container {max-width: 1200px !important; margin: auto}
         #samples .grid-container {grid-template-columns: repeat(auto-fill, minmax(70px, 1fr)) !important}
         #maps .grid-container {grid-template-columns: repeat(auto-fill, minmax(120px, 1fr)) !important}
-        #samples .grid-wrap, #maps .grid-wrap {padding-top: 30px; max-height: none}''')
+        #samples .grid-wrap, #maps .grid-wrap {padding-top: 30px; min-height: 0; max-height: none}''')
+IN_SIGHT = "() => document.getElementById('noah').scrollIntoView({behavior: 'smooth', block: 'nearest'})"  # on a phone
 
 
 class Pair(NamedTuple):
@@ -120,8 +125,10 @@ def create_page(models: Sequence[str] = (), device: str = 'cpu', samples: Sequen
                     buttons=['download', 'fullscreen'], elem_id='maps')
         shown = [asked, noah, twin, maps, message]
         one_at_a_time = dict(concurrency_id='model', concurrency_limit=1)  # a model runs for one visitor
-        upload.upload(classify, [upload, model], shown, **one_at_a_time)
-        chosen.select(classify_sample, [model], shown, **one_at_a_time)
+        for done in (
+                upload.upload(classify, [upload, model], shown, **one_at_a_time),
+                chosen.select(classify_sample, [model], shown, **one_at_a_time)):
+            done.then(None, js=IN_SIGHT)
         model.input(classify_again, [asked, model], shown, **one_at_a_time)
         for label in (noah, twin):
             label.select(look, [asked], [maps, message], **one_at_a_time)
@@ -176,7 +183,7 @@ def look_for(pair: Pair, image: Image.Image, index: int) -> List[Tuple[Image.Ima
 
 
 def _read(pair: Pair, image: str) -> Image.Image:
-    return read_image(image, 'The image', image_mode(pair.model))
+    return read_image(image, os.path.basename(image), image_mode(pair.model))
 
 
 def _look(pair: Pair, image: Image.Image, index: int) -> Tuple[Any, str]:

@@ -184,6 +184,7 @@ def test_in_a_browser(width, server, browser, tmp_path):
     page.goto(server)
     page.click('#samples .thumbnail-item >> nth=1')
     page.wait_for_selector('#maps img')
+    page.wait_for_function('document.getElementById("noah").getBoundingClientRect().bottom <= innerHeight')
     assert page.inner_text('#noah').split('\n')[1].startswith('Pullover')
     assert 'Pullover' in page.inner_text('#twin') and len(maps()) == 11
     before = maps()
@@ -198,7 +199,7 @@ def test_in_a_browser(width, server, browser, tmp_path):
 
     (tmp_path / 'broken.png').write_text('no image')
     upload(tmp_path / 'broken.png')
-    page.wait_for_function('document.querySelector("#message").innerText.includes("not a readable image")')
+    page.wait_for_function('document.querySelector("#message").innerText.includes("broken.png: not a readable image")')
     assert not maps()
     Image.open(BAG).resize((300, 200)).convert('RGB').save(tmp_path / 'bag.jpg')
     upload(tmp_path / 'bag.jpg')
