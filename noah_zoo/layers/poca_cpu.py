@@ -12,7 +12,7 @@ from torch import Tensor
 _logger = logging.getLogger(__name__)
 
 LIBRARY = Path(__file__).with_name('_poca_cpu.so')  # on every system; setup.py compiles it
-FLOP_PER_THREAD = 8e7  # about a millisecond; less is not worth waiting for another thread on a busy processor
+FLOP_PER_THREAD = 3e7  # a fraction of a millisecond; less is not worth starting a thread for
 TASKS = 16  # of backward, at least, if there are as many images
 COPIES_BYTES = 2 ** 26  # of the gradients of kernels that backward holds: a chunk of the images has its own
 LANES = {'avx512': 16, 'avx2': 8, 'neon': 4}  # maps that are computed at once
