@@ -1,12 +1,11 @@
 """How the tests are shared among processors, the images that many of them read, and an environment with other tools."""
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from .environments import install, make_environment, share_packages
 from .pictures import make_fashion_mnist, make_photos
 
 
@@ -35,13 +34,9 @@ def photos(tmp_path_factory):
 @pytest.fixture(scope='session')
 def other_tools(tmp_path_factory):
     """The Python of an environment with all that is installed here, and with what the extra `other_tools` names."""
-    folder = tmp_path_factory.mktemp('other_tools')
-    subprocess.run([sys.executable, '-m', 'venv', folder], check=True)
-    python, = folder.glob('bin/python')
-    packages, = folder.glob('lib/python*/site-packages')
-    ours = [path for path in sys.path if path.endswith('-packages')]
-    (packages / 'of_the_tests.pth').write_text('\n'.join(ours) + '\n')
+    python = make_environment(tmp_path_factory.mktemp('other_tools'))
+    share_packages(python)
     text = (Path(__file__).resolve().parents[1] / 'pyproject.toml').read_text(encoding='utf-8')
     wanted = re.findall('"(.*?)"', re.search(r'^other_tools = \[(.*)\]$', text, re.MULTILINE)[1])
-    subprocess.run([python, '-m', 'pip', 'install', '--quiet', *wanted], check=True)
+    install(python, *wanted)
     return str(python)

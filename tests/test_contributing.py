@@ -156,9 +156,12 @@ def test_the_changelog_and_the_release():
 
 def test_workflows_and_forms():
     workflows = sorted((ROOT / '.github' / 'workflows').glob('*.yml'))
-    subprocess.run(
-        [Path(sys.executable).with_name('check-jsonschema'), '--builtin-schema', 'vendor.github-workflows', *workflows],
-        check=True)
+    for schema, files in (('github-workflows', workflows), ('dependabot', [ROOT / '.github' / 'dependabot.yml'])):
+        subprocess.run(
+            [Path(sys.executable).with_name('check-jsonschema'), '--builtin-schema', f'vendor.{schema}', *files],
+            check=True)
+    for line in (line for path in workflows for line in path.read_text().splitlines() if ' uses: ' in line):
+        assert re.fullmatch(r' +(- )?uses: [\w/-]+@[0-9a-f]{40}  # v\d+\.\d+\.\d+', line), line  # a tag can be moved
     read = {path.name: yaml.safe_load(path.read_text()) for path in workflows}
     for workflow in read.values():
         for step in (step for job in workflow['jobs'].values() for step in job['steps']):

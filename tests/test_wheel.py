@@ -12,6 +12,8 @@ import pytest
 import torch
 from packaging.utils import parse_wheel_filename
 
+from .environments import install, make_environment, run, share_packages
+
 ROOT = Path(__file__).resolve().parents[1]
 HAS_AVX2 = torch.backends.cpu.get_cpu_capability() in ('AVX2', 'AVX512')
 PLATFORM = 'manylinux_2_28_x86_64'
@@ -27,12 +29,6 @@ print(poca_cpu.compiled() is not None)
 timm.create_model('mobilenetv2_035_noah.fashion_mnist', pretrained=True).eval()(torch.randn(2, 3, 64, 64))
 print(sum(library['user_api'] == 'openmp' for library in threadpool_info()))
 '''
-
-
-def run(*words, **kwargs):
-    done = subprocess.run(list(map(str, words)), check=False, capture_output=True, text=True, **kwargs)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return done.stdout
 
 
 def contents(wheel):
@@ -79,15 +75,12 @@ def test_the_wheel(wheel, tracked, tmp_path):
 
     # An environment of its own, and PyTorch of the one that runs the tests, unless all is to be installed.
     environment = tmp_path / 'environment'
-    run(sys.executable, '-m', 'venv', '--without-pip', environment)
-    python = environment / ('Scripts/python.exe' if os.name == 'nt' else 'bin/python')
+    python = make_environment(environment)
     whole = bool(os.environ.get('NOAH_ZOO_TEST_INSTALL'))
     clean = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'}
-    run(sys.executable, '-m', 'pip', '--python', python, 'install', '-q', wheel,
-        *(['threadpoolctl'] if whole else ['--no-deps']), cwd=tmp_path, env=clean)
+    install(python, wheel, *(['threadpoolctl'] if whole else ['--no-deps']), cwd=tmp_path, env=clean)
     if not whole:
-        site = Path(run(python, '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))').strip())
-        (site / 'others.pth').write_text('\n'.join(path for path in sys.path if path.endswith('-packages')))
+        share_packages(python)
     file, compiled, runtimes = run(python, '-c', USE, cwd=tmp_path, env=clean).split()
     assert Path(file).is_relative_to(environment) and compiled == str(has_kernel)
     assert runtimes == '1'  # PyTorch's

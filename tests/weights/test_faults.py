@@ -6,6 +6,7 @@ import pickle
 import re
 import signal
 
+import huggingface_hub
 import pytest
 import timm
 import torch
@@ -19,7 +20,7 @@ MIB = 1 << 20
 NAME, LARGE = 'mobilenetv2_035_noah', 'mobilenetv2_100_noah'  # 7 MB; 14 MB, of which the client writes 10 MiB at once
 PLAIN = 'owner/plain'  # holds the same file as NAME's own repository
 TOKEN = 'hf_secret_of_the_owner'
-OLD_CLIENT = bool(os.environ.get('HUB_CLIENT'))
+OLD_CLIENT = bool(os.environ.get('HUB_CLIENT')) or huggingface_hub.__version__.startswith('0.')
 
 
 def repo(name):
@@ -306,7 +307,8 @@ def test_the_second_question_is_not_answered(hub, client, weights, cache):
 
 def test_a_long_wait_is_not_begun(hub, client, cache):
     hub.fault('status', method='HEAD', code=429, headers={'Retry-After': '300'}, times=None)
-    assert fail(client, cache, 'busy (HTTP status 429)').seconds < SOON
+    parts = () if OLD_CLIENT else ('busy (HTTP status 429)',)  # 0.35 tries on by itself, until its time is up
+    assert fail(client, cache, *parts).seconds < SOON
 
 
 def test_a_cut_download_goes_on(hub, client, weights, cache):
