@@ -23,7 +23,7 @@ def on_page_content(html, **kwargs):
     """In a text, a flag or a short name is not torn at its hyphens."""
     word = r'(?<![^\s>])(?=[^\s<]{1,30}(?![^\s<]))[^\s<]*-[^\s<]*'
     whole = r'<span class="whole">\g<0></span>'
-    return re.sub(r'<code>[^<\n]+</code>', lambda code: re.sub(word, whole, code[0]), html)
+    return re.sub(r'(?<!</span>)<code>[^<]+</code>', lambda code: re.sub(word, whole, code[0]), html)
 
 
 def settings(match):

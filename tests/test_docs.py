@@ -1,4 +1,5 @@
 """The documentation: it builds strictly, asks nothing of other hosts, and its snippets run."""
+import ast
 import dataclasses
 import importlib.util
 import json
@@ -7,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -69,8 +71,13 @@ def test_the_site(site):
         assert f'<code>{field.name}</code>' in reference, field.name
     assert 'Where a NOAH model looks' in reference
     assert re.search(r'in the grid of\s+their number', reference)  # a result in two lines is one row
-    finetune = (site / 'finetune' / 'index.html').read_text(encoding='utf-8')
-    assert '<code><span class="whole">--epoch-updates</span></code>' in finetune
+    tables = re.findall(r'<tr>\s*<th>Type</th>\s*<th>Description</th>.*?</table>', reference, re.DOTALL)
+    types = re.findall(r'<tr[^>]*>\s*<td>(.*?)</td>', ''.join(tables), re.DOTALL)
+    assert len(types) >= 30
+    for kind in types:  # of what is returned or raised: a type, not the words before a colon
+        ast.parse(unescape(re.sub('<.*?>', '', kind)).strip(), mode='eval')
+    for name, flag in (('finetune', '--epoch-updates</span></code>'), ('numbers', '--backbone</span> runs/lite0')):
+        assert f'<span class="whole">{flag}' in (site / name / 'index.html').read_text(encoding='utf-8')
 
 
 @pytest.mark.browser
@@ -83,6 +90,9 @@ def test_tables_fit_or_scroll(site):
             for path in sorted(site.glob('*/index.html')):
                 page.goto(path.as_uri())
                 assert page.evaluate('document.documentElement.scrollWidth') <= width, (path, width)
+                code = page.evaluate('''[...document.querySelectorAll('pre > code')].filter(
+                    code => code.scrollWidth > code.clientWidth).map(code => code.innerText)''')
+                assert not code or width < 1280, (path, code)
             page.goto((site / 'models' / 'index.html').as_uri())
             room, table, before, after = page.evaluate('''() => {
                 const scrolls = document.querySelector('.md-typeset__scrollwrap')

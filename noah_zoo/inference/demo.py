@@ -129,6 +129,7 @@ def create_page(models: Sequence[str] = (), device: str = 'cpu', samples: Sequen
                 upload.upload(classify, [upload, model], shown, **one_at_a_time),
                 chosen.select(classify_sample, [model], shown, **one_at_a_time)):
             done.then(None, js=IN_SIGHT)
+        upload.upload(lambda: gr.Gallery(selected_index=None), outputs=chosen)  # what is shown is none of the samples
         model.input(classify_again, [asked, model], shown, **one_at_a_time)
         for label in (noah, twin):
             label.select(look, [asked], [maps, message], **one_at_a_time)

@@ -221,8 +221,8 @@ def predict(
         workers: Processes that read images; with 0 this one does.
 
     Returns:
-        An iterator of `{'path', 'predictions': [{'label', 'index', 'probability'}]}` per image, best class first, or
-        `{'path', 'error'}` for a file that is no whole image.
+        A dictionary per image, of 'path' and 'predictions', a list of 'label', 'index' and 'probability' with the best
+        class first, or of 'path' and 'error' for a file that is no whole image.
 
     Raises:
         ValueError: If the model takes images of other channels than 1, 3 or 4.

@@ -198,7 +198,8 @@ def _before_classifier(model: NoahModel) -> Tuple[int, bool]:
     with _evaluating(model), _Operators() as operators:
         features = model.forward_head(x, pre_logits=True)
     width = features.shape[-1] if features.ndim == 3 else features.flatten(1).shape[1]
-    return width, operators.names <= {'alias', 'mean', 'select', 'view'}  # of one position, all are that position
+    # Of one position, all are that position, if no slice took channels. PyTorch 2.8 has a slice in x[:, 0], too.
+    return width, width == num_channels and operators.names <= {'alias', 'mean', 'select', 'slice', 'view'}
 
 
 def attach(model: nn.Module, num_classes: int, features: Features, place: str, **noah_cfg) -> nn.Module:

@@ -45,7 +45,7 @@ def validate(
         pictured: How many images it is drawn of.
 
     Returns:
-        What the task's metrics give: 'top1' and 'top5' in percent and 'val_loss', say; 'per_class', a row per class, of
+        What the task's metrics give, 'top1' and 'top5' in percent and 'val_loss', say; 'per_class', a row per class, of
         'multilabel'; 'images', their number; and 'paper', the paper's figures on ImageNet-1k, if the weights are the
         authors'.
 

@@ -183,6 +183,7 @@ def test_in_a_browser(width, server, browser, tmp_path):
     page.on('pageerror', lambda error: errors.append(str(error)))
     page.goto(server)
     page.click('#samples .thumbnail-item >> nth=1')
+    page.wait_for_selector('#samples .selected')
     page.wait_for_selector('#maps img')
     page.wait_for_function('document.getElementById("noah").getBoundingClientRect().bottom <= innerHeight')
     assert page.inner_text('#noah').split('\n')[1].startswith('Pullover')
@@ -205,6 +206,10 @@ def test_in_a_browser(width, server, browser, tmp_path):
     upload(tmp_path / 'bag.jpg')
     page.wait_for_selector('#maps img')
     assert 'readable' not in page.inner_text('#message') and 'Bag' in page.inner_text('#noah')
+    page.wait_for_selector('#samples .selected', state='detached')
+    page.click('#samples .thumbnail-item >> nth=1')  # the one before
+    page.wait_for_function('document.getElementById("noah").innerText.includes("Pullover")')
+    assert page.locator('#samples .selected').count() == 1
 
     page.fill('#model input', 'resnet18_noha')
     page.press('#model input', 'Enter')
