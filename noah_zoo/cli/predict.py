@@ -10,6 +10,7 @@ written image by image; the same command, after Ctrl-C say, goes on with it.
 import argparse
 import json
 import sys
+import traceback
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -73,7 +74,8 @@ def main(prog: str = 'predict.py') -> int:
                 bar.update()
     except (OSError, ValueError) as error:
         parser.exit(2, f'{prog}: error: {error}\n')
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        traceback.clear_frames(interrupt.__traceback__)  # so that workers end while there is one to take what they send
         kept = f'; {args.output} has {output.done:,} of {len(images):,} images, and the same command goes on with it'
         parser.exit(130, f'\n{prog}: interrupted{kept if output else ""}\n')
     if args.json:

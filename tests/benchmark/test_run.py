@@ -595,7 +595,8 @@ def test_the_figures_of_the_documentation():
         f'{head["summary"]["batch 1, forward"]:.2f} times as fast as its plain form at batch 1, '
         f'{head["summary"]["batch 16, forward"]:.2f} times at batch 16, '
         f'{head["summary"]["batch 16, forward + backward"]:.2f} times there with backward') in text
-    assert f'lose {pairs["summary"]["lost"]:.1%} of the speed' in text and not pairs['summary']['below_paper']
+    assert f'lose {pairs["summary"]["lost"]:.1%} of the speed' in text
+    assert f'{len(pairs["summary"]["below_paper"])} of the 25 lose more' in text
     assert f"paper's lose {pairs['summary']['paper_lost']:.1%}" in text
     noah, plain = (
         next(row for row in training['rows'] if row['head'] == head and row['case']['num_classes'] == 21843)
