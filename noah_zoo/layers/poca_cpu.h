@@ -6,8 +6,8 @@
 // give their scores and values at every position (embed), of which the softmax and the sum are taken while they lie in
 // the nearest cache (attend). Backward computes both again, turns them into their gradients (derive), and adds their
 // products with features to the gradients of the kernels, which stay packed until the end, and with kernels to those of
-// the features. A task has the images of a chunk and the channels of a group, so that no two tasks add to the same
-// numbers, and the order of every sum is the same on any number of threads.
+// the features. A task has the images of a chunk and the channels of a group, or of all of them, so that no two tasks
+// add to the same numbers, and the order of every sum is the same on any number of threads.
 
 typedef float Vector __attribute__((vector_size(4 * LANES)));
 typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -29,8 +29,8 @@ inline void transpose(Four (&rows)[4]) {
 // (maps, depth) -> (depth, V * LANES); maps that are missing repeat the first
 template <int V>
 void pack(const float *weight, ptrdiff_t maps, ptrdiff_t depth, float *packed) {
-    constexpr int PANEL = V * LANES;
-    for (int some = 0; some < PANEL; some += 4) {
+    constexpr int WIDTH = V * LANES;
+    for (int some = 0; some < WIDTH; some += 4) {
         const float *row[4];
         for (int m = 0; m < 4; m++) row[m] = weight + (some + m < maps ? some + m : 0) * depth;
         float *to = packed + some;
@@ -39,27 +39,27 @@ void pack(const float *weight, ptrdiff_t maps, ptrdiff_t depth, float *packed) {
             Four four[4];
             for (int m = 0; m < 4; m++) memcpy(&four[m], row[m] + c, sizeof(Four));
             transpose(four);
-            for (int m = 0; m < 4; m++) memcpy(to + (c + m) * PANEL, &four[m], sizeof(Four));
+            for (int m = 0; m < 4; m++) memcpy(to + (c + m) * WIDTH, &four[m], sizeof(Four));
         }
         for (; c < depth; c++)
-            for (int m = 0; m < 4; m++) to[c * PANEL + m] = row[m][c];
+            for (int m = 0; m < 4; m++) to[c * WIDTH + m] = row[m][c];
     }
 }
 
 // (rows, V * LANES) -> (maps, stride)
 template <int V>
 void unpack(const float *packed, ptrdiff_t rows, ptrdiff_t maps, float *to, ptrdiff_t stride) {
-    constexpr int PANEL = V * LANES;
+    constexpr int WIDTH = V * LANES;
     for (ptrdiff_t some = 0; some < maps; some += 4) {
         ptrdiff_t row = 0, end = std::min<ptrdiff_t>(some + 4, maps);
         for (; end == some + 4 && row + 4 <= rows; row += 4) {
             Four four[4];
-            for (int m = 0; m < 4; m++) memcpy(&four[m], packed + (row + m) * PANEL + some, sizeof(Four));
+            for (int m = 0; m < 4; m++) memcpy(&four[m], packed + (row + m) * WIDTH + some, sizeof(Four));
             transpose(four);
             for (int m = 0; m < 4; m++) memcpy(to + (some + m) * stride + row, &four[m], sizeof(Four));
         }
         for (; row < rows; row++)
-            for (ptrdiff_t m = some; m < end; m++) to[m * stride + row] = packed[row * PANEL + m];
+            for (ptrdiff_t m = some; m < end; m++) to[m * stride + row] = packed[row * WIDTH + m];
     }
 }
 
@@ -92,7 +92,7 @@ constexpr auto multiplies(std::integer_sequence<int, COUNT...>) {
 template <int V>
 void multiply(const float *x, ptrdiff_t rows, ptrdiff_t row_stride, ptrdiff_t depth_stride, const float *packed,
               ptrdiff_t depth, bool first, float *out, const float *next = nullptr) {
-    constexpr int ROWS = SUMS / V, PANEL = V * LANES;
+    constexpr int ROWS = SUMS / V, WIDTH = V * LANES;
     constexpr auto MULTIPLY_ROWS = multiplies<V>(std::make_integer_sequence<int, ROWS>());
     ptrdiff_t fetched = 0;
     for (ptrdiff_t d = 0; d < depth; d += DEPTH) {
@@ -100,9 +100,9 @@ void multiply(const float *x, ptrdiff_t rows, ptrdiff_t row_stride, ptrdiff_t de
         for (ptrdiff_t row = 0, steps = (rows + ROWS - 1) / ROWS, count; steps > 0; steps--, row += count) {
             count = (rows - row) / steps;  // as even as it goes: 49 rows are five times 5 and four times 6
             for (; next && fetched < d + step * (row + count) / rows; fetched++)
-                __builtin_prefetch(next + fetched * PANEL, 0, 2);
+                __builtin_prefetch(next + fetched * WIDTH, 0, 2);
             MULTIPLY_ROWS[count - 1](x + d * depth_stride + row * row_stride, row_stride, depth_stride,
-                                     packed + d * PANEL, step, first && d == 0, out + row * PANEL);
+                                     packed + d * WIDTH, step, first && d == 0, out + row * WIDTH);
         }
     }
 }

@@ -118,7 +118,7 @@ def backward(
         dkey_weight, dvalue_weight = map(torch.empty_like, weights)
         dvalue_bias = None if bias is None else torch.empty_like(bias)
     copy = 4 * _padded(maps, conv_groups) * (sum(widths) + 1)
-    parts = 1 if x_BLC.stride(2) == 1 else conv_groups  # tasks of a chunk
+    parts = 1 if x_BLC.stride(2) == 1 else conv_groups  # tasks of a chunk, as poca_cpu.h divides it
     call.chunks = min(-(-TASKS // parts), batch, max(COPIES_BYTES // copy, 1))
     call.channels_first, call.value_adds = channels_first, first_value < last_key
     _run(
