@@ -1,9 +1,12 @@
 """The command `noah-zoo`: a module per command, which parses its arguments and calls the package."""
 import argparse
 import importlib
+import os
 import re
 import sys
-from typing import Optional
+import traceback
+from contextlib import contextmanager
+from typing import Callable, Iterator, Optional, Type
 
 from noah_zoo import __version__
 from noah_zoo.text import near
@@ -17,6 +20,32 @@ def as_command(text: str) -> str:
     """A text that names scripts of a checkout, with what they are for who has installed the package."""
     text = re.sub(r'accelerate launch scripts/(\w+)\.py', r'accelerate launch -m noah_zoo \1', text)
     return re.sub(r'\b(?:python )?(?:scripts/)?(\w+)\.py\b', r'noah-zoo \1', text)
+
+
+@contextmanager
+def plain_errors(
+        parser: argparse.ArgumentParser, *errors: Type[Exception], kept: Callable[[], str] = str) -> Iterator[None]:
+    """End a command by a line on standard error where a traceback would tell its user nothing.
+
+    The exit status is 2 for wrong input, 130 after Ctrl-C, and 1, without a word, where nobody reads standard output
+    any more (`| head`).
+
+    Args:
+        parser: The command's parser, which knows its name.
+        errors: What wrong input raises beyond OSError, ValueError and, for want of a package, ImportError.
+        kept: Makes the text that follows "interrupted": what is written and what to do.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python itself has left to write
+        parser.exit(1)
+    except (ImportError, OSError, ValueError, *errors) as error:
+        parser.exit(2, f'{parser.prog}: error: {error}\n')
+    except KeyboardInterrupt as interrupt:
+        traceback.clear_frames(interrupt.__traceback__)  # so that workers end while there is one to take what they send
+        parser.exit(130, f'\n{parser.prog}: interrupted{kept()}\n')
 
 
 def main() -> Optional[int]:

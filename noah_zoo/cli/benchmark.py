@@ -74,16 +74,14 @@ def parse_args(prog: str):
 def main(prog: str = 'benchmark.py') -> None:
     parser, args = parse_args(prog)
     command = shlex.join(['noah-zoo', 'benchmark', *sys.argv[1:]])
-    try:
+    from noah_zoo.cli import plain_errors
+
+    with plain_errors(parser, RuntimeError, kept=lambda: '; what it was measuring is not written'):
         from noah_zoo.benchmark.run import benchmark
 
         logging.basicConfig(level=logging.WARNING, format='%(message)s')
         for text in benchmark(**vars(args), command=command):
             print(text, flush=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        parser.exit(2, f'{prog}: error: {error}\n')
-    except KeyboardInterrupt:
-        parser.exit(130, f'\n{prog}: interrupted; what it was measuring is not written\n')
 
 
 if __name__ == '__main__':

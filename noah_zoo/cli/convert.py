@@ -19,16 +19,15 @@ def main(prog: str = 'convert.py') -> None:
         '--ema', action='store_true', help='take the averaged weights, which DeiT, Mixer and gMLP files may hold')
     args = parser.parse_args()
 
-    from noah_zoo.weights import convert_file
-    try:
+    from noah_zoo.cli import plain_errors
+
+    with plain_errors(parser, kept=lambda: ', nothing was written'):
+        from noah_zoo.weights import convert_file
+
         folder = convert_file(args.file, args.model, args.output, ema=args.ema)
-    except (OSError, ValueError) as error:
-        parser.exit(2, f'{prog}: error: {" ".join(str(error).split())}\n')
-    except KeyboardInterrupt:
-        parser.exit(130, f'\n{prog}: interrupted, nothing was written\n')
-    location = f'local-dir:{folder}'
-    print(f'{args.model}: converted to {folder}')
-    print(f'import timm, noah_zoo; model = timm.create_model({location!r}, pretrained=True)')
+        location = f'local-dir:{folder}'
+        print(f'{args.model}: converted to {folder}')
+        print(f'import timm, noah_zoo; model = timm.create_model({location!r}, pretrained=True)')
 
 
 if __name__ == '__main__':

@@ -41,13 +41,15 @@ def main(prog: str = 'export.py') -> int:
         if getattr(args, option) and args.format != 'onnx':
             parser.error(f'--{option} is for --format onnx, not {args.format}')
 
-    import noah_zoo  # noqa: F401  registers the models
-    from noah_zoo.inference.export import OPSET, SUFFIXES, export, quantize
-    from noah_zoo.inference.predict import DEFAULT_MODEL, find_images, load_model
+    from noah_zoo.cli import plain_errors
 
-    name = args.model or DEFAULT_MODEL
-    output = args.output or Path(name.rpartition(':')[2].rstrip('/').rpartition('/')[2] + SUFFIXES[args.format])
-    try:
+    with plain_errors(parser):
+        import noah_zoo  # noqa: F401  registers the models
+        from noah_zoo.inference.export import OPSET, SUFFIXES, export, quantize
+        from noah_zoo.inference.predict import DEFAULT_MODEL, find_images, load_model
+
+        name = args.model or DEFAULT_MODEL
+        output = args.output or Path(name.rpartition(':')[2].rstrip('/').rpartition('/')[2] + SUFFIXES[args.format])
         if not output.parent.is_dir():
             raise FileNotFoundError(f'{output.parent}: no such folder for {output.name}')
         calibration = find_images(args.int8) if args.int8 else []
@@ -66,8 +68,6 @@ def main(prog: str = 'export.py') -> int:
 
                 result = validate(str(exported.path), args.dataset, data_dir=args.data_dir, cpu=True)
                 print(f'  top-1 on {result.get("images", "")} images of {args.dataset}: {result["top1"]:.2f} %')
-    except (ImportError, OSError, ValueError) as error:
-        parser.exit(2, f'{prog}: error: {error}\n')
     return 0
 
 

@@ -10,7 +10,6 @@ written image by image; the same command, after Ctrl-C say, goes on with it.
 import argparse
 import json
 import sys
-import traceback
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -41,14 +40,23 @@ def main(prog: str = 'predict.py') -> int:
         '--output', type=Path, metavar='FILE', help='write FILE.csv or FILE.jsonl instead, or go on with it')
     args = parser.parse_args()
 
-    from huggingface_hub.utils import tqdm
+    from noah_zoo.cli import plain_errors
 
-    import noah_zoo  # noqa: F401  registers the models
-    from noah_zoo.inference.output import PredictionFile, check_output
-    from noah_zoo.inference.predict import DEFAULT_MODEL, SAMPLES, default_workers, find_images, load_model, predict
+    output, shown, failed = None, [], 0
 
-    name, output, shown, failed = args.model or DEFAULT_MODEL, None, [], 0
-    try:
+    def kept() -> str:
+        if not output:
+            return ''
+        return f'; {args.output} has {output.done:,} of {len(images):,} images, and the same command goes on with it'
+
+    with plain_errors(parser, kept=kept):
+        from huggingface_hub.utils import tqdm
+
+        import noah_zoo  # noqa: F401  registers the models
+        from noah_zoo.inference.output import PredictionFile, check_output
+        from noah_zoo.inference.predict import DEFAULT_MODEL, SAMPLES, default_workers, find_images, load_model, predict
+
+        name = args.model or DEFAULT_MODEL
         images = find_images(args.paths or [str(SAMPLES)])
         if args.output:
             check_output(args.output)
@@ -72,17 +80,12 @@ def main(prog: str = 'predict.py') -> int:
                     guesses = (f'\n  {guess["probability"]:7.2%}  {guess["label"]}' for guess in result['predictions'])
                     tqdm.write(result['path'] + ''.join(guesses), file=sys.stdout)
                 bar.update()
-    except (OSError, ValueError) as error:
-        parser.exit(2, f'{prog}: error: {error}\n')
-    except KeyboardInterrupt as interrupt:
-        traceback.clear_frames(interrupt.__traceback__)  # so that workers end while there is one to take what they send
-        kept = f'; {args.output} has {output.done:,} of {len(images):,} images, and the same command goes on with it'
-        parser.exit(130, f'\n{prog}: interrupted{kept if output else ""}\n')
-    if args.json:
-        print(json.dumps(shown, indent=2))
-    if output:
-        failed = output.failed
-        print(f'{args.output}: {output.done:,} images' + (f', {failed:,} of which cannot be read' if failed else ''))
+        if args.json:
+            print(json.dumps(shown, indent=2))
+        if output:
+            failed = output.failed
+            unread = f', {failed:,} of which cannot be read' if failed else ''
+            print(f'{args.output}: {output.done:,} images{unread}')
     return 1 if failed else 0
 
 

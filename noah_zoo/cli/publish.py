@@ -37,16 +37,18 @@ def parse_args(prog: str):
 
 def main(prog: str = 'publish.py') -> None:
     parser, args = parse_args(prog)
-    from huggingface_hub.utils import tqdm
+    from noah_zoo.cli import plain_errors
 
-    import noah_zoo  # noqa: F401
-    from noah_zoo.catalog import NAMESPACE, released
-    from noah_zoo.publish.publish import publish_model, publish_run
+    with plain_errors(parser, RuntimeError, kept=lambda: '; run the same command again, it goes on where it was'):
+        from huggingface_hub.utils import tqdm
 
-    logging.basicConfig(level=logging.WARNING, format='%(message)s')
-    logging.getLogger('noah_zoo.publish').setLevel(logging.INFO)
-    failed = 0
-    try:
+        import noah_zoo  # noqa: F401
+        from noah_zoo.catalog import NAMESPACE, released
+        from noah_zoo.publish.publish import publish_model, publish_run
+
+        logging.basicConfig(level=logging.WARNING, format='%(message)s')
+        logging.getLogger('noah_zoo.publish').setLevel(logging.INFO)
+        failed = 0
         if args.repo_id:
             publish_run(args.source, args.repo_id, args.private, args.dry_run, args.head_only)
             print(f"timm.create_model('hf-hub:{args.repo_id}', pretrained=True)")
@@ -58,13 +60,9 @@ def main(prog: str = 'publish.py') -> None:
             except (OSError, ValueError, RuntimeError) as error:
                 logging.error('%s: error: %s', prog, error)
                 failed += 1
-    except (OSError, ValueError, RuntimeError) as error:
-        parser.exit(2, f'{prog}: error: {error}\n')
-    except KeyboardInterrupt:
-        parser.exit(130, f'\n{prog}: interrupted; run the same command again, it goes on where it was\n')
-    if failed:
-        summary = f'{prog}: {failed} of {len(names)} failed; run the same command again for those\n'
-        parser.exit(2, summary if len(names) > 1 else None)
+        if failed:
+            summary = f'{prog}: {failed} of {len(names)} failed; run the same command again for those\n'
+            parser.exit(2, summary if len(names) > 1 else None)
 
 
 if __name__ == '__main__':

@@ -29,22 +29,20 @@ def parse_evaluate(prog: str):
 
 def evaluate(prog: str) -> None:
     parser, args = parse_evaluate(prog)
-    from accelerate import PartialState
+    from noah_zoo.cli import plain_errors
 
-    from noah_zoo.training.validate import validate
+    with plain_errors(parser, RuntimeError):
+        from accelerate import PartialState
 
-    logging.basicConfig(level=logging.WARNING, format='%(message)s')
-    try:
+        from noah_zoo.training.validate import validate
+
+        logging.basicConfig(level=logging.WARNING, format='%(message)s')
         figures = validate(task='reid', dataset='market1501', **vars(args))
-    except (OSError, ValueError, RuntimeError) as error:
-        parser.exit(2, f'{prog}: error: {error}\n')
-    except KeyboardInterrupt:
-        parser.exit(130, f'\n{prog}: interrupted\n')
-    PartialState().destroy_process_group()
-    if os.environ.get('RANK', '0') != '0':
-        return
-    print('; '.join(f'{name} {figures[name]:.2f} %' for name in ('rank1', 'rank5', 'rank10', 'mAP')) +
-          f' of {figures["queries"]} queries')
+        PartialState().destroy_process_group()
+        if os.environ.get('RANK', '0') != '0':
+            return
+        print('; '.join(f'{name} {figures[name]:.2f} %' for name in ('rank1', 'rank5', 'rank10', 'mAP')) +
+              f' of {figures["queries"]} queries')
 
 
 def main(prog: str = 'reid.py') -> None:

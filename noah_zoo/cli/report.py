@@ -12,12 +12,12 @@ def main(prog: str = 'report.py') -> None:
     parser.add_argument('folders', nargs='+', metavar='DIR', help='folders of runs of train')
     args = parser.parse_args()
 
-    from noah_zoo.training.report import report
+    from noah_zoo.cli import plain_errors
 
-    try:
+    with plain_errors(parser):
+        from noah_zoo.training.report import report
+
         print(report(args.folders))
-    except (OSError, ValueError) as error:
-        parser.exit(2, f'{prog}: error: {error}\n')
 
 
 if __name__ == '__main__':

@@ -13,6 +13,7 @@ import ast
 import dataclasses
 import logging
 import sys
+from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple, get_args
 
 SHORT = {'batch_size': ['-b'], 'workers': ['-j']}
@@ -96,17 +97,23 @@ def main(prog: str = 'train.py', description: Optional[str] = None, **defaults: 
     """Train, with `defaults` for what is not given."""
     parser, args = parse_args(prog=prog, description=description)
     args = argparse.Namespace(**{**defaults, **vars(args)})
-    from accelerate.utils import get_int_from_env
+    from noah_zoo.cli import plain_errors
 
-    from noah_zoo.data.factory import check_data
-    from noah_zoo.tasks import find_task
-    from noah_zoo.training.settings import configure
-    from noah_zoo.training.trainer import train
+    def kept() -> str:
+        begun = hasattr(args, 'output') and Path(args.output).is_dir()
+        return f'; {args.output} has the log so far and no finished run' if begun else ''
 
-    is_main = get_int_from_env(['RANK', 'PMI_RANK', 'OMPI_COMM_WORLD_RANK', 'MV2_COMM_WORLD_RANK'], 0) == 0
-    logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format='%(message)s')
-    logging.getLogger('accelerate').setLevel(logging.WARNING)  # it tells of every file of a checkpoint
-    try:
+    with plain_errors(parser, RuntimeError, FloatingPointError, kept=kept):
+        from accelerate.utils import get_int_from_env
+
+        from noah_zoo.data.factory import check_data
+        from noah_zoo.tasks import find_task
+        from noah_zoo.training.settings import configure
+        from noah_zoo.training.trainer import train
+
+        is_main = get_int_from_env(['RANK', 'PMI_RANK', 'OMPI_COMM_WORLD_RANK', 'MV2_COMM_WORLD_RANK'], 0) == 0
+        logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format='%(message)s')
+        logging.getLogger('accelerate').setLevel(logging.WARNING)  # it tells of every file of a checkpoint
         if getattr(args, 'check_data', False):
             del args.check_data
             config = configure(**{'model': '', 'output': '', **vars(args), 'recipe': 'none'})
@@ -114,16 +121,11 @@ def main(prog: str = 'train.py', description: Optional[str] = None, **defaults: 
             print(check_data(config, task.reads, task.check_images))
             return
         summary = train(configure(**vars(args)))
-    except (OSError, ValueError, RuntimeError, FloatingPointError) as error:
-        parser.exit(2, f'{prog}: error: {error}\n')
-    except KeyboardInterrupt:
-        has = f'; {args.output} has the log so far and no finished run' if hasattr(args, 'output') else ''
-        parser.exit(130, f'\n{prog}: interrupted{has}\n')
-    if is_main:
-        task = find_task(summary['config'].get('task', 'multiclass'))  # runs from before there were tasks
-        value = summary[task.metric]  # None if it was no number
-        figure = f'{task.figures[task.metric]} {"undefined" if value is None else f"{value:.2f}"}'
-        print(f'{args.model}: test {figure} after {summary["epoch"]} epochs, {summary["seconds"]:.0f} s')
+        if is_main:
+            task = find_task(summary['config'].get('task', 'multiclass'))  # runs from before there were tasks
+            value = summary[task.metric]  # None if it was no number
+            figure = f'{task.figures[task.metric]} {"undefined" if value is None else f"{value:.2f}"}'
+            print(f'{args.model}: test {figure} after {summary["epoch"]} epochs, {summary["seconds"]:.0f} s')
 
 
 if __name__ == '__main__':

@@ -30,37 +30,36 @@ def parse_args(prog: str):
 
 def main(prog: str = 'validate.py') -> None:
     parser, args = parse_args(prog)
-    from accelerate import PartialState
+    from noah_zoo.cli import plain_errors
 
-    from noah_zoo.tasks import find_task
-    from noah_zoo.training.validate import validate
+    with plain_errors(parser, RuntimeError):
+        from accelerate import PartialState
 
-    logging.basicConfig(level=logging.WARNING, format='%(message)s')
-    settings = dict(vars(args))
-    as_json = settings.pop('json', False)
-    try:
+        from noah_zoo.tasks import find_task
+        from noah_zoo.training.validate import validate
+
+        logging.basicConfig(level=logging.WARNING, format='%(message)s')
+        settings = dict(vars(args))
+        as_json = settings.pop('json', False)
         result = validate(**settings)
-    except (OSError, ValueError, RuntimeError) as error:
-        parser.exit(2, f'{prog}: error: {error}\n')
-    except KeyboardInterrupt:
-        parser.exit(130, f'\n{prog}: interrupted\n')
-    PartialState().destroy_process_group()  # threads of a group that is left alive may abort the process as it ends
-    if os.environ.get('RANK', '0') != '0':
-        return
-    if as_json:
-        print(json.dumps(result, indent=2))
-        return
-    print(f'{result["model"]} on {result["dataset"]} [{result["split"]}]')
-    labels = find_task(settings.get('task', 'multiclass')).figures
-    for key, value in result.items():
-        if isinstance(value, float) and key != 'val_loss' and not key.endswith('_top3'):
-            more = f'   paper, on ImageNet-1k: {result["paper"][key]:.2f} %' if key in result.get('paper', ()) else ''
-            more += f'   of the top 3: {result[f"{key}_top3"]:.2f} %' if f'{key}_top3' in result else ''
-            print(f'{labels.get(key, key)}: {value:.2f} %{more}')
-    for row in result.get('per_class', ()):
-        print('  '.join(f'{key} {value}' for key, value in row.items()))
-    if 'val_loss' in result:
-        print(f'cross-entropy: {result["val_loss"]:.4f}')
+        PartialState().destroy_process_group()  # threads of a group that is left alive may abort the process as it ends
+        if os.environ.get('RANK', '0') != '0':
+            return
+        if as_json:
+            print(json.dumps(result, indent=2))
+            return
+        print(f'{result["model"]} on {result["dataset"]} [{result["split"]}]')
+        labels = find_task(settings.get('task', 'multiclass')).figures
+        for key, value in result.items():
+            if isinstance(value, float) and key != 'val_loss' and not key.endswith('_top3'):
+                paper = result.get('paper', {})
+                more = f'   paper, on ImageNet-1k: {paper[key]:.2f} %' if key in paper else ''
+                more += f'   of the top 3: {result[f"{key}_top3"]:.2f} %' if f'{key}_top3' in result else ''
+                print(f'{labels.get(key, key)}: {value:.2f} %{more}')
+        for row in result.get('per_class', ()):
+            print('  '.join(f'{key} {value}' for key, value in row.items()))
+        if 'val_loss' in result:
+            print(f'cross-entropy: {result["val_loss"]:.4f}')
 
 
 if __name__ == '__main__':

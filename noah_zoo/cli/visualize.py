@@ -29,13 +29,15 @@ def main(prog: str = 'visualize.py') -> int:
     parser.add_argument('--device', default='cpu', help="torch device, 'cuda' say (cpu)")
     args = parser.parse_args()
 
-    import noah_zoo  # noqa: F401  registers the models
-    from noah_zoo.data.images import read_image
-    from noah_zoo.inference.predict import DEFAULT_MODEL, image_mode
-    from noah_zoo.inference.visualize import draw, find_classes, load_pair
+    from noah_zoo.cli import plain_errors
 
-    output = args.output or Path(f'{args.image.stem}_attention.png')
-    try:
+    with plain_errors(parser):
+        import noah_zoo  # noqa: F401  registers the models
+        from noah_zoo.data.images import read_image
+        from noah_zoo.inference.predict import DEFAULT_MODEL, image_mode
+        from noah_zoo.inference.visualize import draw, find_classes, load_pair
+
+        output = args.output or Path(f'{args.image.stem}_attention.png')
         if not output.parent.is_dir():
             raise FileNotFoundError(f'{output.parent}: no such folder for {output.name}')
         model, twin, reason = load_pair(args.model or DEFAULT_MODEL, args.twin, args.device)
@@ -44,9 +46,7 @@ def main(prog: str = 'visualize.py') -> int:
             print(f'without Grad-CAM++: {reason}', file=sys.stderr)
         classes = args.classes and find_classes(model, args.classes)
         draw(model, image, classes, args.block - 1, twin).savefig(output, dpi=args.dpi)
-    except (ImportError, OSError, ValueError) as error:
-        parser.exit(2, f'{prog}: error: {error}\n')
-    print(output)
+        print(output)
     return 0
 
 

@@ -95,6 +95,25 @@ def test_the_exit_status_is_the_command_s(command, tmp_path):
     assert code == 1 and not out and 'torn.png' in err
 
 
+@pytest.mark.parametrize('error, wanted', [
+    (KeyboardInterrupt(), (130, '', '\nnoah-zoo report: interrupted\n')),
+    (OSError('x: no runs'), (2, '', 'noah-zoo report: error: x: no runs\n'))])
+def test_what_ends_a_command(command, monkeypatch, error, wanted):
+    def report(folders):
+        raise error
+    monkeypatch.setattr('noah_zoo.training.report.report', report)
+    assert command('report', 'x') == wanted
+
+
+def test_nobody_reads_on(tmp_path):
+    """As behind `| head`."""
+    with subprocess.Popen(
+            [sys.executable, '-m', 'noah_zoo', 'predict'], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env={'PYTHONPATH': str(ROOT), 'PATH': '', 'HOME': str(tmp_path)}) as process:
+        process.stdout.close()
+        assert (process.wait(timeout=300), process.stderr.read()) == (1, b'')
+
+
 def test_reid_has_commands_of_its_own(command):
     code, out, _ = command('reid', 'evaluate', '--help')
     assert code == 0 and out.startswith('usage: noah-zoo reid evaluate ')

@@ -300,14 +300,17 @@ def test_help_is_complete():
     (ValueError('no such model'), 2, 'train.py: error: no such model\n'),
     (FileNotFoundError(2, 'No such file', 'x'), 2, "train.py: error: [Errno 2] No such file: 'x'\n"),
     (KeyboardInterrupt(), 130, '\ntrain.py: interrupted; out has the log so far and no finished run\n'),
+    (FloatingPointError('loss is nan'), 2, 'train.py: error: loss is nan\n'),
     (SystemExit(143), 143, ''),
 ])
-def test_exit_codes(error, code, said, monkeypatch, capsys):
+def test_exit_codes(error, code, said, monkeypatch, capsys, tmp_path):
     from noah_zoo.training import trainer
 
     def train(config):
         assert config == configure('resnet18', 'out', epochs=1)
+        Path('out').mkdir()
         raise error
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(trainer, 'train', train)
     monkeypatch.setattr(sys, 'argv', ['train.py', '--model', 'resnet18', '--output', 'out', '--epochs', '1'])
     with pytest.raises(SystemExit) as info:
