@@ -37,6 +37,7 @@ def run(copy, *words):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_new_family(copy):
     text = (ROOT / 'CONTRIBUTING.md').read_text(encoding='utf-8')
     section = text[text.index('## A new family'):text.index('## A new data set')]

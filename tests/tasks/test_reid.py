@@ -1,9 +1,6 @@
 """Person re-identification: CMC and mAP against a plain loop, the dataset's layout, the model, a run, its picture."""
 import json
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,8 +16,6 @@ from noah_zoo.training import TrainConfig, configure, train
 
 from ..pictures import make_market, write_person
 from ..scripts import call
-
-SCRIPT = Path(__file__).resolve().parents[2] / 'scripts' / 'reid.py'
 
 
 def plain_cmc_map(query, gallery, ranks=(1, 5, 10)):
@@ -160,18 +155,16 @@ def test_backbone_from_resnet50s_weights(tmp_path):
 
 
 def test_trains_and_finds(market, tmp_path):
-    words = [sys.executable, str(SCRIPT)]
-    done = subprocess.run(
-        [*words, 'train', '--data-dir', str(market), '--model', 'noah', '--model-kwargs', 'backbone=reid_resnet50',
-         '--img-size', '64', '--epochs', '2', '-b', '4', '--lr', '0.01', '--workers', '0', '--cpu', '--output',
-         str(tmp_path / 'run')], capture_output=True, text=True, check=False)
+    done = call(
+        'reid.py', 'train', '--data-dir', market, '--model', 'noah', '--model-kwargs', 'backbone=reid_resnet50',
+        '--img-size', 64, '--epochs', 2, '-b', 4, '--lr', 0.01, '--workers', 0, '--cpu', '--output', tmp_path / 'run')
     assert done.returncode == 0, done.stderr[-3000:]
     summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
     assert summary['config']['sched'] == 'multistep' and summary['queries'] == 4 and 0 < summary['best']['mAP'] <= 100
     picture = tmp_path / 'ranking.png'
-    done = subprocess.run(
-        [*words, 'evaluate', '--model', f'local-dir:{tmp_path / "run" / "best"}', '--data-dir', str(market), '--cpu',
-         '--workers', '0', '--picture', str(picture), '--queries', '2'], capture_output=True, text=True, check=False)
+    done = call(
+        'reid.py', 'evaluate', '--model', f'local-dir:{tmp_path / "run" / "best"}', '--data-dir', market, '--cpu',
+        '--workers', 0, '--picture', picture, '--queries', 2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert f'mAP {summary["best"]["mAP"]:.2f} % of 4 queries' in done.stdout
     with Image.open(picture) as image:

@@ -1,13 +1,13 @@
 """The table over seeds, from the summaries that train.py writes."""
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from noah_zoo.layers.ablations import VARIANTS
 from noah_zoo.training.report import report
+
+from ..scripts import call
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -40,9 +40,7 @@ def test_unequal_budgets_are_not_compared(tmp_path):
 
 
 def test_nothing_to_report(tmp_path):
-    result = subprocess.run(
-        [sys.executable, str(ROOT / 'scripts' / 'report.py'), str(tmp_path)], capture_output=True, text=True,
-        timeout=100, check=False)
+    result = call('report.py', tmp_path)
     assert result.returncode == 2 and 'no summary.json of a finished run' in result.stderr
     assert 'Traceback' not in result.stderr
 

@@ -2,7 +2,6 @@
 import dataclasses
 import logging
 import math
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,7 +17,8 @@ from noah_zoo.recipes import RECIPES, REMARKS, Recipe, recipe_of
 from noah_zoo.training.builders import build_optimizer, build_scheduler
 from noah_zoo.training.settings import BatchPlan, configure, learning_rate, plan_batch
 
-SCRIPT = Path(__file__).resolve().parents[2] / 'scripts' / 'train.py'
+from ..scripts import call
+
 SMALL = {  # a model of every optimizer setting
     'resnet': 'resnet18_noah', 'mobilenet': 'mobilenetv2_035_noah', 'shufflenet': 'shufflenetv2_100_noah',
     'deit': 'deit_tiny_050_patch16_224_noah', 'pvt': 'pvt_tiny_050_noah', 'mixer': 'mixer_s16_050_224_noah',
@@ -283,12 +283,8 @@ def test_wrong_flags(words, message, capsys):
     assert info.value.code == 2 and len(error) == 2 and error[1].startswith('train.py: error: ') and message in error[1]
 
 
-def run_script(*words):
-    return subprocess.run([sys.executable, SCRIPT, *words], capture_output=True, text=True, timeout=100, check=False)
-
-
 def test_help_is_complete():
-    result = run_script('--help')
+    result = call('train.py', '--help')
     assert result.returncode == 0
     for field in dataclasses.fields(TrainConfig):
         assert f'--{field.name.replace("_", "-")}' in result.stdout

@@ -1,7 +1,5 @@
 """Options of a run: freezing, precision, trackers, averages, recipes for a few steps."""
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,14 +13,19 @@ from noah_zoo.training import TrainConfig, configure
 from noah_zoo.training import train as train_here
 from noah_zoo.training.trainer import Trainer, precision, with_precision
 
-ROOT = Path(__file__).resolve().parents[2]
+from ..scripts import call
+
+
+@pytest.fixture
+def another_state():
+    """Lets a test choose device and precision, which Accelerate keeps for all of a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def train(idx_dir, output, *args):
-    command = [
-        sys.executable, str(ROOT / 'scripts' / 'train.py'), '--cpu', '--workers', '0', '--data-dir', str(idx_dir),
-        '--output', str(output), *map(str, args)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    result = call('train.py', '--cpu', '--workers', 0, '--data-dir', idx_dir, '--output', output, *args)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stderr
 
@@ -37,6 +40,7 @@ def test_freeze_trains_the_head_only(idx_dir, tmp_path):
     assert different == {'classifier.key.weight', 'classifier.value.weight', 'classifier.value.bias'}
 
 
+@pytest.mark.usefixtures('another_state')
 def test_everything_at_once(idx_dir, tmp_path):
     train(idx_dir, tmp_path / 'run', '--model', 'mobilenetv2_035_noah', '--recipe', 'none', '--img-size', 32,
           '--epochs', 2, '-b', 16, '--lr', 0.01, '--layer-decay', 0.8, '--head-lr-factor', 2, '--clip-grad', 1,
@@ -149,8 +153,8 @@ def test_what_the_environment_says_of_accumulation_is_not_followed(idx_dir, tmp_
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures('another_state')
 def test_nothing_in_a_step_waits_for_the_device(idx_dir, tmp_path):
-    AcceleratorState._reset_state(reset_partial_state=True)  # of runs on the CPU, before
     run = small_run(
         idx_dir, tmp_path, cpu=False, workers=2, batch_size=8, device_batch_size=4, epoch_updates=24, opt='adamw',
         clip_grad=1., model_ema_decay=0.9, mixup=0.2, cutmix=1., reprob=0.5, drop_path=0.1, mixed_precision='bf16')
@@ -168,7 +172,6 @@ def test_nothing_in_a_step_waits_for_the_device(idx_dir, tmp_path):
             run.read_losses()
     finally:
         torch.cuda.set_sync_debug_mode('default')
-        AcceleratorState._reset_state(reset_partial_state=True)
     losses = torch.stack(run.pending)
     assert len(losses) == 24 and losses.isfinite().all() and losses.unique().numel() > 1
 
