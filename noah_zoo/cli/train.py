@@ -20,6 +20,7 @@ SHORT = {'batch_size': ['-b'], 'workers': ['-j']}
 MORE = {
     'data_dir': dict(type=str),  # 'none' is a folder's name
     'smoke': dict(nargs='?', const=3),
+    'no_aug': dict(action='store_true'),  # Python 3.14 has no pairs --no-aug and --no-no-aug
     'cache_features': dict(nargs='?', const='~/.cache/noah_zoo/features', metavar='DIR')}
 METAVARS = {int: 'N', float: 'F', str: 'NAME'}
 
