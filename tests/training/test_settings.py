@@ -290,6 +290,7 @@ def test_help_is_complete():
         assert f'--{field.name.replace("_", "-")}' in result.stdout
     assert 'accelerate launch scripts/train.py --model resnet18_noah' in result.stdout
     assert all(f' {name}' in ' '.join(result.stdout.split()) for name in RECIPES)
+    assert '--no-no-' not in result.stdout  # which Python 3.14 refuses
 
 
 @pytest.mark.parametrize('error, code, said', [
