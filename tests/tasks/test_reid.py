@@ -110,7 +110,7 @@ def test_bad_folders(market, tmp_path):
         create_dataset('market1501', str(tmp_path), 'train')
     (tmp_path / 'query').mkdir()
     done = call('reid.py', 'evaluate', '--model', 'reid_resnet50', '--data-dir', tmp_path)
-    assert done.returncode == 2 and done.stderr.startswith('reid.py: error: market1501: no .jpg files in ')
+    assert done.returncode == 2 and done.stderr.startswith('reid.py evaluate: error: market1501: no .jpg files in ')
     assert done.stderr.count('\n') == 1
 
 
