@@ -201,7 +201,6 @@ def test_compiled_channels_last_and_bfloat16(name):
     torch.testing.assert_close(given, logits, rtol=0, atol=0.05 * largest)
 
 
-@pytest.mark.slow
 def test_inductor_compiles_without_a_graph_break():
     torch.manual_seed(0)
     model = create('mobilenetv2_035_noah', num_classes=10).eval()
