@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Callable, Iterator, Optional, Type
 
 from noah_zoo import __version__
-from noah_zoo.text import near
+from noah_zoo.text import near, one_line
 
 COMMANDS = (
     'train', 'finetune', 'validate', 'predict', 'visualize', 'demo', 'export', 'convert', 'publish', 'reid',
@@ -42,7 +42,7 @@ def plain_errors(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python itself has left to write
         parser.exit(1)
     except (ImportError, OSError, ValueError, *errors) as error:
-        parser.exit(2, f'{parser.prog}: error: {error}\n')
+        parser.exit(2, f'{parser.prog}: error: {one_line(error)}\n')
     except KeyboardInterrupt as interrupt:
         traceback.clear_frames(interrupt.__traceback__)  # so that workers end while there is one to take what they send
         parser.exit(130, f'\n{parser.prog}: interrupted{kept()}\n')

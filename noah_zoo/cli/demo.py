@@ -27,16 +27,16 @@ def main(prog: str = 'demo.py') -> int:
     args = parser.parse_args()
 
     os.environ.setdefault('GRADIO_ANALYTICS_ENABLED', 'False')
-    try:
-        import noah_zoo  # noqa: F401  registers the models
-        from noah_zoo.inference.demo import LAUNCH, create_page
-    except ImportError as error:
-        parser.exit(2, f"{prog}: error: {error}; pip install 'noah-zoo[demo]'\n")
-    try:
+    from noah_zoo.cli import plain_errors
+
+    with plain_errors(parser):
+        try:
+            import noah_zoo  # noqa: F401  registers the models
+            from noah_zoo.inference.demo import LAUNCH, create_page
+        except ImportError as error:
+            raise ImportError(f"{error}; pip install 'noah-zoo[demo]'") from None
         create_page(args.model, args.device, args.samples).launch(
             server_name=args.host, server_port=args.port, prevent_thread_lock=True, quiet=True, **LAUNCH)
-    except (OSError, ValueError) as error:
-        parser.exit(2, f'{prog}: error: {error}\n')
     print(f'http://{args.host}:{args.port}  (Ctrl-C ends it)', flush=True)
     try:
         while True:

@@ -58,10 +58,10 @@ def test_from_a_folder_to_a_published_model_in_the_readmes_commands(photos, tmp_
 
 def test_pretrained_unless_told_otherwise(photos, tmp_path):
     for name, words in (('with', ()), ('without', ['--no-pretrained'])):
-        done = call('finetune.py', '--model', SHIPPED, '--dataset', 'folder', '--data-dir', photos,
-                   '--val-fraction', 0.25, '--cpu', '--workers', 0, '--smoke', 1, '-b', 6, '--lr', 0, '--min-lr', 0,
-                   '--warmup-epochs', 0, '--output',
-                   tmp_path / name, *words)
+        done = call(
+            'finetune.py', '--model', SHIPPED, '--dataset', 'folder', '--data-dir', photos, '--val-fraction', 0.25,
+            '--cpu', '--workers', 0, '--smoke', 1, '-b', 6, '--lr', 0, '--min-lr', 0, '--warmup-epochs', 0, '--output',
+            tmp_path / name, *words)
         assert done.returncode == 0, done.stderr[-2000:]
         summary = json.loads((tmp_path / name / 'summary.json').read_text())
         assert summary['config']['opt'] == 'adamw' and summary['config']['pretrained'] == (name == 'with')

@@ -106,7 +106,7 @@ def test_killed_and_resumed_ends_with_the_same_weights(processes, request, idx_d
     expected = left(request.getfixturevalue('whole' if processes == 1 else 'whole_of_two'))
     output, chance = tmp_path / 'run', random.Random(processes)
     kills = 0
-    while kills < 2:
+    while kills < (3 if processes == 1 else 2):
         process = start(idx_dir, output, EVERYTHING, processes, '--resume', 'auto')
         before = checkpoints(output)
         wait_for(process, lambda: checkpoints(output) != before)  # noqa: B023

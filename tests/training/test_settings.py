@@ -227,8 +227,10 @@ def flags_of(config):
     for field in dataclasses.fields(config):
         value, flag = getattr(config, field.name), '--' + field.name.replace('_', '-')
         if isinstance(value, bool):
-            if value or not flag.startswith('--no-'):
-                yield flag if value else '--no-' + flag[2:]
+            if value:
+                yield flag
+            elif not flag.startswith('--no-'):
+                yield '--no-' + flag[2:]
         elif isinstance(value, dict):
             yield from (flag, *(f'{k}={v}' for k, v in value.items()))
         elif isinstance(value, tuple):
