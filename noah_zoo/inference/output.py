@@ -31,8 +31,8 @@ class PredictionFile:
         images: All images that the file is for, in order.
 
     Attributes:
-        done: How many rows there are.
-        failed: How many of them are of images that could not be read.
+        done (int): How many rows there are.
+        failed (int): How many of them are of images that could not be read.
 
     Raises:
         FileNotFoundError: If there is no such folder.

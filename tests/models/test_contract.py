@@ -167,17 +167,28 @@ def test_compilers(name):
         logits = model(x)
         torch.testing.assert_close(
             torch.compile(model, fullgraph=True, backend='eager')(x), logits, rtol=1e-5, atol=1e-5)
-        traced = torch.fx.symbolic_trace(model)
-        torch.testing.assert_close(traced(x), logits, rtol=1e-5, atol=1e-5)
         scripted = torch.jit.script(model)
         torch.testing.assert_close(scripted(x), logits, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(torch.jit.script(traced)(x), logits, rtol=1e-5, atol=1e-5)
         buffer = io.BytesIO()
         torch.jit.save(scripted, buffer)
         buffer.seek(0)
         torch.testing.assert_close(torch.jit.load(buffer)(x), logits, rtol=1e-5, atol=1e-5)
         exported = torch.export.export(model, (x,)).module()
         torch.testing.assert_close(exported(x), logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', SMALL)
+def test_symbolic_trace(name):
+    try:
+        torch.fx.symbolic_trace(create(CATALOG[name].vanilla))
+    except TypeError as error:  # timm's attention, with PyTorch 2.8
+        pytest.skip(f'its twin cannot be traced: {error}')
+    torch.manual_seed(0)
+    model, x = create(name, num_classes=10).eval(), image()
+    with torch.no_grad():
+        traced = torch.fx.symbolic_trace(model)
+        torch.testing.assert_close(traced(x), model(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(torch.jit.script(traced)(x), model(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize('name', [
