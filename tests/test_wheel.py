@@ -40,17 +40,23 @@ def tracked():
     return subprocess.check_output(['git', 'ls-files'], cwd=ROOT, text=True).split()
 
 
+def build(tracked, folder, environment, *flags):
+    """A wheel from the sources alone, as in a clean clone, by way of the source distribution."""
+    for name in tracked:
+        (folder / 'clone' / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / 'clone' / name)
+    run(sys.executable, '-m', 'build', *flags, '-o', folder / 'dist', folder / 'clone',
+        env={**os.environ, **environment})
+    run(sys.executable, '-m', 'twine', 'check', '--strict', *(folder / 'dist').iterdir())
+    wheel, = (folder / 'dist').glob('*.whl')
+    return wheel
+
+
 @pytest.fixture(params=['compiled', 'no compiler', 'pure'])
 def wheel(request, tracked, tmp_path):
-    """From the sources alone, as in a clean clone: the wheel that is made of the source distribution."""
-    for name in tracked:
-        (tmp_path / 'clone' / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / 'clone' / name)
     environment = {
         'compiled': {}, 'no compiler': {'CC': 'false', 'CXX': 'false'}, 'pure': {'NOAH_ZOO_PURE': '1'}}[request.param]
-    run(sys.executable, '-m', 'build', '-o', tmp_path / 'dist', tmp_path / 'clone', env={**os.environ, **environment})
-    run(sys.executable, '-m', 'twine', 'check', '--strict', *(tmp_path / 'dist').iterdir())
-    wheel, = (tmp_path / 'dist').glob('*.whl')
+    wheel = build(tracked, tmp_path, environment)
     return request.param == 'compiled' and sys.platform == 'linux' and HAS_AVX2 and bool(shutil.which('g++')), wheel
 
 
@@ -86,6 +92,16 @@ def test_the_wheel(wheel, tracked, tmp_path):
     assert runtimes == '1'  # PyTorch's
     for command in ([python.with_name('noah-zoo')], [python, '-m', 'noah_zoo']):
         assert 'Bag' in run(*command, 'predict', cwd=tmp_path, env=clean)
+
+
+def test_the_wheel_for_windows(tracked, tmp_path):
+    pytest.importorskip('ziglang', reason='needs the package ziglang')
+    wheel = build(tracked, tmp_path, {'NOAH_ZOO_WINDOWS': '1'}, '--no-isolation')
+    tag, = parse_wheel_filename(wheel.name)[3]
+    kernel = zipfile.ZipFile(wheel).read('noah_zoo/layers/_poca_cpu.so')
+    assert str(tag) == 'py3-none-win_amd64' and kernel.startswith(b'MZ')
+    for name in (b'libiomp5md.dll', b'poca_call_size', b'poca_run_avx2', b'poca_run_avx512'):
+        assert name in kernel
 
 
 def test_the_source_distribution(tracked, tmp_path):

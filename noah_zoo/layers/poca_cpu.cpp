@@ -1,7 +1,7 @@
 // POCA and its gradients, compiled for every kind of processor of a family; poca_cpu.py calls the one of this machine.
 
 #ifdef _OPENMP
-#include <omp.h>
+extern "C" int omp_get_thread_num();  // not every compiler that knows OpenMP comes with omp.h
 #else
 static int omp_get_thread_num() { return 0; }
 #endif
@@ -14,8 +14,8 @@ static int omp_get_thread_num() { return 0; }
 #include <array>
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
+#include <new>
 #include <utility>
 
 #if defined(__clang__) || __GNUC__ >= 12
@@ -58,7 +58,11 @@ struct Call {  // as in poca_cpu.py; strides and sizes count floats
     float drop_rate;
 };
 
-float *allocate(ptrdiff_t floats) { return (float *)aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64); }
+constexpr std::align_val_t LINE{64};
+
+float *allocate(ptrdiff_t floats) { return (float *)operator new(floats * sizeof(float), LINE, std::nothrow); }
+
+void release(float *memory) { operator delete(memory, LINE); }
 
 #ifdef __x86_64__
 

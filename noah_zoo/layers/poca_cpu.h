@@ -464,7 +464,7 @@ inline int run(const Call &call) {
         }
     }
     int result = buffers ? 0 : -1;
-    free(buffers);
-    free(packed_grads);
+    release(buffers);
+    release(packed_grads);
     return result;
 }

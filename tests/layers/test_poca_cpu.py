@@ -19,9 +19,11 @@ from noah_zoo.layers.poca import poca, poca_op, poca_reference
 from .operands import SPLITS, as_double, assert_close, make
 
 ROOT = Path(__file__).resolve().parents[2]
-HAS_AVX2 = torch.backends.cpu.get_cpu_capability() in ('AVX2', 'AVX512')
+CAPABILITY = torch.backends.cpu.get_cpu_capability()
 needs_kernel = pytest.mark.skipif(
-    not HAS_AVX2 or shutil.which('g++') is None, reason='needs AVX2, and g++ when the package was installed')
+    poca_cpu.kind() is None
+    or not poca_cpu.LIBRARY.is_file() and (sys.platform == 'win32' or shutil.which('c++') is None),
+    reason='needs AVX2 or NEON, and a compiler when the package was installed')
 
 
 @contextlib.contextmanager
@@ -356,15 +358,18 @@ LOWERED = {  # what needs AVX-512, by what needs AVX2
 @pytest.mark.slow
 @pytest.mark.parametrize('kind, compiler, flags, emulator, changes', [
     ('neon', 'aarch64-linux-gnu-g++', ['-static', '-fopenmp'], ['qemu-aarch64'], {}),
+    ('neon', 'clang++', ['--target=aarch64-linux-gnu', '-static', '-Wno-unknown-pragmas'], ['qemu-aarch64'], {}),
+    ('avx2', 'python-zig c++', ['-target', 'x86_64-windows-gnu'], ['wine'], {}),
+    ('avx512', 'python-zig c++', ['-target', 'x86_64-windows-gnu'], ['wine'], {}),
     ('avx2', 'g++', ['-fopenmp', '-fsanitize=address,alignment', '-fno-sanitize-recover'], [], {}),
     ('avx2', 'clang++', ['-fopenmp'], [], {}),
     ('avx2', 'clang++', ['-Wno-unknown-pragmas'], [], {}),
     ('avx512', 'g++', ['-fopenmp', '-fsanitize=address,alignment', '-fno-sanitize-recover'], [], LOWERED)])
 def test_other_processors_and_compilers(kind, compiler, flags, emulator, changes, tmp_path):
-    # NEON under an emulator; the code for AVX-512 with vectors as wide, but of two halves.
-    missing = [name for name in (compiler, *emulator) if shutil.which(name) is None]
-    if missing or 'avx' in kind and not HAS_AVX2:
-        pytest.skip(f'needs {", ".join(missing) or "AVX2"}')
+    # NEON under an emulator; the code for AVX-512 with vectors as wide, but of two halves; Windows by Wine.
+    missing = [name for name in (compiler.split()[0], *emulator) if shutil.which(name) is None]
+    if missing or 'avx' in kind and CAPABILITY not in ('AVX512', 'AVX2' if kind == 'avx2' or changes else ''):
+        pytest.skip(f'needs {", ".join(missing) or kind}')
     for name in ('noah_zoo/layers/poca_cpu.cpp', 'noah_zoo/layers/poca_cpu.h', 'tests/layers/poca_alone.cpp'):
         text = (ROOT / name).read_text()
         for before, after in changes.items():
@@ -374,7 +379,7 @@ def test_other_processors_and_compilers(kind, compiler, flags, emulator, changes
         (tmp_path / name).write_text(text)
     program = tmp_path / 'alone'
     subprocess.run(
-        [compiler, '-std=c++17', '-O3', *flags, f'-DRUN=poca_run_{kind}', '-o', program,
+        [*compiler.split(), '-std=c++17', '-O3', *flags, f'-DRUN=poca_run_{kind}', '-o', program,
          tmp_path / 'tests/layers/poca_alone.cpp'], check=True, stderr=subprocess.DEVNULL)
     torch.manual_seed(0)
     for classes, channels, length in ((1, 8, 1), (5, 72, 4), (16, 72, 7), (33, 600, 49), (70, 40, 30)):
