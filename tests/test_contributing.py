@@ -1,5 +1,4 @@
 """What CONTRIBUTING.md says of extending the project, followed step by step in a copy of it; and the example."""
-import ast
 import os
 import re
 import shutil
