@@ -590,12 +590,15 @@ def test_help_does_not_wait_for_torch():
 
 
 def test_the_figures_of_the_documentation():
-    head, pairs, training = (
+    head, pairs, training, classes = (
         json.loads((ROOT / 'results' / 'benchmark' / f'{name}-cpu-float32.json').read_text())
-        for name in ('head', 'pairs', 'two_threads/training'))
+        for name in ('head', 'pairs', 'two_threads/training', 'avx512/classes'))
     text = ' '.join((ROOT / 'docs' / 'numbers.md').read_text(encoding='utf-8').replace('\\\n', '').split())
-    for result in (head, pairs, training):
+    for result in (head, pairs, training, classes):
         assert result['command'] in text
+    least, *mean = classes['summary'].values()
+    assert 'least are {:.2f} forward, {:.2f} on cached features and {:.2f} with'.format(*least.values()) in text
+    assert 'means at K = 1,000 are {:.2f}, {:.2f} and {:.2f}:'.format(*mean) in text
     assert (
         f'{head["summary"]["batch 1, forward"]:.2f} times as fast as its plain form at batch 1, '
         f'{head["summary"]["batch 16, forward"]:.2f} times at batch 16, '
