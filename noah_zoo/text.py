@@ -1,5 +1,6 @@
 """How things are said: a few of many, an error in a line, names that come near, tables."""
 import difflib
+import re
 from typing import Any, Iterable, Optional, Sequence
 
 
@@ -10,8 +11,12 @@ def some(items: Iterable[Any], most: int = 3, between: str = ', ') -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, in a line; its type if it says nothing."""
-    return ' '.join(str(error).split()) or type(error).__name__
+    """What an error says, in a line; its type if it says nothing. What comes from a worker of a DataLoader has the
+    worker's traceback in its text, which is left out."""
+    text, begin, traceback = str(error).rpartition('Traceback (most recent call last):\n')
+    raised = re.search(r'^[\w.]+: (.*)', traceback, re.MULTILINE | re.DOTALL)
+    text = raised[1] if begin and raised else str(error)
+    return ' '.join(text.split()) or type(error).__name__
 
 
 def near(name: str, known: Iterable[str], cutoff: float = 0.6) -> Optional[str]:

@@ -42,10 +42,19 @@ def plain_errors(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python itself has left to write
         parser.exit(1)
     except (ImportError, OSError, ValueError, *errors) as error:
+        _let_go(error)
         parser.exit(2, f'{parser.prog}: error: {one_line(error)}\n')
     except KeyboardInterrupt as interrupt:
-        traceback.clear_frames(interrupt.__traceback__)  # so that workers end while there is one to take what they send
+        _let_go(interrupt)
         parser.exit(130, f'\n{parser.prog}: interrupted{kept()}\n')
+
+
+def _let_go(error: Optional[BaseException]) -> None:
+    """Forget what the frames hold that an error went through, so that workers end while there is one to take what they
+    send: later they wait for ever."""
+    while error:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
 
 
 def main() -> Optional[int]:

@@ -85,7 +85,8 @@ def main(prog: str = 'predict.py') -> int:
         if output:
             failed = output.failed
             unread = f', {failed:,} of which cannot be read' if failed else ''
-            print(f'{args.output}: {output.done:,} images{unread}')
+            before = f'; {len(images) - len(left):,} were there already' if len(left) < len(images) else ''
+            print(f'{args.output}: {output.done:,} images{unread}{before}')
     return 1 if failed else 0
 
 

@@ -102,13 +102,15 @@ def main(prog: str = 'train.py', description: Optional[str] = None, **defaults: 
 
     def kept() -> str:
         begun = hasattr(args, 'output') and Path(args.output).is_dir()
-        return f'; {args.output} has the log so far and no finished run' if begun else ''
+        return f'; with --resume auto it goes on from the newest checkpoint in {args.output}' if begun else ''
 
     with plain_errors(parser, RuntimeError, FloatingPointError, kept=kept):
         from accelerate.utils import get_int_from_env
 
         from noah_zoo.data.factory import check_data
+        from noah_zoo.data.images import DamagedImageError
         from noah_zoo.tasks import find_task
+        from noah_zoo.text import one_line
         from noah_zoo.training.settings import configure
         from noah_zoo.training.trainer import train
 
@@ -121,7 +123,11 @@ def main(prog: str = 'train.py', description: Optional[str] = None, **defaults: 
             task = find_task(config.task)
             print(check_data(config, task.reads, task.check_images))
             return
-        summary = train(configure(**vars(args)))
+        try:
+            summary = train(configure(**vars(args)))
+        except DamagedImageError as error:
+            raise ValueError(
+                f'{one_line(error)}; --check-data finds all such images, --skip-damaged leaves them out') from error
         if is_main:
             task = find_task(summary['config'].get('task', 'multiclass'))  # runs from before there were tasks
             value = summary[task.metric]  # None if it was no number

@@ -30,11 +30,20 @@ DEFAULT_MODEL = 'mobilenetv2_035_noah.fashion_mnist'
 
 
 def check_model(name: str) -> None:
-    """Raise ValueError, with what comes near, if timm knows no model of this name; 'hf-hub:' and such pass."""
+    """Raise ValueError, with what may be meant, if timm knows no model of this name, or if it is the folder of a run;
+    'hf-hub:' and such pass."""
+    scheme, _, path = name.rpartition(':')
+    folder = Path(path)
+    if scheme in ('', 'local-dir') and (folder / 'best' / 'config.json').is_file():
+        raise ValueError(f"{path} is the folder of a run; its model is 'local-dir:{folder / 'best'}'")
     architecture = name.split('.')[0]
-    if ':' not in name and not timm.is_model(architecture):
-        close = near(architecture, timm.list_models())
-        raise ValueError(f'unknown model {name!r}' + (f'; did you mean {close}?' if close else ''))
+    if scheme or timm.is_model(architecture):
+        return
+    if (folder / 'config.json').is_file():
+        raise ValueError(f"{name} is a folder, not a name of timm; its model is 'local-dir:{name}'")
+    close = near(architecture, timm.list_models())
+    hint = '; of files, validate reads those that export has written' if folder.is_file() else ''
+    raise ValueError(f'unknown model {name!r}' + (hint or (f'; did you mean {close}?' if close else '')))
 
 
 def load_model(name: str, device: str = 'cpu') -> nn.Module:

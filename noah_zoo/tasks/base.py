@@ -6,6 +6,7 @@ from torch import nn
 
 from ..config import TrainConfig
 from ..data.base import Images
+from ..text import some
 
 
 class Task:
@@ -77,7 +78,7 @@ class Task:
         if model.num_classes != len(images.class_names):
             raise ValueError(
                 f'{name} tells {model.num_classes} classes apart, the images have {len(images.class_names)} '
-                f'({", ".join(images.class_names[:3])}, ...); they have to be the same')
+                f'({some(images.class_names)}); they have to be the same')
         names = model.pretrained_cfg.get('label_names')
         return images.with_classes(names) if names and isinstance(images, Images) else images
 

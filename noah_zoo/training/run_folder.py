@@ -59,6 +59,8 @@ class RunFolder:
         if source and (source / 'args.yaml').exists():
             _refuse_changes(f'{config.resume} does not go with', _settings(source / 'args.yaml', config), {
                 name: now[name] for name in OF_CHECKPOINT})
+        if self.path.is_file():
+            raise FileExistsError(f'{self.path} is a file; name a folder as --output')
         if not args.exists():
             return None
         if not config.resume or source and source.resolve() != self.path.resolve():

@@ -143,7 +143,7 @@ class Trainer:
         if not self.batches:
             raise ValueError(
                 f'the training set has {len(train_set)} images, fewer than a batch of {size} for each of '
-                f'{plan.processes} processes')
+                f'{plan.processes} processes; give a smaller --batch-size')
         updates = -(-self.batches // plan.accumulation)  # in an epoch
         if self.sampler and self.sampler.passes > 1:
             _logger.info(

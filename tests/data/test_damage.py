@@ -1,6 +1,7 @@
 """Images that cannot be read, found beforehand and left out."""
 import logging
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,19 @@ def test_damage_stops_a_worker_with_the_path(damaged_folder):
     train_set.transform = np.array
     with pytest.raises(DamagedImageError, match='train/./[a-z]+.(jpg|png): not a readable image: '):
         load(train_set, batch_size=3, num_workers=2)
+
+
+def test_damage_ends_a_training_in_a_line(tmp_path):
+    make_folder(tmp_path, {'a': 9, 'b': 9})
+    (tmp_path / 'train/a/zz.png').write_bytes(b'text')
+    done = subprocess.run(  # with workers that have more to send
+        [sys.executable, '-m', 'noah_zoo', 'finetune', '--model', 'mobilenetv2_035_noah.fashion_mnist', '--dataset',
+         'folder', '--data-dir', tmp_path, '--img-size', '32', '-b', '2', '--workers', '2', '--epochs', '1', '--cpu',
+         '--output', tmp_path / 'run'], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert re.fullmatch(
+        'noah-zoo finetune: error: .*zz.png: not a readable image: [^:]*; --check-data finds all such images, '
+        '--skip-damaged leaves them out', done.stderr.splitlines()[-1])
 
 
 @pytest.mark.parametrize('workers', [0, 2])

@@ -3,6 +3,7 @@ import csv
 import json
 import os
 import pickle
+import re
 import shutil
 import struct
 import subprocess
@@ -21,6 +22,7 @@ from noah_zoo.inference.predict import (
     DEFAULT_MODEL,
     SAMPLES,
     ImageFiles,
+    check_model,
     default_workers,
     find_images,
     label_names,
@@ -166,6 +168,20 @@ def test_a_model_of_other_channels(channels, mixed, tmp_path):
     assert [p['probability'] for p in results[4]['predictions']] == pytest.approx(expected.values.tolist(), abs=1e-5)
 
 
+def test_a_name_that_is_a_path(tmp_path):
+    (tmp_path / 'run' / 'best').mkdir(parents=True)
+    (tmp_path / 'run' / 'best' / 'config.json').write_text('{}')
+    (tmp_path / 'model.onnx').touch()
+    run_dir, best = tmp_path / 'run', tmp_path / 'run' / 'best'
+    for name, said in (
+            (run_dir, f"{run_dir} is the folder of a run; its model is 'local-dir:{best}'"),
+            (f'local-dir:{run_dir}', f"{run_dir} is the folder of a run; its model is 'local-dir:{best}'"),
+            (best, f"{best} is a folder, not a name of timm; its model is 'local-dir:{best}'"),
+            (tmp_path / 'model.onnx', 'validate reads those that export has written')):
+        with pytest.raises(ValueError, match=re.escape(said)):
+            check_model(str(name))
+
+
 def read_rows(path):
     """[(path, first label or None, error or None)] and the names of the models."""
     if path.suffix == '.jsonl':
@@ -191,7 +207,10 @@ def test_a_file_that_goes_on(suffix, mixed, tmp_path):
     for size in (0, 3, five + 20, five - 1, four, len(data)):
         output.write_bytes(data[:size])
         again = run(mixed, '--output', output)
-        assert again.returncode == 1 and again.stdout == whole.stdout, again.stderr
+        assert again.returncode == 1, again.stderr
+        already = size // len(data) * 9 or data[:size].count(lines[0][-1:]) - (suffix == '.csv')
+        told = f'; {already} were there already' if already > 0 else ''
+        assert again.stdout == whole.stdout.rstrip() + told + '\n'
         assert read_rows(output) == rows
     before = output.read_bytes()
     for args, message in (
@@ -251,7 +270,7 @@ def test_ctrl_c_and_on(tmp_path):
         f'interrupted; {output} has {count:,} of 1,500 images, and the same command goes on'.encode() in said
         for count in (done - 1, done))
     result = call('predict.py', folder, '--output', output)
-    assert result.stdout == f'{output}: 1,500 images, 1 of which cannot be read\n'
+    assert result.stdout == f'{output}: 1,500 images, 1 of which cannot be read; {done:,} were there already\n'
     assert [path for path, _, _ in read_rows(output)] == find_images([str(folder)])
 
 
@@ -267,7 +286,8 @@ def test_a_progress_bar_at_a_terminal_only(mixed, tmp_path):
     assert result.returncode == 1 and result.stdout.strip().endswith(b'9 images, 2 of which cannot be read')
     assert '0/9' in seen and 'img/s' in seen and seen.count('not a readable image') == 2
     plain = subprocess.run(command, capture_output=True, timeout=300, check=False)  # all of it is there already
-    assert plain.returncode == 1 and plain.stdout == result.stdout and plain.stderr == b''
+    assert plain.returncode == 1 and plain.stderr == b''
+    assert plain.stdout == result.stdout.rstrip() + b'; 9 were there already' + os.linesep.encode()
 
 
 @pytest.mark.parametrize('name, content', [

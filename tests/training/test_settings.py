@@ -299,7 +299,7 @@ def test_help_is_complete():
 @pytest.mark.parametrize('error, code, said', [
     (ValueError('no such model'), 2, 'train.py: error: no such model\n'),
     (FileNotFoundError(2, 'No such file', 'x'), 2, "train.py: error: [Errno 2] No such file: 'x'\n"),
-    (KeyboardInterrupt(), 130, '\ntrain.py: interrupted; out has the log so far and no finished run\n'),
+    (KeyboardInterrupt(), 130, ' interrupted; with --resume auto it goes on from the newest checkpoint in out\n'),
     (FloatingPointError('loss is nan'), 2, 'train.py: error: loss is nan\n'),
     (SystemExit(143), 143, ''),
 ])
