@@ -32,12 +32,12 @@ DEFAULT_MODEL = 'mobilenetv2_035_noah.fashion_mnist'
 def check_model(name: str) -> None:
     """Raise ValueError, with what may be meant, if timm knows no model of this name, or if it is the folder of a run;
     'hf-hub:' and such pass."""
-    scheme, _, path = name.rpartition(':')
-    folder = Path(path)
-    if scheme in ('', 'local-dir') and (folder / 'best' / 'config.json').is_file():
-        raise ValueError(f"{path} is the folder of a run; its model is 'local-dir:{folder / 'best'}'")
-    architecture = name.split('.')[0]
-    if scheme or timm.is_model(architecture):
+    architecture, folder = name.split('.')[0], Path(name.removeprefix('local-dir:'))
+    if timm.is_model(architecture):  # also where a folder is called so
+        return
+    if (folder / 'best' / 'config.json').is_file():
+        raise ValueError(f"{folder} is the folder of a run; its model is 'local-dir:{folder / 'best'}'")
+    if ':' in name:
         return
     if (folder / 'config.json').is_file():
         raise ValueError(f"{name} is a folder, not a name of timm; its model is 'local-dir:{name}'")

@@ -168,7 +168,7 @@ def test_a_model_of_other_channels(channels, mixed, tmp_path):
     assert [p['probability'] for p in results[4]['predictions']] == pytest.approx(expected.values.tolist(), abs=1e-5)
 
 
-def test_a_name_that_is_a_path(tmp_path):
+def test_a_name_that_is_a_path(tmp_path, monkeypatch):
     (tmp_path / 'run' / 'best').mkdir(parents=True)
     (tmp_path / 'run' / 'best' / 'config.json').write_text('{}')
     (tmp_path / 'model.onnx').touch()
@@ -180,6 +180,9 @@ def test_a_name_that_is_a_path(tmp_path):
             (tmp_path / 'model.onnx', 'validate reads those that export has written')):
         with pytest.raises(ValueError, match=re.escape(said)):
             check_model(str(name))
+    run_dir.rename(tmp_path / 'resnet18_noah')
+    monkeypatch.chdir(tmp_path)
+    check_model('resnet18_noah')  # timm's, not the folder
 
 
 def read_rows(path):
