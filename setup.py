@@ -15,11 +15,11 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 WINDOWS = bool(os.environ.get('NOAH_ZOO_WINDOWS'))
-FLAGS = {  # of systems and processors
-    ('Linux', 'x86_64'): ['-fopenmp'], ('Linux', 'aarch64'): ['-fopenmp'],
-    ('Darwin', 'arm64'): ['-Xclang', '-fopenmp'],  # Apple's driver takes no -fopenmp, what it drives does
+BY_CLANG = ['-Xclang', '-fopenmp']  # the drivers take no -fopenmp, or want a library for it; what they drive does
+FLAGS = BY_CLANG if WINDOWS else {  # of systems and processors
+    ('Linux', 'x86_64'): ['-fopenmp'], ('Linux', 'aarch64'): ['-fopenmp'], ('Darwin', 'arm64'): [*BY_CLANG],
 }.get((platform.system(), platform.machine()))
-BUILT = (WINDOWS or FLAGS) and not os.environ.get('NOAH_ZOO_PURE')
+BUILT = FLAGS and not os.environ.get('NOAH_ZOO_PURE')
 
 # It is not linked with an OpenMP library: it takes the functions of the one that PyTorch has loaded. For Windows they
 # have to be named, with the library.
@@ -54,8 +54,8 @@ class BuildKernel(build_ext):
         openmp = ['-m', 'i386:x86-64', '-d', folder / 'openmp.def', '-l', folder / 'openmp.lib']
         subprocess.run([*zig, 'dlltool', *openmp], check=True)
         subprocess.run(
-            [*zig, 'c++', '-target', 'x86_64-windows-gnu', '-std=c++17', '-O3', '-Xclang', '-fopenmp', '-shared', '-s',
-             *ext.sources, folder / 'openmp.lib', '-o', folder / 'kernel.dll'], check=True)
+            [*zig, 'c++', '-target', 'x86_64-windows-gnu', *ext.extra_compile_args, '-shared', '-s', *ext.sources,
+             folder / 'openmp.lib', '-o', folder / 'kernel.dll'], check=True)
         self.copy_file(folder / 'kernel.dll', self.get_ext_fullpath(ext.name))
 
 

@@ -13,7 +13,7 @@ def some(items: Iterable[Any], most: int = 3, between: str = ', ') -> str:
 def one_line(error: BaseException) -> str:
     """What an error says, in a line; its type if it says nothing. What comes from a worker of a DataLoader has the
     worker's traceback in its text, which is left out."""
-    text, begin, traceback = str(error).rpartition('Traceback (most recent call last):\n')
+    _, begin, traceback = str(error).rpartition('Traceback (most recent call last):\n')
     raised = re.search(r'^[\w.]+: (.*)', traceback, re.MULTILINE | re.DOTALL)
     text = raised[1] if begin and raised else str(error)
     return ' '.join(text.split()) or type(error).__name__
