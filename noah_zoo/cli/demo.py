@@ -35,8 +35,13 @@ def main(prog: str = 'demo.py') -> int:
             from noah_zoo.inference.demo import LAUNCH, create_page
         except ImportError as error:
             raise ImportError(f"{error}; pip install 'noah-zoo[demo]'") from None
-        create_page(args.model, args.device, args.samples).launch(
-            server_name=args.host, server_port=args.port, prevent_thread_lock=True, quiet=True, **LAUNCH)
+        page = create_page(args.model, args.device, args.samples)
+        try:
+            page.launch(
+                server_name=args.host, server_port=args.port, prevent_thread_lock=True, quiet=True, **LAUNCH)
+        except (OSError, OverflowError):
+            raise OSError(f'cannot listen on {args.host}:{args.port}, which is in use or is not of this machine; '
+                          f'give another --port or --host') from None
     print(f'http://{args.host}:{args.port}  (Ctrl-C ends it)', flush=True)
     try:
         while True:
