@@ -1,4 +1,5 @@
 """The accuracy of a pretrained model on a dataset."""
+import logging
 from pathlib import Path
 from typing import Any, Dict, Optional
 
@@ -8,12 +9,15 @@ from torch.utils.data import IterableDataset
 
 from ..catalog import TAG, paper_results
 from ..data.factory import create_dataset
+from ..data.folder import Folder
 from ..data.loader import EvalBatchSampler, create_loader, on_device
 from ..inference.export import SUFFIXES, ExportedModel
 from ..inference.predict import check_model, image_mode
 from ..models.attach import data_config_of, eval_transform, set_image_size
 from ..tasks import find_task
 from .trainer import evaluate
+
+_logger = logging.getLogger(__name__)
 
 
 def validate(
@@ -36,7 +40,7 @@ def validate(
         dataset: As of `create_dataset`.
         task: A name of `noah_zoo.tasks.TASKS`.
         data_dir: Folder of the data.
-        split: Split to evaluate on.
+        split: Split to evaluate on; of a folder without splits, all images.
         batch_size: Images in a batch of a process.
         workers: Data loading processes per process.
         img_size: Another image size than the model's.
@@ -45,9 +49,9 @@ def validate(
         pictured: How many images it is drawn of.
 
     Returns:
-        What the task's metrics give, 'top1' and 'top5' in percent and 'val_loss', say; 'per_class', a row per class, of
-        'multilabel'; 'images', their number; and 'paper', the paper's figures on ImageNet-1k, if the weights are the
-        authors'.
+        'split'; what the task's metrics give, 'top1' and 'top5' in percent and 'val_loss', say; 'per_class', a row per
+        class, of 'multilabel'; 'images', their number; and 'paper', the paper's figures on ImageNet-1k, if the weights
+        are the authors'.
 
     Raises:
         FileNotFoundError: If the data are not there.
@@ -66,6 +70,11 @@ def validate(
     images = create_dataset(dataset, data_dir, split, task=judge.reads)
     if images.task != judge.reads:
         raise ValueError(f'{dataset} is for --task {images.task}, and the task is {task}')
+    if isinstance(images, Folder) and images.root == Path(data_dir):
+        _logger.warning(
+            '%s has no folder for split %r: all its images are evaluated, also those that a model was trained on',
+            data_dir, split)
+        split = 'all images'
     net = ExportedModel(model) if is_exported else timm.create_model(model, pretrained=True)
     if img_size:
         set_image_size(net, img_size)

@@ -78,6 +78,19 @@ def test_beside_the_papers_figure(tmp_path):
     assert lines[1].endswith('paper, on ImageNet-1k: 63.40 %') and lines[2].endswith('ImageNet-1k: 83.91 %')
 
 
+def test_a_folder_without_splits_is_called_all_images(tmp_path, caplog):
+    save_for_hf(timm.create_model('resnet18_noah', num_classes=2), str(tmp_path / 'model'), safe_serialization=True)
+    for name in ('cat', 'dog'):
+        for split in ('whole', 'split/validation'):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new('RGB', (32, 32)).save(tmp_path / split / name / '1.png')
+    for folder, split in (('split', 'validation'), ('whole', 'all images')):
+        result = validate(
+            f'local-dir:{tmp_path}/model', 'folder', data_dir=str(tmp_path / folder), img_size=32, workers=0, cpu=True)
+        assert result['split'] == split and result['images'] == 2
+        assert ("has no folder for split 'validation'" in caplog.text) == (folder == 'whole')
+
+
 @pytest.mark.parametrize('args, message', [
     (['--model', 'mobilenetv2_035_noah.fashion_mnist', '--data-dir', '/nowhere'], 'neither t10k-images-idx3-ubyte nor'),
     (['--model', 'mobilenetv2_035_noah.fashion_mnist', '--dataset', 'folder', '--data-dir', '{folder}'],
