@@ -5,10 +5,11 @@
 #     bash results/finetune/run.sh runs/finetune full "0 1 2" "10 20 100 stamps" > runs/full.txt
 #     python results/finetune/table.py runs/frozen.txt runs/full.txt
 # The data: 10, 20, 100 and 1,000 images of each class of Fashion-MNIST, drawn by the seed, at 128 x 128 pixels; and the
-# stamps of Tux Paint at 224 x 224, a quarter held out by the seed. On a core, a run of all weights takes 18 minutes on
-# 10 or 20 images of each class, 27 on 100, 52 on the stamps. A finished run is left as it is, so an interrupted call
-# is simply repeated.
+# stamps of Tux Paint at 224 x 224, a quarter held out by the seed. On a core, a run of all weights takes 11 minutes on
+# 10 images of each class, 57 on 1,000. A finished run is left as it is, so an interrupted call is simply repeated.
 set -euo pipefail
+# Memory is kept, in large pages; see "Training on a CPU takes long" in docs/questions.md.
+export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000 GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 runs=${1:?folder for the runs} mode=${2:?frozen or full} seeds=${3:-0 1 2 3 4} data_sets=${4:-10 20 100 1000 stamps}
 more=("${@:5}")  # flags of finetune.py
 python results/lite0.py "$runs/lite0" >&2
