@@ -6,8 +6,8 @@
 #     python results/finetune/table.py runs/frozen.txt runs/full.txt
 # The data: 10, 20, 100 and 1,000 images of each class of Fashion-MNIST, drawn by the seed, at 128 x 128 pixels; and the
 # stamps of Tux Paint at 224 x 224 ('stamps') or 128 x 128 ('stamps-128'), a quarter held out by the seed. On a core, a
-# run of all weights takes 11 to 20 minutes on 10 images of each class, 57 and more on 1,000. A finished run is left as
-# it is, so an interrupted call is simply repeated.
+# run of all weights took 11 to 26 minutes on 10 images of each class, 57 on 1,000. A finished run is left as it is, so
+# an interrupted call is simply repeated.
 set -euo pipefail
 # Memory is kept, in large pages; see "Training on a CPU takes long" in docs/questions.md.
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000 GLIBC_TUNABLES=glibc.malloc.hugetlb=1
@@ -39,17 +39,17 @@ try() {  # NAME SEED DATA..., of finetune.py and logistic.py alike
 
 for seed in $seeds; do
     for data_set in $data_sets; do
-        if [[ $data_set = stamps* ]]; then
-            name=$data_set folder="$runs/stamps" data=(--val-fraction 0.25)
-        else
-            name=fashion_mnist-$data_set folder="$runs/fashion_mnist-$data_set-$seed" data=()
-            if [ ! -d "$folder" ]; then
-                rm -rf "$folder.partial"
-                python results/finetune/subset.py --per-class $data_set --seed $seed "$folder.partial"
-                mv "$folder.partial" "$folder"
-            fi
-        fi
-        [ $name = stamps ] || data+=(--img-size 128)
-        try $name $seed --data-dir "$folder" "${data[@]}"
+        case $data_set in
+            stamps) try stamps $seed --data-dir "$runs/stamps" --val-fraction 0.25 ;;
+            stamps-128) try stamps-128 $seed --data-dir "$runs/stamps" --val-fraction 0.25 --img-size 128 ;;
+            *)
+                folder="$runs/fashion_mnist-$data_set-$seed"
+                if [ ! -d "$folder" ]; then
+                    rm -rf "$folder.partial"
+                    python results/finetune/subset.py --per-class $data_set --seed $seed "$folder.partial"
+                    mv "$folder.partial" "$folder"
+                fi
+                try fashion_mnist-$data_set $seed --data-dir "$folder" --img-size 128 ;;
+        esac
     done
 done
