@@ -262,14 +262,23 @@ def fitting_num_groups(in_features: int, num_params: int) -> int:
     return next(n for n in range(wanted, 0, -1) if in_features % n == 0)
 
 
-def fitting_key_ratio(in_features: int, num_groups: int) -> float:
+def begins_as_pooling(init: Optional[str], num_classes: int) -> bool:
+    """Whether a head begins as pooling, by `init` of `add_noah_head`."""
+    return num_classes < MANY_CLASSES if init is None else init != 'random'
+
+
+def fitting_key_ratio(in_features: int, num_groups: int, as_pooling: bool = False) -> float:
     """The key ratio by the paper's rule of thumb (Section IV-A), the larger N the smaller the ratio.
 
     Args:
         in_features: C, channels that the head reads.
         num_groups: N.
+        as_pooling: Whether the head begins as pooling on a trained backbone. The ratio is then 1/8, the least of the
+            paper's: all channels are of use to the classes, and the values do without those of the keys.
+            `docs/numbers.md` has what it was chosen by.
     """
     shares = [share for share in (1 / 2, 1 / 4) if share <= 2 / num_groups and in_features * share <= 384]
-    key_features = round(in_features * (shares or [1 / 8])[0] / num_groups) * num_groups
+    share = 1 / 8 if as_pooling or not shares else shares[0]
+    key_features = round(in_features * share / num_groups) * num_groups
     key_features = min(max(key_features, num_groups), in_features - num_groups)
     return next(float(text) for text in _ratios((key_features,), in_features))

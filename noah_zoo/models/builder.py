@@ -19,6 +19,7 @@ from timm.models import (
 from torch import Tensor, nn
 
 from ..catalog import CATALOG, SHIPPED
+from ..layers.noah_head import begins_as_pooling
 from ..text import some
 from .attach import (
     Features,
@@ -159,7 +160,9 @@ def build_any(
 
     def build_twin(num_classes: int = 1000, **model_args) -> nn.Module:
         model = model_entrypoint(twin)(num_classes=num_classes, **model_args)
-        add_noah_head(model, num_classes or 1, init='random', **noah_cfg)
+        # What begins as pooling without weights, because it is convolutional, has the paper's key ratio.
+        as_pooling = bool(init or source) and begins_as_pooling(init, num_classes)
+        add_noah_head(model, num_classes or 1, init='pooling' if as_pooling else 'random', **noah_cfg)
         if not num_classes:
             model.reset_classifier(0)
         begin(model.get_classifier(), init or _start_of(model, pretrained or source))

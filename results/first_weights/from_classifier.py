@@ -11,7 +11,7 @@ import statistics
 from pathlib import Path
 
 import timm
-from frozen import KEY_RATIO, data_of, run
+from frozen import data_of, run
 
 from noah_zoo import NoahHead
 from noah_zoo.benchmark.probe import PoolLinear
@@ -41,7 +41,7 @@ def main() -> None:
             for name, split_kv in (('from the classifier', True), ('from the classifier, split_kv=False', False),
                                    ('anew', True)):
                 def noah(name=name, split_kv=split_kv, kept=kept):
-                    head = NoahHead(data[0].shape[-1], 10, 8, KEY_RATIO[8], split_kv=split_kv, input_fmt='NLC')
+                    head = NoahHead(data[0].shape[-1], 10, 8, 1 / 8, split_kv=split_kv, input_fmt='NLC')
                     if name == 'anew':
                         head.begin_as_pooling()
                     else:

@@ -127,7 +127,7 @@ def test_what_follows_pooling_is_done_per_position():
     torch.manual_seed(0)
     model = timm.create_model('test_convnext').eval()
     nn.init.normal_(model.head.norm.weight)
-    add_noah_head(model, num_classes=7)
+    add_noah_head(model, num_classes=7, num_groups=4, key_ratio=0.5)
     with torch.no_grad():
         features = model.forward_features(torch.randn(2, 3, 160, 160))  # (B, C, H, W)
         normed = model.head.norm(features).flatten(2).transpose(1, 2)  # LayerNorm2d is per position by itself

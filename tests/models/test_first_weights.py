@@ -61,7 +61,7 @@ def resnet18(tmp_path_factory):
 @pytest.mark.parametrize('num_classes', [10, 1000])
 def test_whatever_makes_a_head_makes_it_so(num_classes, resnet18, tmp_path):
     torch.manual_seed(0)
-    drawn = scales(NoahHead(512, num_classes))
+    drawn, drawn_8 = (scales(NoahHead(512, num_classes, key_ratio=key_ratio)) for key_ratio in (1 / 2, 1 / 8))
     of_any = dict(backbone='resnet18', num_classes=num_classes)
     tokens = dict(num_classes=num_classes, img_size=32, patch_size=8)  # 96 channels, with random keys
     for name in 'deit_tiny_050_patch16_224_noah', 'noah':
@@ -92,8 +92,36 @@ def test_whatever_makes_a_head_makes_it_so(num_classes, resnet18, tmp_path):
     else:
         assert all(scales(model.get_classifier()) == pytest.approx(drawn, rel=0.05) for model in on_weights)
     for model in as_pooling:
-        assert scales(model.get_classifier()) == pytest.approx({**drawn, 'key.weight': 0.}, rel=0.15)
+        of_its_ratio = {1 / 2: drawn, 1 / 8: drawn_8}[model.noah_cfg['key_ratio']]
+        assert scales(model.get_classifier()) == pytest.approx({**of_its_ratio, 'key.weight': 0.}, rel=0.15)
     assert timm.create_model('resnet18_noah', num_classes=0, init='pooling').num_classes == 0
+
+
+def test_a_head_that_begins_as_pooling_on_a_backbone_leaves_most_channels_to_the_values(resnet18, tmp_path):
+    of_few = dict(backbone='resnet18', num_classes=10)
+
+    def add(**kwargs):
+        return noah_zoo.add_noah_head(timm.create_model('resnet18', num_classes=3), **kwargs)
+
+    begins = [
+        add(), add(num_classes=1000, init='pooling'), add(init='classifier'),
+        timm.create_model('noah', pretrained_backbone=resnet18, **of_few),
+        timm.create_model('noah', init='pooling', **of_few),
+        timm.create_model('noah', backbone='resnet18', num_classes=3, pretrained_backbone=resnet18, init='classifier')]
+    for model in begins:
+        assert (model.noah_cfg['num_groups'], model.noah_cfg['key_ratio']) == (4, 1 / 8)
+    others = [  # by the paper's rule
+        add(init='random'), add(num_classes=1000), timm.create_model('noah', **of_few),
+        timm.create_model('noah', init='random', pretrained_backbone=resnet18, **of_few),
+        timm.create_model('noah', backbone='resnet18', num_classes=1000, pretrained_backbone=resnet18),
+        timm.create_model('resnet18_noah', num_classes=10, pretrained_backbone=resnet18)]
+    for model in others:
+        assert (model.noah_cfg['num_groups'], model.noah_cfg['key_ratio']) == (4, 1 / 2)
+    assert add(key_ratio=1 / 4).noah_cfg['key_ratio'] == 1 / 4
+    for number, model in enumerate((begins[3], others[2])):
+        save_for_hf(model, str(tmp_path / str(number)), safe_serialization=True)
+        again = timm.create_model(f'local-dir:{tmp_path / str(number)}', pretrained=True)
+        assert again.noah_cfg == model.noah_cfg and again.fc.value.weight.equal(model.fc.value.weight)
 
 
 def test_a_saved_init_was_for_the_first_head(tmp_path):
@@ -113,7 +141,7 @@ def test_to_begin_as_pooling_takes_no_other_random_numbers():
     values = []
     for init in 'random', 'pooling':
         torch.manual_seed(0)
-        model = noah_zoo.add_noah_head(timm.create_model('resnet18', num_classes=7), init=init)
+        model = noah_zoo.add_noah_head(timm.create_model('resnet18', num_classes=7), key_ratio=0.5, init=init)
         values.append((model.fc.value.weight, torch.rand(())))
     assert torch.equal(values[0][0], values[1][0]) and values[0][1] == values[1][1]
 
