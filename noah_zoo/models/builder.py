@@ -19,7 +19,7 @@ from timm.models import (
 from torch import Tensor, nn
 
 from ..catalog import CATALOG, SHIPPED
-from ..layers.noah_head import begins_as_pooling
+from ..layers.noah_head import NoahHead, begins_as_pooling
 from ..text import some
 from .attach import (
     Features,
@@ -161,7 +161,7 @@ def build_any(
     def build_twin(num_classes: int = 1000, **model_args) -> nn.Module:
         model = model_entrypoint(twin)(num_classes=num_classes, **model_args)
         # What begins as pooling without weights, because it is convolutional, has the paper's key ratio.
-        as_pooling = bool(init or source) and begins_as_pooling(init, num_classes)
+        as_pooling = bool(init or pretrained or source) and begins_as_pooling(init, num_classes)
         add_noah_head(model, num_classes or 1, init='pooling' if as_pooling else 'random', **noah_cfg)
         if not num_classes:
             model.reset_classifier(0)
@@ -264,6 +264,7 @@ def _checking(variant: str, cfg: PretrainedCfg, filter_fn: Optional[Callable]) -
         problems = _misfits(state_dict, own, heads, first_conv)
         if problems:
             raise WeightsError(f'{variant}: the weights are not those of this model: {some(problems)}{hint}')
+        _check_key(variant, state_dict, model)
         fits = head and all(k in state_dict and state_dict[k].shape == own[k].shape for k in head)
         if fits and model.num_classes != cfg.num_classes:
             raise WeightsError(
@@ -272,6 +273,17 @@ def _checking(variant: str, cfg: PretrainedCfg, filter_fn: Optional[Callable]) -
         return state_dict
 
     return check
+
+
+def _check_key(variant: str, state_dict: Dict[str, Tensor], model: nn.Module) -> None:
+    """Raise WeightsError if the weights have a head of as many maps and another key ratio."""
+    head = model.get_classifier() if isinstance(model, NoahModel) else None
+    given = state_dict.get(f'{model.noah_place}.key.weight') if type(head) is NoahHead and head.num_classes else None
+    if given is not None and len(given) == len(head.key.weight) and given.shape[1] != head.key.weight.shape[1]:
+        key_ratio = given.shape[1] * head.conv_groups / head.in_features
+        raise WeightsError(
+            f'{variant}: the weights have a head with key_ratio={key_ratio}, the model has {head.key_ratio:g}; give '
+            f'key_ratio={key_ratio}')
 
 
 def load_backbone(

@@ -4,6 +4,7 @@ import math
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from timm.models import save_for_hf
 from torch import nn
 
@@ -122,6 +123,19 @@ def test_a_head_that_begins_as_pooling_on_a_backbone_leaves_most_channels_to_the
         save_for_hf(model, str(tmp_path / str(number)), safe_serialization=True)
         again = timm.create_model(f'local-dir:{tmp_path / str(number)}', pretrained=True)
         assert again.noah_cfg == model.noah_cfg and again.fc.value.weight.equal(model.fc.value.weight)
+
+
+def test_weights_of_another_key_ratio_are_refused_with_theirs(tmp_path):
+    model = timm.create_model('noah', num_classes=3)  # from scratch: 1/2
+    save_file(model.state_dict(), tmp_path / 'scratch.safetensors')
+    overlay = dict(file=str(tmp_path / 'scratch.safetensors'), num_classes=3)
+    create = dict(model_name='noah', pretrained=True, pretrained_cfg_overlay=overlay, num_classes=3)
+    with pytest.raises(RuntimeError, match='key_ratio=0.5, the model has 0.125; give key_ratio=0.5'):
+        timm.create_model(**create)
+    again = timm.create_model(key_ratio=0.5, **create)
+    assert again.fc.value.weight.equal(model.fc.value.weight)
+    with pytest.raises(RuntimeError, match='resnet18_noah: .* key_ratio=0.5, the model has 0.25; give'):
+        timm.create_model(**{**create, 'model_name': 'resnet18_noah'}, key_ratio=0.25)
 
 
 def test_a_saved_init_was_for_the_first_head(tmp_path):
