@@ -73,7 +73,7 @@ Args:
     pretrained: Load weights of such a model, head and all: give `pretrained_cfg_overlay=dict(file=...)`.
     backbone: A timm name.
     **kwargs: As of `timm.create_model`: `num_classes`, `in_chans`, ... Of the head: `num_groups`, `key_ratio`,
-        `drop_rate`, `split_groups`, `split_kv`, `noah_variant`; by the paper's rule of thumb if not given.
+        `drop_rate`, `split_groups`, `split_kv`, `noah_variant`; N and r as by `add_noah_head` if not given.
         `pretrained_backbone` names weights that everything but the head is loaded from: a timm name with tag,
         'hf-hub:...', 'local-dir:...' or the path of a checkpoint. `init` is what a new head starts from: 'pooling',
         'random' or 'classifier'; see `add_noah_head`.

@@ -135,7 +135,8 @@ def build_any(
         pretrained_cfg_overlay: See timm.
         pretrained_backbone: As for `build_noah`.
         init: As for `build_noah`.
-        **kwargs: As for `build_noah`.
+        **kwargs: As for `build_noah`. `num_groups` and `key_ratio` are by default as of `add_noah_head`, and without
+            weights and `init` by the paper's rule of thumb.
 
     Raises:
         ValueError: As `add_noah_head`, or if timm knows no such model or the backbone's weights do not fit.

@@ -13,5 +13,5 @@ default_cfgs = generate_default_cfgs({
 
 @register_model
 def noah(pretrained: bool = False, backbone: str = 'resnet18', **kwargs) -> nn.Module:
-    """`backbone`, a timm name, with a NOAH head; N and r by the paper's rule of thumb unless given. See `build_any`."""
+    """`backbone`, a timm name, with a NOAH head; N and r as by `add_noah_head` unless given. See `build_any`."""
     return build_any(backbone, pretrained, **kwargs)
