@@ -1,6 +1,6 @@
 """NoahHead, the Non-glObal Attentive Head as a module (paper, Section III-B)."""
 import math
-from typing import Dict, List, Optional
+from typing import Dict, Optional
 
 import torch
 import torch.nn.functional as F
@@ -237,16 +237,16 @@ def _check_key_ratio(in_features: int, num_groups: int, key_ratio: float) -> Non
     key_features = int(in_features * key_ratio)
     if key_features % num_groups or not key_features:
         below = key_features // num_groups * num_groups
-        accepted = _ratios((below, below + num_groups), in_features)
+        accepted = [repr(key_ratio_of(k, in_features)) for k in (below, below + num_groups) if 0 < k < in_features]
         raise ValueError(
             f'key_ratio={key_ratio} gives {key_features} key channels of {in_features}, not a positive multiple of '
             f'num_groups={num_groups}; choose key_ratio={" or ".join(accepted)}')
 
 
-def _ratios(key_features: tuple, in_features: int) -> List[str]:
-    """Ratios that give these numbers of key channels, `int(in_features * ratio)`, as text."""
-    ratios = [k / in_features for k in key_features if 0 < k < in_features]
-    return [repr(r if int(in_features * r) == round(in_features * r) else math.nextafter(r, 1)) for r in ratios]
+def key_ratio_of(key_features: int, in_features: int) -> float:
+    """The ratio that gives this number of key channels, `int(in_features * ratio)`."""
+    ratio = key_features / in_features
+    return ratio if int(in_features * ratio) == key_features else math.nextafter(ratio, 1)
 
 
 def fitting_num_groups(in_features: int, num_params: int) -> int:
@@ -281,4 +281,4 @@ def fitting_key_ratio(in_features: int, num_groups: int, as_pooling: bool = Fals
     share = 1 / 8 if as_pooling or not shares else shares[0]
     key_features = round(in_features * share / num_groups) * num_groups
     key_features = min(max(key_features, num_groups), in_features - num_groups)
-    return next(float(text) for text in _ratios((key_features,), in_features))
+    return key_ratio_of(key_features, in_features)

@@ -19,7 +19,7 @@ from timm.models import (
 from torch import Tensor, nn
 
 from ..catalog import CATALOG, SHIPPED
-from ..layers.noah_head import NoahHead, begins_as_pooling
+from ..layers.noah_head import NoahHead, begins_as_pooling, key_ratio_of
 from ..text import some
 from .attach import (
     Features,
@@ -277,11 +277,16 @@ def _checking(variant: str, cfg: PretrainedCfg, filter_fn: Optional[Callable]) -
 
 
 def _check_key(variant: str, state_dict: Dict[str, Tensor], model: nn.Module) -> None:
-    """Raise WeightsError if the weights have a head of as many maps and another key ratio."""
+    """Raise WeightsError if the weights have a head that differs in the key ratio alone."""
     head = model.get_classifier() if isinstance(model, NoahModel) else None
-    given = state_dict.get(f'{model.noah_place}.key.weight') if type(head) is NoahHead and head.num_classes else None
-    if given is not None and len(given) == len(head.key.weight) and given.shape[1] != head.key.weight.shape[1]:
-        key_ratio = given.shape[1] * head.conv_groups / head.in_features
+    if type(head) is not NoahHead or not head.num_classes or not head.split_kv:
+        return
+    key, value = (state_dict.get(f'{model.noah_place}.{name}.weight') for name in ('key', 'value'))
+    if key is None or value is None or key.ndim < 2 or value.ndim < 2 or len(key) != len(head.key.weight):
+        return
+    key_features, value_features = (weight.shape[1] * head.conv_groups for weight in (key, value))
+    if key_features != head.key_features and key_features + value_features == head.in_features:
+        key_ratio = key_ratio_of(key_features, head.in_features)
         raise WeightsError(
             f'{variant}: the weights have a head with key_ratio={key_ratio}, the model has {head.key_ratio:g}; give '
             f'key_ratio={key_ratio}')

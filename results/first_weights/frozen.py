@@ -12,8 +12,8 @@ the test split in the same way are the same for all. Everything else is equal: A
 0.1, gradients clipped at 1, batches of 64, an epoch of warm-up and cosine. Every line is trained with every learning
 rate of --lr; the table has the best mean, of every line alike.
 
-A candidate with '+r8' or '+r16' gives an eighth or a sixteenth of the channels to the keys; the others have the paper's
-ratios, KEY_RATIO.
+A candidate with '+r8' gives an eighth of the channels to the keys, and so on; the others have the paper's ratios,
+KEY_RATIO.
 
 A line per setting goes to OUTPUT/frozen.jsonl when it is done; a repeated call goes on after the last one. OUTPUT is
 for one backbone, whose features stay there.

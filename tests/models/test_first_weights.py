@@ -136,6 +136,9 @@ def test_weights_of_another_key_ratio_are_refused_with_theirs(tmp_path):
     assert again.fc.value.weight.equal(model.fc.value.weight)
     with pytest.raises(RuntimeError, match='resnet18_noah: .* key_ratio=0.5, the model has 0.25; give'):
         timm.create_model(**{**create, 'model_name': 'resnet18_noah'}, key_ratio=0.25)
+    for splits in (dict(split_kv=False), dict(split_groups=False)):  # no ratio would do
+        with pytest.raises(RuntimeError, match='size mismatch for fc.value.weight'):
+            timm.create_model(**create, **splits)
 
 
 def test_a_saved_init_was_for_the_first_head(tmp_path):
