@@ -27,7 +27,7 @@ TEXT = """# The head on timm's models
   position. *Channels* are those of the features, and after an arrow what is left of them for the head.
 - Of two heads, NOAH takes the place of the first and the second goes: a distilled model's for the teacher, VOLO's
   auxiliary one.
-- N and r are the defaults for ten classes on a trained backbone.
+- N and r are the defaults.
 
 A model that cannot take the head is refused, with the reason, and is as it was.
 

@@ -20,7 +20,7 @@ from ..data.base import Images
 from ..data.factory import create_datasets, split_images
 from ..data.loader import EpochBatchSampler, EvalBatchSampler, seed_everything
 from ..inference.predict import image_mode
-from ..layers.noah_head import NoahHead, begins_as_pooling, fitting_key_ratio, fitting_num_groups
+from ..layers.noah_head import NoahHead, fitting_key_ratio, fitting_num_groups
 from ..layers.other_heads import CSRA, EfficientProbing, MLDecoder, SimPool
 from ..models.attach import NoahModel, add_noah_head, begin, eval_transform
 from ..tasks.multiclass import Metrics
@@ -52,8 +52,7 @@ class Inputs(NamedTuple):
 
 def _noah(inputs: Inputs) -> nn.Module:
     num_groups = fitting_num_groups(inputs.in_features, inputs.backbone_params)
-    as_pooling = begins_as_pooling(None, inputs.num_classes)
-    key_ratio = fitting_key_ratio(inputs.in_features, num_groups, as_pooling)
+    key_ratio = fitting_key_ratio(inputs.in_features, num_groups)
     head = NoahHead(inputs.in_features, inputs.num_classes, num_groups, key_ratio, input_fmt='NLC')
     begin(head)
     return head

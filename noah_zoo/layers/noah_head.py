@@ -1,5 +1,6 @@
 """NoahHead, the Non-glObal Attentive Head as a module (paper, Section III-B)."""
 import math
+from numbers import Integral
 from typing import Dict, Optional
 
 import torch
@@ -76,14 +77,15 @@ class NoahHead(nn.Module):
             dtype=None,
     ) -> None:
         super().__init__()
-        if in_features < 1 or num_classes < 0 or num_groups < 1:
-            raise ValueError(
-                f'in_features={in_features}, num_classes={num_classes}, num_groups={num_groups}: expected at least '
-                f'1, 0 and 1')
+        check_whole('in_features', in_features, 1)
+        check_whole('num_classes', num_classes, 0)
+        check_whole('num_groups', num_groups, 1)
         if not 0. <= drop_rate < 1.:
             raise ValueError(f'drop_rate={drop_rate} is not in [0, 1)')
         if input_fmt not in INPUT_FMTS:
             raise ValueError(f'input_fmt={input_fmt!r} is not one of {", ".join(INPUT_FMTS)}')
+        if not isinstance(key_ratio, (int, float)) or not 0. < key_ratio < 1.:
+            raise ValueError(f'key_ratio={key_ratio!r} is not a number strictly between 0 and 1, like 0.125')
         if split_kv:
             _check_key_ratio(in_features, num_groups if split_groups else 1, key_ratio)
         elif split_groups and in_features % num_groups:
@@ -224,6 +226,11 @@ def is_plain(layer: nn.Module) -> bool:
     return not any(hooks) and (layer.kernel_size, layer.stride, layer.padding) == ((1, 1), (1, 1), (0, 0))
 
 
+def check_whole(name: str, value: int, least: int) -> None:
+    if not isinstance(value, Integral) or value < least:
+        raise ValueError(f'{name}={value!r} is not a whole number of at least {least}')
+
+
 def _check_key_ratio(in_features: int, num_groups: int, key_ratio: float) -> None:
     if in_features % num_groups:
         raise ValueError(
@@ -232,8 +239,6 @@ def _check_key_ratio(in_features: int, num_groups: int, key_ratio: float) -> Non
     if in_features < 2 * num_groups:
         raise ValueError(
             f'in_features={in_features} cannot give each of num_groups={num_groups} a key and a value channel')
-    if not 0. < key_ratio < 1.:
-        raise ValueError(f'key_ratio={key_ratio} is not strictly between 0 and 1')
     key_features = int(in_features * key_ratio)
     if key_features % num_groups or not key_features:
         below = key_features // num_groups * num_groups
@@ -252,7 +257,7 @@ def key_ratio_of(key_features: int, in_features: int) -> float:
 def fitting_num_groups(in_features: int, num_params: int) -> int:
     """N by the paper's rule of thumb (Section IV-A), the smaller the backbone the larger N, within what divides.
 
-    With `fitting_key_ratio` it gives the paper's N and ratio for all of its 25 models.
+    It gives the paper's N for all of its 25 models.
 
     Args:
         in_features: C, channels that the head reads.
@@ -262,23 +267,20 @@ def fitting_num_groups(in_features: int, num_params: int) -> int:
     return next(n for n in range(wanted, 0, -1) if in_features % n == 0)
 
 
-def begins_as_pooling(init: Optional[str], num_classes: int) -> bool:
-    """Whether a head begins as pooling, by `init` of `add_noah_head`."""
-    return num_classes < MANY_CLASSES if init is None else init != 'random'
+def fitting_key_ratio(in_features: int, num_groups: int) -> float:
+    """The ratio that fits the channels and comes closest to 1/8.
 
-
-def fitting_key_ratio(in_features: int, num_groups: int, as_pooling: bool = False) -> float:
-    """The key ratio by the paper's rule of thumb (Section IV-A), the larger N the smaller the ratio.
+    That is the best one of Table VI. The values do without the keys' channels, and all are of use to the classes:
+    `docs/numbers.md` has what a larger ratio loses on frozen features and few images.
 
     Args:
         in_features: C, channels that the head reads.
         num_groups: N.
-        as_pooling: Whether the head begins as pooling on a trained backbone. The ratio is then 1/8, the least of the
-            paper's: all channels are of use to the classes, and the values do without those of the keys.
-            `docs/numbers.md` has what it was chosen by.
+
+    Raises:
+        ValueError: If `num_groups` is not a positive whole number.
     """
-    shares = [share for share in (1 / 2, 1 / 4) if share <= 2 / num_groups and in_features * share <= 384]
-    share = 1 / 8 if as_pooling or not shares else shares[0]
-    key_features = round(in_features * share / num_groups) * num_groups
+    check_whole('num_groups', num_groups, 1)
+    key_features = round(in_features / 8 / num_groups) * num_groups
     key_features = min(max(key_features, num_groups), in_features - num_groups)
     return key_ratio_of(key_features, in_features)

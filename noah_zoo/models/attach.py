@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..layers.ablations import head_class
-from ..layers.noah_head import NoahHead, begins_as_pooling, fitting_key_ratio, fitting_num_groups
+from ..layers.noah_head import MANY_CLASSES, NoahHead, check_whole, fitting_key_ratio, fitting_num_groups
 
 INITS = ('pooling', 'random', 'classifier')
+START_ARGS = ('pretrained_backbone', 'init')  # what weights a model began with, which saved weights do not need
 ERRORS = (AssertionError, AttributeError, LookupError, NotImplementedError, RuntimeError)  # what timm's code raises
 
 
@@ -37,6 +38,15 @@ class NoahModel:
     noah_place: str
     noah_features: 'Features'
     noah_only_pools: bool
+
+    @property
+    def _model_args(self) -> Dict[str, Any]:
+        """What timm makes a saved model with again: all that was given, but for what its weights began with."""
+        return self.__dict__.get('_model_args', {})
+
+    @_model_args.setter
+    def _model_args(self, args: Dict[str, Any]) -> None:
+        self.__dict__['_model_args'] = {name: value for name, value in args.items() if name not in START_ARGS}
 
     def forward_head(self, x: Optional[Tensor] = None, pre_logits: bool = False, **kwargs) -> Tensor:
         """timm's `forward_head`: logits (B, K), or the twin's pooled features (B, C) with `pre_logits`.
@@ -242,9 +252,8 @@ def add_noah_head(
         num_classes: K; the model's own if None.
         num_groups: N. By the paper's rule of thumb if None (Section IV-A: the smaller the backbone the larger N): 8
             below 5M parameters where a group still has 128 channels, else 4; or what divides the channels.
-        key_ratio: Share of the channels that go to the key. If None, 1/8 where `init` has the head begin as pooling, as
-            the values do without those channels. Else by the paper's rule that a larger N has a smaller one: the
-            largest of 1/2, 1/4 and 1/8 that is at most 2 / N and gives at most 384 key channels.
+        key_ratio: Share of the channels that go to the key. 1/8 if None, the best one of the paper's Table VI, or what
+            comes closest to it; the paper's own models have up to 1/2.
         drop_rate: Dropout probability on the value map. The model's own dropout stays, and is per position.
         init: What the head starts from. 'pooling': keys zero, so that it begins as pooling and a small random linear
             layer. 'random': keys drawn as well, for training from scratch. 'classifier': the classifier that is
@@ -270,16 +279,18 @@ def add_noah_head(
     for method in ('forward_features', 'forward_head', 'get_classifier', 'reset_classifier'):
         if not hasattr(model, method):
             raise ValueError(f"{name}: the model has no {method}; expected one of timm's classifiers")
-    num_classes = getattr(model, 'num_classes', 0) if num_classes is None else num_classes
-    if num_classes < 1:
-        raise ValueError(f'{name}: num_classes={num_classes}; the model has no classes of its own, give 1 or more')
+    if num_classes is None:
+        num_classes = getattr(model, 'num_classes', 0)
+        if not num_classes:
+            raise ValueError(f'{name}: the model has no classes of its own; give num_classes=')
     check_init(name, init)
     noah_cfg.update(num_groups=num_groups, key_ratio=key_ratio, drop_rate=drop_rate)
     try:
+        check_whole('num_classes', num_classes, 1)
         try:
-            trial = _try(_copy(model, _to_meta).eval(), num_classes, init, noah_cfg)
+            trial = _try(_copy(model, _to_meta).eval(), num_classes, noah_cfg)
         except ERRORS:  # a few models look at values, which meta tensors have not
-            trial = _try(_copy(model, lambda tensor: tensor).eval(), num_classes, init, noah_cfg)
+            trial = _try(_copy(model, lambda tensor: tensor).eval(), num_classes, noah_cfg)
     except (ValueError, TypeError, *ERRORS) as error:
         raise ValueError(f'{name}: {error}') from error
     if init == 'classifier':
@@ -301,8 +312,9 @@ def check_init(name: str, init: Optional[str]) -> None:
 
 def begin(head: nn.Module, init: Optional[str] = None) -> None:
     """Have a head that was drawn begin as pooling, if `init` of `add_noah_head` is that; anything else stays."""
-    if isinstance(head, NoahHead) and head.num_classes and begins_as_pooling(init, head.num_classes):
-        head.begin_as_pooling()
+    if isinstance(head, NoahHead) and head.num_classes:
+        if init in ('pooling', 'classifier') or init is None and head.num_classes < MANY_CLASSES:
+            head.begin_as_pooling()
 
 
 def check_classifier(
@@ -356,7 +368,7 @@ def _reads_the_average(model: NoahModel) -> bool:
 
 
 @torch.no_grad()
-def _try(trial: nn.Module, num_classes: int, init: Optional[str], noah_cfg: Dict[str, Any]) -> NoahModel:
+def _try(trial: nn.Module, num_classes: int, noah_cfg: Dict[str, Any]) -> NoahModel:
     """Put the head on a copy and run it."""
     features, place, x = _inspect(trial)
     attach(trial, 0, features, place)
@@ -365,8 +377,7 @@ def _try(trial: nn.Module, num_classes: int, init: Optional[str], noah_cfg: Dict
     if noah_cfg['num_groups'] is None:
         noah_cfg['num_groups'] = fitting_num_groups(width, sum(p.numel() for p in trial.parameters()))
     if noah_cfg['key_ratio'] is None:
-        as_pooling = begins_as_pooling(init, num_classes)
-        noah_cfg['key_ratio'] = fitting_key_ratio(width, noah_cfg['num_groups'], as_pooling)
+        noah_cfg['key_ratio'] = fitting_key_ratio(width, noah_cfg['num_groups'])
     trial.noah_cfg = noah_cfg
     trial.draw_classifier(num_classes)
     trial.forward_head(x)

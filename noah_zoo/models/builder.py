@@ -19,7 +19,7 @@ from timm.models import (
 from torch import Tensor, nn
 
 from ..catalog import CATALOG, SHIPPED
-from ..layers.noah_head import NoahHead, begins_as_pooling, key_ratio_of
+from ..layers.noah_head import NoahHead, key_ratio_of
 from ..text import some
 from .attach import (
     Features,
@@ -35,7 +35,6 @@ from .attach import (
 )
 
 WEIGHT_PLACES = ('state_dict', 'file', 'hf_hub_id', 'hf_hub_filename', 'url', 'source')  # as timm ranks them
-START_ARGS = ('pretrained_backbone', 'init')  # what weights a model began with, which saved weights do not need
 HEAD_ARGS = ('num_groups', 'key_ratio', 'drop_rate', 'split_groups', 'split_kv', 'noah_variant')
 
 # From a model's name, its cfg and the Hub's cache to the cfg with the place of verified weights, and the arguments that
@@ -135,8 +134,7 @@ def build_any(
         pretrained_cfg_overlay: See timm.
         pretrained_backbone: As for `build_noah`.
         init: As for `build_noah`.
-        **kwargs: As for `build_noah`. `num_groups` and `key_ratio` are by default as of `add_noah_head`, and without
-            weights and `init` by the paper's rule of thumb.
+        **kwargs: As for `build_noah`. `num_groups` and `key_ratio` are by default as of `add_noah_head`.
 
     Raises:
         ValueError: As `add_noah_head`, or if timm knows no such model or the backbone's weights do not fit.
@@ -161,9 +159,7 @@ def build_any(
 
     def build_twin(num_classes: int = 1000, **model_args) -> nn.Module:
         model = model_entrypoint(twin)(num_classes=num_classes, **model_args)
-        # What begins as pooling without weights, because it is convolutional, has the paper's key ratio.
-        as_pooling = bool(init or pretrained or source) and begins_as_pooling(init, num_classes)
-        add_noah_head(model, num_classes or 1, init='pooling' if as_pooling else 'random', **noah_cfg)
+        add_noah_head(model, num_classes or 1, init='random', **noah_cfg)
         if not num_classes:
             model.reset_classifier(0)
         begin(model.get_classifier(), init or _start_of(model, pretrained or source))
@@ -265,7 +261,7 @@ def _checking(variant: str, cfg: PretrainedCfg, filter_fn: Optional[Callable]) -
         problems = _misfits(state_dict, own, heads, first_conv)
         if problems:
             raise WeightsError(f'{variant}: the weights are not those of this model: {some(problems)}{hint}')
-        _check_key(variant, state_dict, model)
+        _check_head(variant, state_dict, model, cfg.num_classes)
         fits = head and all(k in state_dict and state_dict[k].shape == own[k].shape for k in head)
         if fits and model.num_classes != cfg.num_classes:
             raise WeightsError(
@@ -276,20 +272,28 @@ def _checking(variant: str, cfg: PretrainedCfg, filter_fn: Optional[Callable]) -
     return check
 
 
-def _check_key(variant: str, state_dict: Dict[str, Tensor], model: nn.Module) -> None:
-    """Raise WeightsError if the weights have a head that differs in the key ratio alone."""
+def _check_head(variant: str, state_dict: Dict[str, Tensor], model: nn.Module, num_classes: int) -> None:
+    """Raise WeightsError, with what to give, if the weights have a NOAH head for as many classes that is another."""
     head = model.get_classifier() if isinstance(model, NoahModel) else None
-    if type(head) is not NoahHead or not head.num_classes or not head.split_kv:
+    if type(head) is not NoahHead or not head.num_classes:
         return
-    key, value = (state_dict.get(f'{model.noah_place}.{name}.weight') for name in ('key', 'value'))
-    if key is None or value is None or key.ndim < 2 or value.ndim < 2 or len(key) != len(head.key.weight):
+    own = head.key.weight, head.value.weight
+    given = [state_dict.get(f'{model.noah_place}.{name}.weight') for name in ('key', 'value')]
+    if any(weight is None or weight.ndim < 2 for weight in given):
         return
-    key_features, value_features = (weight.shape[1] * head.conv_groups for weight in (key, value))
-    if key_features != head.key_features and key_features + value_features == head.in_features:
-        key_ratio = key_ratio_of(key_features, head.in_features)
+    shapes, own_shapes = ([list(weight.shape) for weight in weights] for weights in (given, own))
+    if shapes == own_shapes:
+        return
+    args = ''
+    if num_classes == model.num_classes:  # else it may be of other classes, and timm drops it
+        args = 'the num_classes, num_groups, key_ratio, split_groups and split_kv that it was made with'
+    key_features, value_features = (shape[1] * head.conv_groups for shape in shapes)
+    if head.split_kv and len(given[0]) == len(own[0]) and key_features + value_features == head.in_features:
+        args = f'key_ratio={key_ratio_of(key_features, head.in_features)}'
+    if args:
         raise WeightsError(
-            f'{variant}: the weights have a head with key_ratio={key_ratio}, the model has {head.key_ratio:g}; give '
-            f'key_ratio={key_ratio}')
+            f'{variant}: the weights have a head whose key and value are {shapes}, in the model they are {own_shapes}; '
+            f'give {args}')
 
 
 def load_backbone(

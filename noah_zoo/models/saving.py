@@ -7,7 +7,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 from ..files import write
-from .builder import START_ARGS
+from .attach import START_ARGS
 
 # Left out of the saved arguments of a model. transformers hands `num_classes` to timm by itself, and Python refuses an
 # argument that comes twice; timm records it with the arguments since 1.0.31, and beside them, where both read it.

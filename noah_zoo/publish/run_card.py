@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..catalog import CATALOG
 from ..data.hub import FORMATS
 from ..data.images import mode_of
+from ..layers.ablations import head_class
 from ..tasks import Task, find_task
 from ..text import table
 from ..weights.find import place_on_hub
@@ -119,11 +120,15 @@ def _run_details(config: Dict[str, Any], summary: Dict[str, Any]) -> str:
     head.update(config.get('model_args') or {})
     if architecture == 'noah':
         rows.append(('backbone', f'`{head["backbone"]}`'))
-    if architecture in (*CATALOG, 'noah'):
-        ratio = Fraction(head['key_ratio']).limit_denominator(1000)
-        rows += [('POCA blocks, N', str(head['num_groups'])), ('key ratio, r', str(ratio))]
-    if head.get('noah_variant'):
-        rows.append(('head', f'`noah_variant={head["noah_variant"]!r}`, an ablation of the paper'))
+    variant = head.get('noah_variant')
+    if architecture in (*CATALOG, 'noah') and variant != 'self_attention':
+        rows.append(('POCA blocks, N', str(head['num_groups'])))
+        splits = {name: head[name] for name in ('split_groups', 'split_kv') if name in head}
+        if head_class(variant)(64, 1, **splits).split_kv:
+            rows.append(('key ratio, r', str(Fraction(head['key_ratio']).limit_denominator(1000))))
+        rows += [('feature split', f'`{name}=False`') for name, split in splits.items() if not split]
+    if variant:
+        rows.append(('head', f'`noah_variant={variant!r}`, an ablation of the paper'))
     if isinstance(summary.get('params'), int):
         rows.append(('parameters', f'{summary["params"]:,}'))
     if all(pretrained_cfg.get(key) for key in ('input_size', 'crop_pct', 'interpolation', 'mean', 'std')):

@@ -3,7 +3,7 @@
 A model is trained to tell the identities of the training images apart; then its embeddings find the same identities by
 other cameras. What the paper leaves open, and what is chosen: the embedding is a linear layer and nothing else; images
 of 256 x 128 pixels, flipped at random; cross-entropy over identities; the last stage keeps its stride of 32; N and r of
-the head by the rule of thumb.
+the head are those of the paper's ResNet50.
 """
 from typing import Dict, Tuple
 

@@ -79,8 +79,8 @@ def build_model(config: TrainConfig, class_names: Tuple[str, ...]) -> nn.Module:
 
 def model_kwargs(config: TrainConfig) -> Dict[str, Any]:
     """Arguments of the model."""
-    flags = dict(drop_path_rate=config.drop_path, noah_variant=config.noah_variant)
-    return {**{name: value for name, value in flags.items() if value is not None}, **config.model_kwargs}
+    args = {'drop_path_rate': config.drop_path, 'noah_variant': config.noah_variant, **config.model_kwargs}
+    return {name: value for name, value in args.items() if value is not None}  # timm leaves them out, too
 
 
 def memory_format_of(model: nn.Module, config: TrainConfig) -> torch.memory_format:

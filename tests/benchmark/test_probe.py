@@ -44,7 +44,7 @@ C, K, L = 96, 7, 9
 INPUTS = Inputs(C, K, 10 ** 7, True)
 PARAMS = {
     'linear': C * K + K,
-    'noah': (C // 2 * K + 4 * K) + (C // 2 * K + 4 * K),  # N = 4, half the channels for the key
+    'noah': C * K + 2 * 4 * K,  # N = 4
     'csra': C * K,
     'simpool': 2 * C + 2 * C * C + C * K + K,
     'efficient_probing': 32 * C + C * C + C * K + K,

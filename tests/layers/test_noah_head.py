@@ -151,8 +151,8 @@ def test_device_and_dtype():
 
 
 @pytest.mark.parametrize('kwargs, message', [
-    (dict(key_ratio=0.), 'key_ratio=0.0 is not strictly between 0 and 1'),
-    (dict(key_ratio=1.), 'key_ratio=1.0 is not strictly between 0 and 1'),
+    (dict(key_ratio=0.), 'key_ratio=0.0 is not a number strictly between 0 and 1'),
+    (dict(key_ratio=1.), 'key_ratio=1.0 is not a number strictly between 0 and 1'),
     (dict(key_ratio=-0.5), 'key_ratio=-0.5 is not'),
     (dict(key_ratio=float('nan')), 'key_ratio=nan is not'),
     (dict(key_ratio=0.3), r'key_ratio=0.3 gives 614 key channels of 2048, not a positive multiple of num_groups=4; '

@@ -1,5 +1,6 @@
 """The head on any timm model. `tests/sweep.py` has the contract, and the sweep over all of timm."""
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -117,10 +118,11 @@ def test_the_registered_models_are_made_by_the_same_code():
 
 
 @pytest.mark.parametrize('name', CATALOG)
-def test_the_rule_of_thumb_gives_the_papers_settings(name):
+def test_the_rule_of_thumb_gives_the_papers_n(name):
     with torch.device('meta'):
         head = add_noah_head(timm.create_model(CATALOG[name].vanilla)).get_classifier()
-    assert (head.num_groups, head.key_ratio) == (CATALOG[name].num_groups, CATALOG[name].key_ratio)
+    assert head.num_groups == CATALOG[name].num_groups
+    assert head.key_ratio == pytest.approx(1 / 8, abs=head.num_groups / head.in_features)  # what divides
 
 
 def test_what_follows_pooling_is_done_per_position():
@@ -172,7 +174,12 @@ def test_compilers(name):
     (dict(drop_rate=1.), r'test_resnet: drop_rate=1.0 is not in \[0, 1\)'),
     (dict(noah_variant='g'), "test_resnet: noah_variant='g' is unknown; choose from no_split"),
     (dict(groups=4), "test_resnet: .*unexpected keyword argument 'groups'"),
-    (dict(num_classes=0), 'test_resnet: num_classes=0; the model has no classes of its own, give 1 or more'),
+    (dict(num_classes=0), 'test_resnet: num_classes=0 is not a whole number of at least 1'),
+    (dict(num_classes='10'), "test_resnet: num_classes='10' is not a whole number of at least 1"),
+    (dict(num_groups=0), 'test_resnet: num_groups=0 is not a whole number of at least 1'),
+    (dict(num_groups=4.), 'test_resnet: num_groups=4.0 is not a whole number of at least 1'),
+    (dict(key_ratio='1/8'), "test_resnet: key_ratio='1/8' is not a number strictly between 0 and 1, like 0.125"),
+    (dict(key_ratio=math.nan, split_kv=False), 'test_resnet: key_ratio=nan is not a number strictly between 0 and 1'),
 ])
 def test_bad_arguments(kwargs, message):
     model = timm.create_model('test_resnet', num_classes=3)
@@ -187,7 +194,7 @@ def test_bad_arguments(kwargs, message):
 @pytest.mark.parametrize('make, message', [
     (lambda: nn.Linear(3, 4), 'Linear: the model has no forward_features'),
     (lambda: 'resnet18', "'resnet18' is not a model; expected what timm.create_model gives"),
-    (lambda: timm.create_model('test_vit', num_classes=0), 'test_vit: num_classes=0; the model has no classes'),
+    (lambda: timm.create_model('test_vit', num_classes=0), 'test_vit: the model has no classes of its own'),
     (lambda: timm.create_model('test_vit', features_only=True), 'test_vit: the model has no forward_features'),
     (lambda: timm.create_model('resnet18_noah'), 'resnet18_noah: the model has a NOAH head already'),
     (lambda: torch.compile(timm.create_model('resnet18')), 'the model is compiled; add the head to model._orig_mod'),

@@ -1,4 +1,5 @@
 """First weights of a head: the authors' for 1,000 classes and more, of one scale below; or the classifier that was."""
+import json
 import math
 
 import pytest
@@ -62,19 +63,20 @@ def resnet18(tmp_path_factory):
 @pytest.mark.parametrize('num_classes', [10, 1000])
 def test_whatever_makes_a_head_makes_it_so(num_classes, resnet18, tmp_path):
     torch.manual_seed(0)
-    drawn, drawn_8 = (scales(NoahHead(512, num_classes, key_ratio=key_ratio)) for key_ratio in (1 / 2, 1 / 8))
+    drawn = {ratio: scales(NoahHead(512, num_classes, key_ratio=ratio)) for ratio in (1 / 2, 1 / 8)}
     of_any = dict(backbone='resnet18', num_classes=num_classes)
     tokens = dict(num_classes=num_classes, img_size=32, patch_size=8)  # 96 channels, with random keys
     for name in 'deit_tiny_050_patch16_224_noah', 'noah':
         model = timm.create_model(
             name, **tokens, **(dict(backbone='deit_tiny_050_patch16_224') if name == 'noah' else {}))
-        assert scales(model.get_classifier()) == pytest.approx(scales(NoahHead(96, num_classes)), rel=0.15)
+        expected = scales(NoahHead(96, num_classes, key_ratio=model.noah_cfg['key_ratio']))
+        assert scales(model.get_classifier()) == pytest.approx(expected, rel=0.15)
     asked_for = [
         timm.create_model('resnet18_noah', num_classes=num_classes, init='random'),
         timm.create_model('resnet18_noah', num_classes=num_classes, pretrained_backbone=resnet18, init='random'),
         noah_zoo.add_noah_head(timm.create_model('resnet18', num_classes=num_classes), init='random')]
     for model in asked_for:
-        assert scales(model.get_classifier()) == pytest.approx(drawn, rel=0.15)
+        assert scales(model.get_classifier()) == pytest.approx(drawn[model.noah_cfg['key_ratio']], rel=0.15)
     save_for_hf(timm.create_model('resnet18_noah', num_classes=3), str(tmp_path), safe_serialization=True)
     reset = timm.create_model('resnet18_noah', num_classes=5)
     reset.reset_classifier(num_classes)
@@ -91,54 +93,59 @@ def test_whatever_makes_a_head_makes_it_so(num_classes, resnet18, tmp_path):
     if num_classes == 10:
         as_pooling += on_weights  # and convolutional models without
     else:
-        assert all(scales(model.get_classifier()) == pytest.approx(drawn, rel=0.05) for model in on_weights)
+        for model in on_weights:
+            assert scales(model.get_classifier()) == pytest.approx(drawn[model.noah_cfg['key_ratio']], rel=0.05)
     for model in as_pooling:
-        of_its_ratio = {1 / 2: drawn, 1 / 8: drawn_8}[model.noah_cfg['key_ratio']]
-        assert scales(model.get_classifier()) == pytest.approx({**of_its_ratio, 'key.weight': 0.}, rel=0.15)
+        expected = {**drawn[model.noah_cfg['key_ratio']], 'key.weight': 0.}
+        assert scales(model.get_classifier()) == pytest.approx(expected, rel=0.15)
     assert timm.create_model('resnet18_noah', num_classes=0, init='pooling').num_classes == 0
 
 
-def test_a_head_that_begins_as_pooling_on_a_backbone_leaves_most_channels_to_the_values(resnet18, tmp_path):
-    of_few = dict(backbone='resnet18', num_classes=10)
-
+def test_a_new_head_gives_an_eighth_of_the_channels_to_the_keys(resnet18, tmp_path):
     def add(**kwargs):
         return noah_zoo.add_noah_head(timm.create_model('resnet18', num_classes=3), **kwargs)
 
-    begins = [
-        add(), add(num_classes=1000, init='pooling'), add(init='classifier'),
-        timm.create_model('noah', pretrained_backbone=resnet18, **of_few),
-        timm.create_model('noah', init='pooling', **of_few),
-        timm.create_model('noah', backbone='resnet18', num_classes=3, pretrained_backbone=resnet18, init='classifier')]
-    for model in begins:
+    of_few = dict(backbone='resnet18', num_classes=10)
+    models = [
+        add(), add(num_classes=1000), add(init='classifier'), add(init='random'), timm.create_model('noah'),
+        timm.create_model('noah', **of_few), timm.create_model('noah', pretrained_backbone=resnet18, **of_few),
+        timm.create_model('noah', init='random', **of_few)]
+    for model in models:
         assert (model.noah_cfg['num_groups'], model.noah_cfg['key_ratio']) == (4, 1 / 8)
-    others = [  # by the paper's rule
-        add(init='random'), add(num_classes=1000), timm.create_model('noah', **of_few),
-        timm.create_model('noah', init='random', pretrained_backbone=resnet18, **of_few),
-        timm.create_model('noah', backbone='resnet18', num_classes=1000, pretrained_backbone=resnet18),
-        timm.create_model('resnet18_noah', num_classes=10, pretrained_backbone=resnet18)]
-    for model in others:
-        assert (model.noah_cfg['num_groups'], model.noah_cfg['key_ratio']) == (4, 1 / 2)
+    models[1].load_state_dict(models[4].state_dict())
     assert add(key_ratio=1 / 4).noah_cfg['key_ratio'] == 1 / 4
-    for number, model in enumerate((begins[3], others[2])):
+    registered = timm.create_model('resnet18_noah', num_classes=10, pretrained_backbone=resnet18)
+    assert registered.noah_cfg['key_ratio'] == 1 / 2  # the paper's
+    for number, model in enumerate((models[0], add(key_ratio=1 / 4))):
         save_for_hf(model, str(tmp_path / str(number)), safe_serialization=True)
         again = timm.create_model(f'local-dir:{tmp_path / str(number)}', pretrained=True)
         assert again.noah_cfg == model.noah_cfg and again.fc.value.weight.equal(model.fc.value.weight)
 
 
-def test_weights_of_another_key_ratio_are_refused_with_theirs(tmp_path):
-    model = timm.create_model('noah', num_classes=3)  # from scratch: 1/2
-    save_file(model.state_dict(), tmp_path / 'scratch.safetensors')
-    overlay = dict(file=str(tmp_path / 'scratch.safetensors'), num_classes=3)
+def test_weights_with_another_head_are_refused_with_what_to_give(tmp_path):
+    model = timm.create_model('noah', num_classes=3, key_ratio=0.5)
+    save_file(model.state_dict(), tmp_path / 'half.safetensors')
+    overlay = dict(file=str(tmp_path / 'half.safetensors'), num_classes=3)
     create = dict(model_name='noah', pretrained=True, pretrained_cfg_overlay=overlay, num_classes=3)
-    with pytest.raises(RuntimeError, match='key_ratio=0.5, the model has 0.125; give key_ratio=0.5'):
+    shapes = r'noah: the weights have a head whose key and value are \[\[12, 64, 1, 1\], \[12, 64, 1, 1\]\], in the '
+    with pytest.raises(RuntimeError, match=shapes + r'model they are .*\[12, 112, 1, 1\]\]; give key_ratio=0.5$'):
         timm.create_model(**create)
     again = timm.create_model(key_ratio=0.5, **create)
     assert again.fc.value.weight.equal(model.fc.value.weight)
-    with pytest.raises(RuntimeError, match='resnet18_noah: .* key_ratio=0.5, the model has 0.25; give'):
+    with pytest.raises(RuntimeError, match='resnet18_noah: .*; give key_ratio=0.5'):
         timm.create_model(**{**create, 'model_name': 'resnet18_noah'}, key_ratio=0.25)
-    for splits in (dict(split_kv=False), dict(split_groups=False)):  # no ratio would do
-        with pytest.raises(RuntimeError, match='size mismatch for fc.value.weight'):
-            timm.create_model(**create, **splits)
+    for other in (dict(split_kv=False), dict(split_groups=False), dict(num_groups=2)):  # no ratio would do
+        with pytest.raises(RuntimeError, match='give the num_classes, num_groups, key_ratio, split_groups and'):
+            timm.create_model(**create, **other)
+
+
+def test_a_saved_model_says_nothing_of_what_it_began_with(resnet18, tmp_path):
+    model = timm.create_model('noah', num_classes=3, pretrained_backbone=resnet18, init='classifier')
+    save_for_hf(model, str(tmp_path), safe_serialization=True)
+    args = json.loads((tmp_path / 'config.json').read_text())['model_args']
+    assert args.keys() >= {'backbone', 'key_ratio'} and not args.keys() & {'pretrained_backbone', 'init'}
+    anew = timm.create_model(f'local-dir:{tmp_path}')  # without weights, as every model of timm
+    assert not anew.conv1.weight.equal(model.conv1.weight)
 
 
 def test_a_saved_init_was_for_the_first_head(tmp_path):

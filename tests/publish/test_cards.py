@@ -301,6 +301,21 @@ def test_run_card_of_a_head_on_another_backbone(tmp_path):
     assert "`noah_variant='b'`" in rows['head'][0]
 
 
+@pytest.mark.parametrize('head, names', [
+    (dict(split_kv=False), ['POCA blocks, N', 'feature split']),
+    (dict(split_groups=False), ['POCA blocks, N', 'key ratio, r', 'feature split']),
+    (dict(noah_variant='no_split_kv'), ['POCA blocks, N', 'head']),
+    (dict(noah_variant='self_attention', num_groups=1), ['head']),
+])
+def test_run_card_says_no_more_of_the_head_than_it_has(head, names, tmp_path):
+    make_run(tmp_path, dict(model='noah'))
+    model = timm.create_model('noah', backbone='test_vit', num_classes=3, **head)
+    save_for_hf(model, str(tmp_path / 'best'), safe_serialization=True)
+    rows = table_rows(run_card(tmp_path, 'me/run').text)
+    possible = ('POCA blocks, N', 'key ratio, r', 'feature split', 'head')
+    assert [name for name in possible if name in rows] == names
+
+
 @pytest.mark.parametrize('settings, base_model', [
     (dict(model='resnet50.a1_in1k', pretrained=True), 'timm/resnet50.a1_in1k'),
     (dict(model='resnet50', pretrained=True), 'timm/resnet50.a1_in1k'),

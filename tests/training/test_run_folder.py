@@ -64,7 +64,7 @@ def test_no_path_of_the_machine_is_kept_with_the_weights(tmp_path):
     save_file(timm.create_model('mobilenetv2_035').state_dict(), secret)
     make_folder(tmp_path / 'data', {'cat': 8, 'dog': 8})
     for name, model, kwargs in (
-            ('own', 'mobilenetv2_035_noah', {}), ('any', 'noah', dict(backbone='mobilenetv2_035'))):
+            ('own', 'mobilenetv2_035_noah', {}), ('any', 'noah', dict(backbone='mobilenetv2_035', key_ratio=None))):
         config = configure(
             model, str(tmp_path / name), 'none', dataset='folder', data_dir=str(tmp_path / 'data'), img_size=32,
             epochs=1, batch_size=8, workers=0, cpu=True,
@@ -74,6 +74,7 @@ def test_no_path_of_the_machine_is_kept_with_the_weights(tmp_path):
         assert (best / 'config.json').exists()
         for file in best.rglob('*'):
             assert not file.is_file() or str(tmp_path).encode() not in file.read_bytes(), file
+        assert json.loads((best / 'config.json').read_text())['model_args']['key_ratio'] is not None
         assert timm.create_model(f'local-dir:{best}', pretrained=True).num_classes == 2
 
 

@@ -56,7 +56,7 @@ def test_any_backbone_and_the_heads_of_the_ablations(idx_dir, tmp_path):
         '--model-kwargs', 'backbone=test_resnet', 'num_groups=2')
     assert result.returncode == 0, result.stderr
     config = json.loads((tmp_path / 'best' / 'config.json').read_text())
-    wanted = dict(backbone='test_resnet', num_groups=2, key_ratio=0.5, noah_variant='b')
+    wanted = dict(backbone='test_resnet', num_groups=2, key_ratio=0.125, noah_variant='b')
     assert config['architecture'] == 'noah' and wanted.items() <= config['model_args'].items()
     model = timm.create_model(f'local-dir:{tmp_path / "best"}', pretrained=True)
     assert type(model.get_classifier()).__name__ == 'ProjectedConcat' and model.num_classes == 10
