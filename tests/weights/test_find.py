@@ -142,8 +142,8 @@ value = digest(given) == digest(model.state_dict()), 'state_dict' in model.pretr
     (OTHER, dict(FILE, num_classes=7), 'the weights are not those of this model'),
     (NAME, dict(FILE, num_classes=1000, pretrained_cfg_overlay=dict(
         FILE['pretrained_cfg_overlay'], num_classes=7)), 'add num_classes=1000 to pretrained_cfg_overlay'),
-    (f'{NAME}.fashion_mnist', FILE, 'size mismatch for classifier.key.weight'),
-    (NAME, dict(num_groups=2), 'size mismatch for classifier.key.weight'),
+    (f'{NAME}.fashion_mnist', FILE, 'give the num_classes, num_groups, key_ratio, '),
+    (NAME, dict(num_groups=2), 'the weights have a head whose key and value are [[8000, 40, 1, 1], [8000, '),
     (NAME, dict(pretrained_cfg='no_such_tag'), 'no_such_tag'),
     ('resnet18_noah', dict(FILE), 'the weights are not those of this model'),
     (NAME, dict(checkpoint_path='/nowhere/x.safetensors'), ''),
