@@ -84,8 +84,6 @@ class NoahHead(nn.Module):
             raise ValueError(f'drop_rate={drop_rate} is not in [0, 1)')
         if input_fmt not in INPUT_FMTS:
             raise ValueError(f'input_fmt={input_fmt!r} is not one of {", ".join(INPUT_FMTS)}')
-        if not isinstance(key_ratio, (int, float)) or not 0. < key_ratio < 1.:
-            raise ValueError(f'key_ratio={key_ratio!r} is not a number strictly between 0 and 1, like 0.125')
         if split_kv:
             _check_key_ratio(in_features, num_groups if split_groups else 1, key_ratio)
         elif split_groups and in_features % num_groups:
@@ -239,6 +237,8 @@ def _check_key_ratio(in_features: int, num_groups: int, key_ratio: float) -> Non
     if in_features < 2 * num_groups:
         raise ValueError(
             f'in_features={in_features} cannot give each of num_groups={num_groups} a key and a value channel')
+    if not isinstance(key_ratio, (int, float)) or not 0. < key_ratio < 1.:
+        raise ValueError(f'key_ratio={key_ratio!r} is not a number strictly between 0 and 1, like 0.125')
     key_features = int(in_features * key_ratio)
     if key_features % num_groups or not key_features:
         below = key_features // num_groups * num_groups

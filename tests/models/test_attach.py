@@ -179,7 +179,7 @@ def test_compilers(name):
     (dict(num_groups=0), 'test_resnet: num_groups=0 is not a whole number of at least 1'),
     (dict(num_groups=4.), 'test_resnet: num_groups=4.0 is not a whole number of at least 1'),
     (dict(key_ratio='1/8'), "test_resnet: key_ratio='1/8' is not a number strictly between 0 and 1, like 0.125"),
-    (dict(key_ratio=math.nan, split_kv=False), 'test_resnet: key_ratio=nan is not a number strictly between 0 and 1'),
+    (dict(key_ratio=math.nan), 'test_resnet: key_ratio=nan is not a number strictly between 0 and 1'),
 ])
 def test_bad_arguments(kwargs, message):
     model = timm.create_model('test_resnet', num_classes=3)
