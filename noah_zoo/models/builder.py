@@ -277,23 +277,24 @@ def _check_head(variant: str, state_dict: Dict[str, Tensor], model: nn.Module, n
     head = model.get_classifier() if isinstance(model, NoahModel) else None
     if type(head) is not NoahHead or not head.num_classes:
         return
-    own = head.key.weight, head.value.weight
     given = [state_dict.get(f'{model.noah_place}.{name}.weight') for name in ('key', 'value')]
     if any(weight is None or weight.ndim < 2 for weight in given):
         return
-    shapes, own_shapes = ([list(weight.shape) for weight in weights] for weights in (given, own))
+    shapes, own_shapes = (
+        [list(weight.shape) for weight in weights] for weights in (given, (head.key.weight, head.value.weight)))
+    key_features, value_features = (shape[1] * head.conv_groups for shape in shapes)
+    as_many_maps = shapes[0][0] == own_shapes[0][0]
     if shapes == own_shapes:
         return
-    args = ''
-    if num_classes == model.num_classes:  # else it may be of other classes, and timm drops it
-        args = 'the num_classes, num_groups, key_ratio, split_groups and split_kv that it was made with'
-    key_features, value_features = (shape[1] * head.conv_groups for shape in shapes)
-    if head.split_kv and len(given[0]) == len(own[0]) and key_features + value_features == head.in_features:
+    if head.split_kv and as_many_maps and key_features + value_features == head.in_features:
         args = f'key_ratio={key_ratio_of(key_features, head.in_features)}'
-    if args:
-        raise WeightsError(
-            f'{variant}: the weights have a head whose key and value are {shapes}, in the model they are {own_shapes}; '
-            f'give {args}')
+    elif num_classes == model.num_classes:
+        args = 'the num_classes, num_groups, key_ratio, split_groups and split_kv that it was made with'
+    else:
+        return  # a head of other classes, which timm drops
+    raise WeightsError(
+        f'{variant}: the weights have a head whose key and value are {shapes}, in the model they are {own_shapes}; '
+        f'give {args}')
 
 
 def load_backbone(
