@@ -85,6 +85,7 @@ class NoahModel:
 
     def draw_classifier(self, num_classes: int, global_pool: Optional[str] = None, **kwargs) -> None:
         """`reset_classifier`, with all first weights drawn: for training from scratch."""
+        check_whole('num_classes', num_classes, 0)
         if global_pool is not None:
             kwargs['global_pool'] = global_pool
         super().reset_classifier(0, **kwargs)
@@ -313,7 +314,7 @@ def check_init(name: str, init: Optional[str]) -> None:
 def begin(head: nn.Module, init: Optional[str] = None) -> None:
     """Have a head that was drawn begin as pooling, if `init` of `add_noah_head` is that; anything else stays."""
     if isinstance(head, NoahHead) and head.num_classes:
-        if init in ('pooling', 'classifier') or init is None and head.num_classes < MANY_CLASSES:
+        if init == 'pooling' or init is None and head.num_classes < MANY_CLASSES:
             head.begin_as_pooling()
 
 

@@ -112,6 +112,10 @@ def test_reset_remembers(name):
     assert (head.num_groups, head.key_ratio, head.drop_rate, head.num_classes) == (2, 0.25, 0.3, 10)
     assert head.key.weight.dtype == torch.float64 and not head.training
     assert model(image().double()).shape == (2, 10)
+    for refused in ('7', -1, 2.5):
+        with pytest.raises(ValueError, match=f'num_classes={refused!r} is not a whole number of at least 0'):
+            model.reset_classifier(refused)
+        assert model.get_classifier() is head and model.num_classes == 10
     model.to('meta').reset_classifier(5)
     assert model.get_classifier().key.weight.is_meta
 
