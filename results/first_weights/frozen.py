@@ -12,8 +12,8 @@ the test split in the same way are the same for all. Everything else is equal: A
 0.1, gradients clipped at 1, batches of 64, an epoch of warm-up and cosine. Every line is trained with every learning
 rate of --lr; the table has the best mean, of every line alike.
 
-A candidate with '+r8' gives an eighth of the channels to the keys, and so on; the others have the paper's ratios,
-KEY_RATIO.
+A candidate with '+r8' gives an eighth of the channels to the keys, and so on; '+all' gives all to keys and values
+alike, `split_kv=False`; the others have the ratios in KEY_RATIO.
 
 A line per setting goes to OUTPUT/frozen.jsonl when it is done; a repeated call goes on after the last one. OUTPUT is
 for one backbone, whose features stay there.
@@ -157,8 +157,9 @@ def main() -> None:
             def make(k=k, n=n, name=name, width=x.shape[-1]):
                 if not n:
                     return PoolLinear(width, k)
-                candidate, _, r = name.partition('+r')
-                head = noah_zoo.NoahHead(width, k, n, 1 / int(r) if r else KEY_RATIO[n], input_fmt='NLC')
+                candidate, _, split = name.partition('+')
+                ratio = 1 / int(split[1:]) if split.startswith('r') else KEY_RATIO[n]
+                head = noah_zoo.NoahHead(width, k, n, ratio, input_fmt='NLC', split_kv=split != 'all')
                 start(head, candidate)
                 return head
 
