@@ -7,7 +7,7 @@
 # The data: 10, 20, 100 and 1,000 images of each class of Fashion-MNIST, drawn by the seed, at 128 x 128 pixels; and the
 # stamps of Tux Paint at 224 x 224 ('stamps') or 128 x 128 ('stamps-128'), a quarter held out by the seed. On a core, a
 # run of all weights took 11 to 26 minutes on 10 images of each class, 57 on 1,000. A finished run is left as it is, so
-# an interrupted call is simply repeated.
+# an interrupted call is simply repeated. HEAD_ARGS, 'key_ratio=0.25' say, are arguments of the NOAH head.
 set -euo pipefail
 # Memory is kept, in large pages; see "Training on a CPU takes long" in docs/questions.md.
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000 GLIBC_TUNABLES=glibc.malloc.hugetlb=1
@@ -21,7 +21,7 @@ top1() { python -c "import json, sys; print(json.load(open(sys.argv[1] + '/summa
 try() {  # NAME SEED DATA..., of finetune.py and logistic.py alike
     local name=$1 seed=$2 data=("${@:3}" --seed "$2") head found
     local noah=(--model noah --no-pretrained
-        --model-kwargs backbone=tf_efficientnet_lite0 "pretrained_backbone=local-dir:$runs/lite0")
+        --model-kwargs backbone=tf_efficientnet_lite0 "pretrained_backbone=local-dir:$runs/lite0" ${HEAD_ARGS:-})
     local linear=(--model "local-dir:$runs/lite0")
     local common=(--dataset folder "${data[@]}" --workers 0 --resume auto "${more[@]}")
     if [ "$mode" = frozen ]; then

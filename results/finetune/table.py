@@ -10,7 +10,8 @@ from noah_zoo.text import table
 
 HEADS = {
     'logistic': 'logistic regression', 'linear-frozen': 'linear, frozen', 'noah-frozen': 'NOAH, frozen',
-    'linear-full': 'linear, all weights', 'noah-full': 'NOAH, all weights'}
+    'noah-r4-frozen': 'r = 1/4, frozen', 'noah-all-frozen': 'split_kv=False, frozen',
+    'linear-full': 'linear, all weights', 'noah-full': 'NOAH, all weights', 'noah-r4-full': 'r = 1/4, all weights'}
 
 
 def main() -> None:
