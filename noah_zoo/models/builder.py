@@ -282,10 +282,10 @@ def _check_head(variant: str, state_dict: Dict[str, Tensor], model: nn.Module, n
         return
     shapes, own_shapes = (
         [list(weight.shape) for weight in weights] for weights in (given, (head.key.weight, head.value.weight)))
-    key_features, value_features = (shape[1] * head.conv_groups for shape in shapes)
-    as_many_maps = shapes[0][0] == own_shapes[0][0]
     if shapes == own_shapes:
         return
+    key_features, value_features = (shape[1] * head.conv_groups for shape in shapes)
+    as_many_maps = shapes[0][0] == own_shapes[0][0]
     if head.split_kv and as_many_maps and key_features + value_features == head.in_features:
         args = f'key_ratio={key_ratio_of(key_features, head.in_features)}'
     elif num_classes == model.num_classes:
