@@ -336,6 +336,8 @@ def check_classifier(
         reason = f'{type(head).__name__} is not the head of the paper, which is pooling when its keys are zero'
     elif weight is None or weight.ndim not in (2, 4) or weight[0].numel() != weight.shape[1]:
         reason = 'it has no linear classifier'
+    elif weight.is_meta:
+        reason = 'its weights are on the meta device, so that there are none'
     elif weight.shape[0] != head.num_classes:
         reason = f'its classifier has {weight.shape[0]} classes, the head is to have {head.num_classes}'
     elif not _reads_the_average(model):

@@ -264,6 +264,14 @@ def test_no_linear_classifier():
         noah_zoo.add_noah_head(model, init='classifier')
 
 
+def test_a_classifier_on_meta():
+    with torch.device('meta'):
+        model = timm.create_model('resnet18', num_classes=7)
+    with pytest.raises(ValueError, match='its weights are on the meta device'):
+        noah_zoo.add_noah_head(model, init='classifier')
+    assert type(model).__module__.startswith('timm')
+
+
 @pytest.mark.parametrize('name, twin', [
     ('deit_tiny_050_patch16_224_noah', 'deit_tiny_050_patch16_224'), ('pvt_tiny_050_noah', 'pvt_tiny_050')])
 def test_a_classifier_of_a_class_token_is_refused_by_name(name, twin, tmp_path):
