@@ -179,8 +179,9 @@ FILES = {
 HUB = {
     'README.md': ('resnet50_noah', 'resnet50.a1_in1k', 'convnext_tiny.in12k_ft_in1k'),
     'models.md': ('resnet50.a1_in1k',), 'your_backbone.md': ('convnext_atto.d2_in1k',),
-    'finetune.md': ('resnet50_noah', 'mobilenetv2_100_noah', 'convnext_atto.d2_in1k'), 'publish.md': ('resnet18_noah',),
-    'questions.md': ('resnet18_noah',), 'other_tools.md': ('resnet18_noah', 'resnet18.a1_in1k'),
+    'finetune.md': ('resnet50_noah', 'mobilenetv2_100_noah', 'convnext_atto.d2_in1k'),
+    'publish.md': ('resnet18_noah', 'resnet18.a1_in1k'), 'questions.md': ('resnet18_noah',),
+    'other_tools.md': ('resnet18_noah', 'resnet18.a1_in1k'),
     'downstream.md': ('resnet101_noah', 'vit_large_patch16_224.augreg_in21k', 'resnet50.a1_in1k')}
 # Pictures that a page draws, and the mean difference to the one kept (of 255): another machine, fewer colours.
 PICTURES = {'head.md': {'bag.png': 1}, 'photographs.md': {

@@ -44,6 +44,10 @@ def plain_errors(
     except (ImportError, OSError, ValueError, *errors) as error:
         _let_go(error)
         parser.exit(2, f'{parser.prog}: error: {one_line(error)}\n')
+    except KeyError as error:  # timm's, of a folder or repository that is one of transformers, say
+        if error.args != ('architecture',):
+            raise
+        parser.exit(2, f"{parser.prog}: error: the config.json of the model has no 'architecture', as timm's have\n")
     except KeyboardInterrupt as interrupt:
         _let_go(interrupt)
         parser.exit(130, f'\n{parser.prog}: interrupted{kept()}\n')

@@ -2,6 +2,7 @@
 import copy
 import hashlib
 import os
+from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
@@ -82,10 +83,18 @@ class Images(Dataset):
         """A hash that changes with the images and their order: of names, labels, and sizes and times of files."""
         digest = hashlib.sha256(self.labels[self.rows].tobytes())
         for index in range(len(self)):
-            digest.update(self.where(index).encode())
+            digest.update(os.fsencode(self.where(index)))
             if os.path.exists(self.where(index)):
                 stat = os.stat(self.where(index))
                 digest.update(f' {stat.st_size} {stat.st_mtime_ns}'.encode())
+        return digest.hexdigest()
+
+    def names(self, data_dir: Optional[str] = None) -> str:
+        """A hash of the labels and names, in their order, without the folder that the names may begin with."""
+        root = str(Path(data_dir)) if data_dir else ''
+        digest = hashlib.sha256(self.labels[self.rows].tobytes())
+        for index in range(len(self)):
+            digest.update(os.fsencode(self.where(index).removeprefix(root)) + b'\0')
         return digest.hexdigest()
 
     def take(self, indices: Sequence[int]) -> 'Images':

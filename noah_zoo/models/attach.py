@@ -462,11 +462,15 @@ def set_image_size(model: nn.Module, img_size: int) -> None:
             f'{name_of(model)} is made for images of {size[0]} x {size[1]} pixels; got img_size={img_size}')
 
 
+def heads_of(model: nn.Module) -> nn.ModuleList:
+    """The classifiers of a timm model: one, or the two of one that was distilled."""
+    heads = model.get_classifier()
+    return nn.ModuleList(heads if isinstance(heads, tuple) else [heads])
+
+
 def is_convolutional(model: nn.Module) -> bool:
     """Whether most weights of a timm model, its head aside, are those of convolutions."""
-    classifiers = model.get_classifier()
-    classifiers = classifiers if isinstance(classifiers, tuple) else (classifiers,)
-    head = {id(p) for classifier in classifiers for p in classifier.parameters()}
+    head = {id(p) for p in heads_of(model).parameters()}
     convolutions = {id(m.weight) for m in model.modules() if isinstance(m, nn.Conv2d)}
     sizes = [(p.numel(), id(p) in convolutions) for p in model.parameters() if id(p) not in head]
     return 2 * sum(size for size, inside in sizes if inside) > sum(size for size, _ in sizes)

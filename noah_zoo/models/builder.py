@@ -2,7 +2,7 @@
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 from safetensors import SafetensorError
 from timm.models import (
@@ -14,6 +14,7 @@ from timm.models import (
     is_model,
     load_state_dict,
     model_entrypoint,
+    resolve_model_input_args,
     resolve_pretrained_cfg,
 )
 from torch import Tensor, nn
@@ -35,6 +36,10 @@ from .attach import (
 )
 
 WEIGHT_PLACES = ('state_dict', 'file', 'hf_hub_id', 'hf_hub_filename', 'url', 'source')  # as timm ranks them
+CHECKPOINTS = ('.safetensors', '.pt', '.pth', '.bin', '.tar')
+PREPROCESSING = (  # what a pretrained cfg says of the images that its weights are for
+    'mean', 'std', 'input_size', 'test_input_size', 'pool_size', 'test_pool_size', 'interpolation', 'crop_pct',
+    'test_crop_pct', 'crop_mode')
 HEAD_ARGS = ('num_groups', 'key_ratio', 'drop_rate', 'split_groups', 'split_kv', 'noah_variant')
 
 # From a model's name, its cfg and the Hub's cache to the cfg with the place of verified weights, and the arguments that
@@ -75,7 +80,8 @@ def build_noah(
         pretrained_cfg: See timm.
         pretrained_cfg_overlay: See timm.
         pretrained_backbone: A timm name with tag, 'hf-hub:', 'local-dir:' or the path of a checkpoint: everything but
-            the head is loaded from it.
+            the head is loaded from it; unless it is a checkpoint or a `pretrained_cfg` is given, images are prepared as
+            for these weights.
         init: What a new head starts from, 'pooling', 'random' or 'classifier' (that of `pretrained_backbone`); see
             `add_noah_head`. None is as there if weights are loaded or most weights are of convolutions, else 'random'.
         **kwargs: `num_groups`, `key_ratio`, `drop_rate`, `split_groups`, `split_kv`, `noah_variant` (see
@@ -88,6 +94,10 @@ def build_noah(
     row = CATALOG[variant]
     noah_cfg = dict(num_groups=row.num_groups, key_ratio=row.key_ratio, drop_rate=row.drop_rate)
     noah_cfg.update({name: kwargs.pop(name) for name in HEAD_ARGS if name in kwargs})
+    if not pretrained_cfg or isinstance(pretrained_cfg, str):
+        pretrained_cfg = replace(
+            resolve_pretrained_cfg(variant, pretrained_cfg),
+            **_preprocessing_of(None if pretrained else pretrained_backbone, (row.vanilla, variant)))
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
     shipped = SHIPPED.get(f'{variant}.{cfg.tag}')
     if shipped is not None:
@@ -145,7 +155,8 @@ def build_any(
         raise ValueError(f'backbone={backbone!r}: timm knows no such model; see timm.list_models()')
     noah_cfg = {name: kwargs.pop(name) for name in HEAD_ARGS if name in kwargs}
     if not pretrained_cfg or isinstance(pretrained_cfg, str):
-        pretrained_cfg = cfg_without_weights(twin, tag)
+        pretrained_cfg = replace(
+            cfg_without_weights(twin, tag), **_preprocessing_of(None if pretrained else pretrained_backbone, (twin,)))
     cfg = resolve_pretrained_cfg('noah', pretrained_cfg, pretrained_cfg_overlay)
     if pretrained and not any(getattr(cfg, place) for place in WEIGHT_PLACES):
         raise WeightsError(
@@ -190,6 +201,16 @@ def _backbone_source(
             raise ValueError(
                 f'{variant}: pretrained=True and {name}={value!r} exclude each other (--no-pretrained of finetune.py)')
     return None, given.get('init')
+
+
+def _preprocessing_of(source: Optional[str], names: Sequence[str]) -> Dict[str, Any]:
+    """What the pretrained cfg of a backbone's weights says of images; if they are none of the models of these names,
+    reid_resnet50 with those of resnet50 say, mean and std only."""
+    if not source or Path(source).suffix in CHECKPOINTS:
+        return {}
+    found = resolve_model_input_args(source)
+    is_same = not {found['model_name'].partition('.')[0], found.get('backbone')}.isdisjoint(names)
+    return {name: found['pretrained_cfg'].get(name) for name in (PREPROCESSING if is_same else PREPROCESSING[:2])}
 
 
 def _start_of(model: nn.Module, weights: Any) -> Optional[str]:
@@ -317,7 +338,7 @@ def load_backbone(
         ValueError: If weights are missing, surplus or of another shape, or there is no classifier to start from.
     """
     own = model.state_dict()
-    if Path(source).suffix in ('.safetensors', '.pt', '.pth', '.bin', '.tar'):
+    if Path(source).suffix in CHECKPOINTS:
         if not Path(source).is_file():
             raise FileNotFoundError(f'{variant}: pretrained_backbone={source!r} is not a file')
         state_dict = load_state_dict(source, weights_only=True)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ..config import TrainConfig
-from ..data.base import Images
+from ..data.base import Images, class_changes
 from ..text import some
 
 
@@ -80,7 +80,12 @@ class Task:
                 f'{name} tells {model.num_classes} classes apart, the images have {len(images.class_names)} '
                 f'({some(images.class_names)}); they have to be the same')
         names = model.pretrained_cfg.get('label_names')
-        return images.with_classes(names) if names and isinstance(images, Images) else images
+        if isinstance(images, Images):
+            return images.with_classes(names) if names else images
+        changes = class_changes(names, images.class_names) if names else ''
+        if changes:
+            raise ValueError(f'{name} was trained for other classes than the stream has: {changes}')
+        return images
 
     def rows(self, metrics: Any, class_names: Sequence[str]) -> Sequence[Dict[str, Any]]:
         """A row per class of what `metrics` has seen, if the task tells more than its figures."""

@@ -15,8 +15,8 @@ from ..config import TrainConfig
 from ..data.base import class_changes
 from ..data.images import mode_of
 from ..inference.predict import check_model
-from ..models.attach import data_config_of, is_convolutional, set_image_size
-from ..tasks import find_task
+from ..models.attach import data_config_of, heads_of, is_convolutional, set_image_size
+from ..tasks import TASKS, find_task
 from .schedule import OneCycle
 
 _logger = logging.getLogger(__name__)
@@ -37,9 +37,6 @@ def build_model(config: TrainConfig, class_names: Tuple[str, ...]) -> nn.Module:
         overlay.update(input_size=(channels, config.img_size, config.img_size), pool_size=None)
     overlay.update({
         name: getattr(config, name) for name in ('crop_pct', 'crop_mode', 'interpolation') if getattr(config, name)})
-    notes = find_task(config.task).notes
-    if notes:
-        overlay.update(notes=notes)
     if not config.pretrained:
         overlay.update(num_classes=len(class_names), tag=None, license=None, origin_url=None)
     try:
@@ -55,6 +52,11 @@ def build_model(config: TrainConfig, class_names: Tuple[str, ...]) -> nn.Module:
     if data_config['input_size'][0] != channels:  # the weights were for others, and so were mean and std
         model.pretrained_cfg.update(
             input_size=(data_config['input_size'][0], *size), mean=data_config['mean'], std=data_config['std'])
+    others = {note for task in TASKS.values() for note in task.notes}  # of what the weights may have been trained for
+    before = tuple(model.pretrained_cfg.get('notes') or ())
+    notes = (*(note for note in before if note not in others), *find_task(config.task).notes)
+    if notes != before:
+        model.pretrained_cfg.update(notes=notes)
     classifier = model.get_classifier()
     is_new = config.pretrained and model.num_classes != model.pretrained_cfg['num_classes']
     trained_for = model.pretrained_cfg.get('label_names') or class_names
@@ -73,7 +75,7 @@ def build_model(config: TrainConfig, class_names: Tuple[str, ...]) -> nn.Module:
         model.set_grad_checkpointing()
     if config.freeze:
         model.requires_grad_(False)
-        model.get_classifier().requires_grad_(True)
+        heads_of(model).requires_grad_(True)
     return model
 
 
@@ -108,7 +110,7 @@ def param_groups(model: nn.Module, config: TrainConfig) -> List[Dict[str, Any]]:
         groups = param_groups_layer_decay(model, layer_decay=config.layer_decay, **shared)
     else:
         groups = param_groups_weight_decay(model, **shared)
-    head = {id(p) for p in model.get_classifier().parameters()} if config.head_lr_factor != 1 else set()
+    head = {id(p) for p in heads_of(model).parameters()} if config.head_lr_factor != 1 else set()
     split = []
     for group in groups:
         for mine, factor in ((False, 1.), (True, config.head_lr_factor)):

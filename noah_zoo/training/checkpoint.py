@@ -2,7 +2,7 @@
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 from accelerate import Accelerator
 
@@ -18,6 +18,8 @@ class Progress:
         epoch: Epochs done.
         update: Updates done, in all epochs.
         updates: Updates of an epoch; 0 in checkpoints from before it was kept.
+        images: Number and `Images.names` of those to train on and of those of evaluation; None if they are streams, or
+            in checkpoints from before it was kept.
         batch: Batches of a process done in the epoch under way.
         updates_in_epoch: Updates done in it.
         loss: Sum of the losses of the epoch's updates so far.
@@ -30,6 +32,7 @@ class Progress:
     def __init__(self) -> None:
         self.epoch = self.update = self.batch = self.best_epoch = self.skipped = self.updates_in_epoch = 0
         self.updates = 0
+        self.images: Optional[List[Tuple[int, str]]] = None
         self.loss = self.seconds = 0.
         self.best = -1.
 

@@ -18,6 +18,7 @@ from torch.utils.data import Sampler
 from ..data.base import Images
 from ..data.loader import EvalBatchSampler, create_loader
 from ..files import beside, clear_partial, write
+from ..models.attach import heads_of
 from ..weights.hub import sha256_of
 
 _logger = logging.getLogger(__name__)
@@ -113,7 +114,7 @@ def cache_features(
 def feature_key(model: nn.Module, images: Images, transform: Callable) -> str:
     """A hash of all that the features depend on: not of the head, its classes or their names."""
     digest = hashlib.sha256(b'3')
-    head = {id(module) for module in model.get_classifier().modules()}
+    head = {id(module) for module in heads_of(model).modules()}
     for name, module in model.named_modules():
         if id(module) in head:
             continue

@@ -94,10 +94,13 @@ class RunFolder:
         if changes:
             raise ValueError(f'{run} cannot go on with other classes: {changes}')
 
-    def damaged(self) -> Optional[Dict[str, str]]:
-        """Where -> reason, of the images that a run left out; it has looked at every one."""
-        file = self.path / 'damaged.json'
-        return json.loads(file.read_text(encoding='utf-8')) if file.exists() else None
+    def damaged(self, config: TrainConfig) -> Optional[Dict[str, str]]:
+        """Where -> reason, of the images that a run left out; it has looked at every one. None if it has not, or the
+        folder of the data is called otherwise now."""
+        file, args = self.path / 'damaged.json', self.path / 'args.yaml'
+        if not file.exists() or not args.exists() or _settings(args, config)['data_dir'] != config.data_dir:
+            return None
+        return json.loads(file.read_text(encoding='utf-8'))
 
     def mend(self) -> None:
         """Put the best weights in their place, where a run was stopped between two renamings."""
@@ -112,10 +115,10 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         clear_partial(self.path)
         (self.path / 'summary.json').unlink(missing_ok=True)  # of a finished run that is trained on
+        if config.skip_damaged:  # before the settings, which say where these images are
+            write(self.path / 'damaged.json', json.dumps(damaged, indent=2) + '\n')
         write(self.path / 'args.yaml', yaml.safe_dump(_plain(config), sort_keys=False))
         write(self.path / 'classes.json', json.dumps(list(class_names), indent=0) + '\n')
-        if config.skip_damaged:
-            write(self.path / 'damaged.json', json.dumps(damaged, indent=2) + '\n')
         log = (run_of(config.resume) or self.path) / self.log.name
         if log.exists():
             lines = log.read_text(encoding='utf-8').splitlines(keepends=True)
@@ -179,6 +182,12 @@ def _settings(args: Path, config: TrainConfig) -> Dict[str, Any]:
     """What an `args.yaml` has, and the defaults of settings that came later."""
     defaults = _plain(TrainConfig(model=config.model, output=config.output))
     return {**defaults, **yaml.safe_load(args.read_text(encoding='utf-8'))}
+
+
+def epoch_updates_of(output: str) -> Optional[int]:
+    """What a run that is there has as `epoch_updates`; None if there is none."""
+    args = Path(output) / 'args.yaml'
+    return yaml.safe_load(args.read_text(encoding='utf-8')).get('epoch_updates', 0) if args.is_file() else None
 
 
 def _refuse_changes(what: str, before: Dict[str, Any], now: Dict[str, Any]) -> None:

@@ -12,8 +12,10 @@ from ..data.transforms import check_crop
 from ..inference.predict import check_model
 from ..recipes import RECIPES, learning_rate, recipe_of
 from ..tasks import find_task
+from .run_folder import epoch_updates_of
 
 __all__ = ['BatchPlan', 'check_settings', 'configure', 'learning_rate', 'plan_batch']
+SCHEDULES = ('cosine', 'tanh', 'step', 'multistep', 'poly', 'constant', 'wsd', 'rsqrt', 'onecycle')
 _logger = logging.getLogger(__name__)
 
 
@@ -27,7 +29,7 @@ def configure(model: str, output: str, recipe: str = 'auto', **overrides: Any) -
             the model; a name of `noah_zoo.recipes.RECIPES`; or 'none', the defaults of `TrainConfig`.
         **overrides: Other fields of `TrainConfig`, which come before the recipe; None and False switch off.
             `model_kwargs` come before the recipe's key by key. `lr_base` and `lr_base_size` also displace its `lr`,
-            and `epochs` its `epoch_updates`.
+            and `epochs` its `epoch_updates`, but for a run that is to `resume`, which keeps its own.
 
     Raises:
         TypeError: If `TrainConfig` has no such field.
@@ -43,8 +45,13 @@ def configure(model: str, output: str, recipe: str = 'auto', **overrides: Any) -
         _logger.info('recipe of %s: %s', model, name)
     if 'lr' not in overrides and {'lr_base', 'lr_base_size'} & set(overrides):
         settings.pop('lr', None)
-    if 'epochs' in overrides and 'epoch_updates' not in overrides and settings.pop('epoch_updates', 0):
-        _logger.info('epochs=%s: each is one pass over the images; --epoch-updates gives it more', overrides['epochs'])
+    if 'epochs' in overrides and 'epoch_updates' not in overrides:
+        kept = epoch_updates_of(output) if overrides.get('resume') else None
+        if kept is not None:
+            settings['epoch_updates'] = kept
+        elif settings.pop('epoch_updates', 0):
+            _logger.info(
+                'epochs=%s: each is one pass over the images; --epoch-updates gives it more', overrides['epochs'])
     if overrides.get('model_kwargs'):
         overrides = overrides | dict(model_kwargs={**settings.get('model_kwargs', {}), **overrides['model_kwargs']})
     elif 'model_kwargs' in overrides:
@@ -60,6 +67,8 @@ def check_settings(config: TrainConfig, accelerator: Accelerator) -> None:
     mode_of(config.model_kwargs.get('in_chans', 3))
     kind = accelerator.distributed_type
     check_crop(config)
+    if config.sched not in SCHEDULES:
+        raise ValueError(f'sched={config.sched!r} is not one of {", ".join(SCHEDULES)}')
     if config.cache_features and (config.mixup or config.cutmix):
         raise ValueError(
             'mixup and cutmix do not go with cache_features, which has no images to mix; give --mixup 0 --cutmix 0')

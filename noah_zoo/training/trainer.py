@@ -28,7 +28,7 @@ from ..data.loader import EpochBatchSampler, EvalBatchSampler, create_loader, on
 from ..data.streams import Stream
 from ..data.transforms import create_erasing, create_transforms
 from ..inference.predict import has_bf16, logits_of
-from ..models.attach import data_config_of, eval_transform
+from ..models.attach import data_config_of, eval_transform, heads_of
 from ..tasks import find_task
 from .builders import (
     build_ema,
@@ -118,11 +118,13 @@ class Trainer:
         self.plan = plan = plan_batch(config, accelerator.num_processes)
 
         seed_everything(config.seed)
-        train_set, val_set = create_datasets(config, self.folder.damaged(), self.task.reads)
+        train_set, val_set = create_datasets(config, self.folder.damaged(config), self.task.reads)
         self.task.check_images(train_set, val_set)
         self.class_names = train_set.class_names
         self.folder.check_classes(self.class_names, config.resume)
         self.streams = [images for images in (train_set, val_set) if isinstance(images, Stream)]
+        self.images = None if self.streams else [
+            (len(images), images.names(config.data_dir)) for images in (train_set, val_set)]
         self.damaged = {**getattr(train_set, 'damaged', {}), **getattr(val_set, 'damaged', {})}
         model = build_model(config, self.class_names)
         rank, size = accelerator.process_index, plan.per_device
@@ -261,7 +263,7 @@ class Trainer:
         self.prepared.train()
         if config.freeze or progress.epoch < config.freeze_epochs:
             self.model.eval()
-            self.model.get_classifier().train()
+            heads_of(self.model).train()
         for norm in self.frozen_norms:
             norm.eval()
         batches = iter(self.epoch_batches())
@@ -332,7 +334,7 @@ class Trainer:
                 buffer.copy_(kept)
             return
         if progress.epoch < config.freeze_epochs:  # frozen, yet in the graph, which DDP and compiled models hold on to
-            head = set(self.model.get_classifier().parameters())
+            head = set(heads_of(self.model).parameters())
             for parameter in self.model.parameters():
                 if parameter not in head:
                     parameter.grad = None
@@ -398,7 +400,7 @@ class Trainer:
         has its best weights; going back, or from another run's checkpoint, the best is that of the epochs to come.
 
         Raises:
-            ValueError: If an epoch had another number of updates, or none is left.
+            ValueError: If the run had other images, an epoch another number of updates, or none is left.
         """
         config, progress = self.config, self.progress
         newest = newest_checkpoint(self.folder.checkpoints)
@@ -413,7 +415,7 @@ class Trainer:
             for group, settings in zip(self.optimizer.param_groups, given):
                 group.update(settings)
             self._check_place(path)
-        progress.updates = self.updates
+        progress.updates, progress.images = self.updates, self.images
         if self.on_updates:
             self.scheduler.step_update(progress.update)
         else:
@@ -431,6 +433,14 @@ class Trainer:
     def _check_place(self, path: Path) -> None:
         """Find the place in the epoch from the updates, as batches may have another size now."""
         progress = self.progress
+        own = path.resolve().parent.parent == self.folder.path.resolve()  # a branch may have its own
+        if own and self.images and progress.images and list(progress.images) != self.images:
+            before, now = ([count for count, _ in images] for images in (progress.images, self.images))
+            raise ValueError(
+                f'{self.folder.path} cannot go on with other images: it had {before[0]:,} to train on and '
+                f'{before[1]:,} to evaluate on, now there are {now[0]:,} and {now[1]:,}'
+                f'{" of other names or labels" * (before == now)}; another --output with --model '
+                f'local-dir:{self.folder.path / "best"} begins from its weights')
         if progress.updates not in (0, self.updates):
             raise ValueError(
                 f'{path} cannot be gone on with: an epoch had {progress.updates} updates, and has {self.updates} now, '

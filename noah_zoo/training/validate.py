@@ -26,6 +26,9 @@ def validate(
         task: str = 'multiclass',
         data_dir: Optional[str] = None,
         split: str = 'validation',
+        input_key: Optional[str] = None,
+        target_key: Optional[str] = None,
+        without_labels: bool = False,
         batch_size: int = 64,
         workers: int = 2,
         img_size: Optional[int] = None,
@@ -41,6 +44,9 @@ def validate(
         task: A name of `noah_zoo.tasks.TASKS`.
         data_dir: Folder of the data.
         split: Split to evaluate on; of a folder without splits, all images.
+        input_key: As of `create_dataset`.
+        target_key: As of `create_dataset`.
+        without_labels: As of `create_dataset`.
         batch_size: Images in a batch of a process.
         workers: Data loading processes per process.
         img_size: Another image size than the model's.
@@ -67,7 +73,9 @@ def validate(
     is_exported = Path(model).suffix in SUFFIXES.values() and Path(model).is_file()
     if not is_exported:
         check_model(model)
-    images = create_dataset(dataset, data_dir, split, task=judge.reads)
+    images = create_dataset(
+        dataset, data_dir, split, task=judge.reads, input_key=input_key, target_key=target_key,
+        without_labels=without_labels)
     if images.task != judge.reads:
         raise ValueError(f'{dataset} is for --task {images.task}, and the task is {task}')
     if isinstance(images, Folder) and images.root == Path(data_dir):

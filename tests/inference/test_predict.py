@@ -103,6 +103,14 @@ def test_bad_input(args, message):
     assert 'Traceback' not in result.stderr and not result.stdout
 
 
+def test_a_model_that_is_not_timms(tmp_path):
+    config = '{"architectures": ["ViTForImageClassification"], "model_type": "vit"}'
+    (tmp_path / 'config.json').write_text(config)
+    result = run('--model', f'local-dir:{tmp_path}')
+    assert result.returncode == 2 and result.stderr.endswith(
+        "error: the config.json of the model has no 'architecture', as timm's have\n")
+
+
 def test_empty_folder(tmp_path):
     result = run(tmp_path)
     assert result.returncode == 2 and 'no image in this folder' in result.stderr

@@ -12,6 +12,7 @@ from timm.models import group_parameters, save_for_hf
 
 from noah_zoo import NoahHead
 from noah_zoo.catalog import CATALOG
+from noah_zoo.models.attach import data_config_of
 
 NEW_TWINS = (
     'shufflenetv2_100', 'deit_tiny_075_patch16_224', 'deit_tiny_050_patch16_224', 'pvt_tiny', 'pvt_tiny_075',
@@ -341,6 +342,31 @@ def test_backbone_adapts_channels_and_size(tmp_path):
     weight = model.patch_embed.proj.weight
     torch.testing.assert_close(weight, twin.patch_embed.proj.weight.sum(dim=1, keepdim=True))
     assert model.pos_embed.shape == (1, 36, 96) and model.pos_embed.std() > 0.005
+
+
+@pytest.mark.parametrize('name, twin, kwargs', [
+    ('noah', 'test_resnet', dict(backbone='test_resnet')), ('resnet18_noah', 'resnet18', {})])
+def test_images_are_prepared_as_for_the_weights_of_the_backbone(name, twin, kwargs, tmp_path):
+    own = dict(input_size=(3, 64, 48), mean=(0.2, 0.3, 0.4), std=(0.1,) * 3, crop_pct=0.5, interpolation='bilinear')
+    model = timm.create_model(twin, num_classes=5, pretrained_cfg_overlay=own)
+    save_for_hf(model, str(tmp_path), safe_serialization=True)
+    kwargs.update(pretrained_backbone=f'local-dir:{tmp_path}')
+    built = timm.create_model(name, **kwargs)
+    assert data_config_of(built) == data_config_of(model) and data_config_of(model).items() >= own.items()
+    assert built.pretrained_cfg.get('num_classes') == 1000
+    overlaid = data_config_of(timm.create_model(name, pretrained_cfg_overlay=dict(crop_pct=1.), **kwargs))
+    assert overlaid == dict(data_config_of(model), crop_pct=1.)
+    torch.save(model.state_dict(), tmp_path / 'weights.pt')  # which says nothing of images
+    kwargs.update(pretrained_backbone=str(tmp_path / 'weights.pt'))
+    assert data_config_of(timm.create_model(name, **kwargs))['mean'] != own['mean']
+
+
+def test_those_of_another_architecture_say_how_values_are_scaled(tmp_path):
+    model = timm.create_model('resnet50', pretrained_cfg_overlay=dict(mean=(0.2,) * 3, std=(0.1,) * 3, crop_pct=0.5))
+    save_for_hf(model, str(tmp_path), safe_serialization=True)
+    plain, built = (data_config_of(timm.create_model('noah', backbone='reid_resnet50', num_classes=3, **source))
+                    for source in ({}, dict(pretrained_backbone=f'local-dir:{tmp_path}')))
+    assert built == dict(plain, mean=(0.2,) * 3, std=(0.1,) * 3) and built['input_size'] == (3, 256, 128)
 
 
 def test_backbone_that_does_not_fit(tmp_path):

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from timm.models import save_for_hf
 
 import noah_zoo  # noqa: F401
-from noah_zoo.models.attach import is_convolutional
+from noah_zoo.models.attach import heads_of, is_convolutional
 from noah_zoo.training import TrainConfig
 from noah_zoo.training.builders import (
     build_ema,
@@ -114,3 +114,23 @@ def test_schedulers_are_stepped_as_the_settings_say():
                 scheduler.step(update // 4)
             rates.append(optimizer.param_groups[0]['lr'])
         assert len(set(rates)) == (8 if on_updates else 2) and rates[-1] < 1
+
+
+def test_weights_of_another_task(tmp_path):
+    # What logits are goes by the run's task, not by that of the weights it starts from.
+    model = timm.create_model('test_resnet', num_classes=3, pretrained_cfg_overlay=dict(notes=('mine', 'multilabel')))
+    save_for_hf(model, str(tmp_path), safe_serialization=True)
+    for task, notes in (('multiclass', ['mine']), ('multilabel', ['mine', 'multilabel'])):
+        config = TrainConfig(model=f'local-dir:{tmp_path}', output='', pretrained=True, task=task)
+        assert list(build_model(config, ('a', 'b', 'c')).pretrained_cfg['notes']) == notes
+    config = TrainConfig(model='test_resnet', output='', task='multilabel')
+    assert build_model(config, ('a', 'b', 'c')).pretrained_cfg['notes'] == ('multilabel',)
+
+
+def test_both_heads_of_a_distilled_model():
+    config = TrainConfig(model='deit_tiny_distilled_patch16_224', output='', freeze=True, head_lr_factor=10)
+    model = build_model(config, ('a', 'b', 'c'))
+    heads = {f'{name}.{kind}' for name in ('head', 'head_dist') for kind in ('weight', 'bias')}
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == heads
+    assert {scale for scale, _ in groups_of(model, head_lr_factor=10).values()} == {10}
+    assert len(heads_of(timm.create_model('test_resnet'))) == 1

@@ -58,6 +58,29 @@ def test_a_renamed_class_stops_a_run_that_goes_on(tmp_path):
         train(config)
 
 
+def test_a_run_goes_on_with_its_images_only(tmp_path):
+    make_folder(tmp_path / 'data', {'cat': 20, 'dog': 20}, ['train'])
+    (tmp_path / 'data/train/cat/0.png').write_bytes(b'')  # damaged
+    config = configure(
+        'test_resnet', str(tmp_path / 'run'), 'none', dataset='folder', data_dir=str(tmp_path / 'data'), img_size=32,
+        val_fraction=0.25, epochs=1, batch_size=8, workers=0, cpu=True, resume='auto', skip_damaged=True)
+    train(config)
+    os.rename(tmp_path / 'data', tmp_path / 'moved')
+    moved = replace(config, data_dir=f'{tmp_path}/./moved', epochs=2)
+    assert train(moved)['damaged'] == 1
+    assert list(json.loads((tmp_path / 'run/damaged.json').read_text())) == [str(tmp_path / 'moved/train/cat/0.png')]
+    shutil.copy(tmp_path / 'moved/train/cat/1.png', tmp_path / 'moved/train/cat/1b.png')
+    with pytest.raises(ValueError, match=(
+            'run cannot go on with other images: it had 29 to train on and 10 to evaluate on, now there are 30 and 10; '
+            'another --output with --model local-dir:.*best begins from its weights')):
+        train(replace(moved, epochs=3))
+    os.remove(tmp_path / 'moved/train/cat/1.png')
+    with pytest.raises(ValueError, match='there are 29 and 10 of other names or labels; another'):
+        train(replace(moved, epochs=3))
+    os.rename(tmp_path / 'moved/train/cat/1b.png', tmp_path / 'moved/train/cat/1.png')
+    assert train(replace(moved, epochs=3))['epoch'] == 3
+
+
 def test_no_path_of_the_machine_is_kept_with_the_weights(tmp_path):
     secret = tmp_path / 'secret' / 'weights.safetensors'
     secret.parent.mkdir()

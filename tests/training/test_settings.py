@@ -14,8 +14,10 @@ from noah_zoo.catalog import CATALOG, released
 from noah_zoo.cli.train import main, parse_args
 from noah_zoo.config import TrainConfig
 from noah_zoo.recipes import RECIPES, REMARKS, Recipe, recipe_of
+from noah_zoo.training import train
 from noah_zoo.training.builders import build_optimizer, build_scheduler
-from noah_zoo.training.settings import BatchPlan, configure, learning_rate, plan_batch
+from noah_zoo.training.run_folder import RunFolder
+from noah_zoo.training.settings import SCHEDULES, BatchPlan, configure, learning_rate, plan_batch
 
 from ..scripts import call
 
@@ -173,6 +175,35 @@ def test_what_the_user_gives_comes_first():
     assert configure('mixer_s16_224', 'out', model_kwargs=dict(proj_drop_rate=0)).model_kwargs == dict(proj_drop_rate=0)
     assert configure('mixer_s16_224', 'out', model_kwargs=None).model_kwargs == {}
     assert RECIPES['mixer'].model_kwargs == dict(proj_drop_rate=0.02333)  # untouched
+
+
+def test_a_run_that_goes_on_keeps_its_passes(tmp_path):
+    for begun, given, updates in (({}, dict(epochs=20), 20), (dict(epochs=5), dict(epochs=20), 0),
+                                  ({}, dict(epochs=20, epoch_updates=7), 7)):
+        config = configure('resnet18', str(tmp_path), 'finetune', resume='auto', **begun)
+        RunFolder(str(tmp_path)).begin(config, ['a'], 0, {})
+        longer = configure('resnet18', str(tmp_path), 'finetune', resume='auto', **given)
+        assert (longer.epochs, longer.epoch_updates) == (20, updates)
+        assert configure('resnet18', str(tmp_path), 'finetune', epochs=20).epoch_updates == 0  # not to go on
+        (tmp_path / 'args.yaml').unlink()
+
+
+@pytest.mark.parametrize('sched', ['plateau', 'none', 'cosin'])
+def test_schedulers_that_are_none(sched, idx_dir, tmp_path):
+    config = configure('resnet18', str(tmp_path), 'none', data_dir=str(idx_dir), sched=sched, cpu=True)
+    with pytest.raises(ValueError, match=f"sched='{sched}' is not one of cosine, .*, onecycle"):
+        train(config)
+
+
+@pytest.mark.parametrize('sched', sorted(set(SCHEDULES) - {'onecycle'}))
+def test_every_scheduler_comes_near_the_learning_rate(sched):
+    config = TrainConfig(model='', output='', sched=sched, epochs=4, warmup_epochs=1, decay_epochs=2)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    scheduler, rates = build_scheduler(optimizer, config, 3), []
+    for epoch in range(4):
+        scheduler.step(epoch)
+        rates.append(optimizer.param_groups[0]['lr'])
+    assert rates[0] < 1e-3 and 0.08 < max(rates) <= 0.1
 
 
 def test_recipes_are_not_shared_between_runs():

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import timm
 from PIL import Image
@@ -11,8 +12,10 @@ from timm.models import ResNet, VisionTransformer, save_for_hf
 
 import noah_zoo  # noqa: F401
 from noah_zoo.catalog import CATALOG
+from noah_zoo.models.saving import save_model
 from noah_zoo.training.validate import validate
 
+from ..data.files import make_shards, samples
 from ..scripts import call
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,6 +92,33 @@ def test_a_folder_without_splits_is_called_all_images(tmp_path, caplog):
             f'local-dir:{tmp_path}/model', 'folder', data_dir=str(tmp_path / folder), img_size=32, workers=0, cpu=True)
         assert result['split'] == split and result['images'] == 2
         assert ("has no folder for split 'validation'" in caplog.text) == (folder == 'whole')
+
+
+def test_a_stream_in_another_order_of_classes(tmp_path):
+    pytest.importorskip('webdataset')
+    save_model(timm.create_model('test_resnet', num_classes=2), tmp_path / 'model', {}, label_names=['cat', 'dog'])
+    args = dict(dataset='wds/', img_size=32, split='train', workers=0, cpu=True)
+    for names in ('cat\ndog\n', 'dog\ncat\n'):
+        root = make_shards(tmp_path / names[:3], [samples(0, 5)], names)
+        if names.startswith('cat'):
+            validate(f'local-dir:{tmp_path}/model', data_dir=root, **args)
+        else:
+            with pytest.raises(ValueError, match="other classes than the stream has: their order was 'cat', 'dog'"):
+                validate(f'local-dir:{tmp_path}/model', data_dir=root, **args)
+
+
+def test_other_columns(tmp_path):
+    table = datasets.Dataset.from_dict(
+        {'img': [Image.new('RGB', (8, 8))] * 2, 'fine': [0, 1]},
+        features=datasets.Features({'img': datasets.Image(), 'fine': datasets.ClassLabel(names=['cat', 'dog'])}))
+    (tmp_path / 'data').mkdir()
+    table.to_parquet(tmp_path / 'data' / 'validation.parquet')
+    save_model(timm.create_model('test_resnet', num_classes=2), tmp_path / 'model', {}, label_names=['cat', 'dog'])
+    args = ['--model', f'local-dir:{tmp_path}/model', '--dataset', 'hfds/parquet', '--data-dir', tmp_path / 'data',
+            '--cpu', '-j', 0]
+    result = call('validate.py', *args)
+    assert result.returncode == 2 and "no images in a column 'image' (--input-key)" in result.stderr
+    assert call('validate.py', *args, '--input-key', 'img', '--target-key', 'fine').returncode == 0
 
 
 @pytest.mark.parametrize('args, message', [
