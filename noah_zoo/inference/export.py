@@ -114,15 +114,17 @@ def export(
 def describe(model: nn.Module) -> Dict[str, Any]:
     """What someone without timm has to know of a model: preprocessing, label names.
 
-    An image is resized so that its shorter side has `resize` pixels, then its middle is cropped to `crop`, height and
-    width, then its values, of 0 to 1, are normalised by `mean` and `std`: `crop_mode` 'center' says that, other modes
-    are timm's. 'multilabel' among `notes` says that an image may have several classes, each with its sigmoid.
+    An image is resized so that its shorter side has `resize` pixels, or of a model for rectangles so that it just
+    covers `resize`, height and width; then its middle is cropped to `crop`, height and width, then its values, of 0 to
+    1, are normalised by `mean` and `std`: `crop_mode` 'center' says that, other modes are timm's. 'multilabel' among
+    `notes` says that an image may have several classes, each with its sigmoid.
     """
     config = data_config_of(model)
     _, *size = config['input_size']
+    resize = [math.floor(side / config['crop_pct']) for side in size]
     return {
         'architecture': name_of(model), 'input_size': list(config['input_size']),
-        'resize': math.floor(min(size) / config['crop_pct']), 'crop': size, 'crop_pct': config['crop_pct'],
+        'resize': resize if size[0] != size[1] else resize[0], 'crop': size, 'crop_pct': config['crop_pct'],
         'crop_mode': config['crop_mode'], 'interpolation': config['interpolation'], 'mean': list(config['mean']),
         'std': list(config['std']), 'notes': list(model.pretrained_cfg.get('notes') or ()),
         'label_names': label_names(model)}

@@ -20,7 +20,7 @@ from ..data.loader import on_device, outlive_sigterm
 from ..models.attach import data_config_of, eval_transform, input_size_of, is_convolutional
 from ..text import near
 from ..weights import WeightsError
-from ..weights.drive import fetch_released
+from ..weights.find import fetch_of_authors
 from ..weights.released import write_folder
 
 _logger = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ def load_twin(name: str, device: str = 'cpu') -> nn.Module:
     if vanilla in TWINS:
         return load_model(f'{vanilla}.{TAG}', device)
     try:
-        weights = load_file(fetch_released(vanilla))
+        weights = load_file(fetch_of_authors(vanilla))
     except WeightsError as error:
         raise ValueError(str(error)) from error
     with tempfile.TemporaryDirectory() as folder:

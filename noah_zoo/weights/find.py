@@ -48,7 +48,19 @@ def find_weights(
     if name in SHIPPED:
         _logger.info('%s: weights inside the package (%s)', name, cfg.file)
         return cfg, {}
-    namespace = os.environ.get('NOAH_ZOO_NAMESPACE')
+    file = fetch_of_authors(variant, cache_dir)
+    with safe_open(file, 'pt') as weights:
+        pre_logits = 'representation.fc.weight' in weights.keys()
+    return replace(cfg, file=str(file), source=None), dict(pre_logits=True) if pre_logits else {}
+
+
+def fetch_of_authors(variant: str, cache_dir: Optional[str] = None) -> Path:
+    """The authors' weights of a NOAH model or vanilla twin, from the Hub or Google Drive as `find_weights` has it.
+
+    Raises:
+        WeightsError: If they cannot be had, or are not in the safetensors format.
+    """
+    name, namespace = f'{variant}.{TAG}', os.environ.get('NOAH_ZOO_NAMESPACE')
     repo_id = f'{namespace or NAMESPACE}/{name}'
     published = PUBLISHED.get(repo_id)
     if published:
@@ -61,13 +73,12 @@ def find_weights(
         file = fetch_released(variant, cache_dir)
         _logger.info("%s: weights from the authors' release, converted (%s)", name, file)
     try:
-        with safe_open(file, 'pt') as weights:
-            pre_logits = 'representation.fc.weight' in weights.keys()
+        with safe_open(file, 'pt'):
+            return file
     except SafetensorError as error:
         raise WeightsError(
             f'{name}: {file} arrived as it was sent, but is not in the safetensors format: {error}. Tell the owner of '
             f'{repo_id}, or load a file of your own with pretrained_cfg_overlay=dict(file=FILE)') from None
-    return replace(cfg, file=str(file), source=None), dict(pre_logits=True) if pre_logits else {}
 
 
 def place_on_hub(source: str) -> Optional[Tuple[str, str, Optional[str]]]:

@@ -176,6 +176,25 @@ def test_the_consumer_of_the_docs(shipped, tmp_path):
         assert [p for _, p in guesses] == pytest.approx([p for _, p in expected], abs=1e-3)
 
 
+@pytest.mark.parametrize('input_size', [(3, 128, 64), (3, 48, 80)])
+def test_rectangles(input_size, tmp_path):
+    torch.manual_seed(0)
+    model = spread(timm.create_model('noah', backbone='test_resnet', num_classes=5, pretrained_cfg_overlay=dict(
+        input_size=input_size, pool_size=None, crop_pct=0.9)))
+    export(model, tmp_path / 'model.onnx')
+    code = re.search(r'```python\n(import json.*?)```', (ROOT / 'docs' / 'export.md').read_text(), re.DOTALL)[1]
+    code = code.replace("print(classify('photo.jpg'))", '').replace("'model.", f"'{tmp_path.as_posix()}/model.")
+    namespace = {}
+    exec(code, namespace)
+    for size in ((400, 300), (91, 202), (200, 100)):
+        path = tmp_path / 'photo.png'
+        Image.open(SAMPLES / '0018_bag.png').convert('RGB').resize(size).save(path)
+        with torch.no_grad():
+            expected = model(eval_transform(model)(read_image(path))[None])[0].softmax(0)
+        found = {int(label): p for label, p in namespace['classify'](path)}
+        assert [expected[i].item() for i in found] == pytest.approx(list(found.values()), abs=2e-3)
+
+
 @pytest.mark.parametrize('channels', [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_other_channels(channels, tmp_path):
     torch.manual_seed(0)

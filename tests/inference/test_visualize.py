@@ -16,6 +16,7 @@ from noah_zoo.inference import predict as inference
 from noah_zoo.inference.predict import DEFAULT_MODEL, SAMPLES, load_model, load_twin, short_names
 from noah_zoo.inference.visualize import as_model_sees, draw, find_classes, grad_cam, load_pair, overlay
 from noah_zoo.models.attach import eval_transform, find_classifier
+from noah_zoo.weights import find
 
 from ..scripts import call
 
@@ -185,10 +186,18 @@ def test_the_shipped_twin(twin):
     assert len(right) == 12 and sum(right) >= 10
 
 
-def test_the_authors_twin(tmp_path, monkeypatch):
+@pytest.mark.parametrize('mirror', [None, 'mirror'])
+def test_the_authors_twin(mirror, tmp_path, monkeypatch):
     expected = timm.create_model('resnet18').state_dict()
     save_file(expected, tmp_path / 'released.safetensors')
-    monkeypatch.setattr(inference, 'fetch_released', lambda name: tmp_path / {'resnet18': 'released.safetensors'}[name])
+    if mirror:
+        monkeypatch.setenv('NOAH_ZOO_NAMESPACE', mirror)
+        files = {'mirror/resnet18.osvai_in1k': tmp_path / 'released.safetensors'}
+        monkeypatch.setattr(find, 'fetch', lambda name, repo_id, **kwargs: files[repo_id])
+    else:
+        monkeypatch.delenv('NOAH_ZOO_NAMESPACE', raising=False)
+        files = {'resnet18': tmp_path / 'released.safetensors'}
+        monkeypatch.setattr(find, 'fetch_released', lambda name, cache_dir: files[name])
     model = load_twin('resnet18_noah')
     assert torch.equal(model.state_dict()['fc.weight'], expected['fc.weight']) and not model.training
     assert model.pretrained_cfg['crop_pct'] == 0.875  # evaluated as the NOAH model is, not as timm's own weights
