@@ -42,7 +42,7 @@ from .builders import (
 from .checkpoint import Progress, newest_checkpoint, save_checkpoint
 from .curve import draw_curve
 from .features import FeatureBatches, HeadOnly, cache_features
-from .run_folder import RunFolder, settings_of, versions
+from .run_folder import RunFolder, run_of, settings_of, versions
 from .settings import check_settings, learning_rate, plan_batch
 
 _logger = logging.getLogger(__name__)
@@ -433,8 +433,8 @@ class Trainer:
     def _check_place(self, path: Path) -> None:
         """Find the place in the epoch from the updates, as batches may have another size now."""
         progress = self.progress
-        own = path.resolve().parent.parent == self.folder.path.resolve()  # a branch may have its own
-        if own and self.images and progress.images and list(progress.images) != self.images:
+        is_branch = run_of(self.config.resume) not in (None, self.folder.path.resolve())  # which may have its own
+        if not is_branch and self.images and progress.images and list(progress.images) != self.images:
             before, now = ([count for count, _ in images] for images in (progress.images, self.images))
             raise ValueError(
                 f'{self.folder.path} cannot go on with other images: it had {before[0]:,} to train on and '

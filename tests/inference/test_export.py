@@ -176,22 +176,28 @@ def test_the_consumer_of_the_docs(shipped, tmp_path):
         assert [p for _, p in guesses] == pytest.approx([p for _, p in expected], abs=1e-3)
 
 
+def consumer_of_the_docs(folder):
+    """The `classify` of the docs for the model in a folder."""
+    code = re.search(r'```python\n(import json.*?)```', (ROOT / 'docs' / 'export.md').read_text(), re.DOTALL)[1]
+    code = code.replace("print(classify('photo.jpg'))", '').replace("'model.", f"'{folder.as_posix()}/model.")
+    namespace = {}
+    exec(code, namespace)
+    return namespace['classify']
+
+
 @pytest.mark.parametrize('input_size', [(3, 128, 64), (3, 48, 80)])
 def test_rectangles(input_size, tmp_path):
     torch.manual_seed(0)
     model = spread(timm.create_model('noah', backbone='test_resnet', num_classes=5, pretrained_cfg_overlay=dict(
         input_size=input_size, pool_size=None, crop_pct=0.9)))
     export(model, tmp_path / 'model.onnx')
-    code = re.search(r'```python\n(import json.*?)```', (ROOT / 'docs' / 'export.md').read_text(), re.DOTALL)[1]
-    code = code.replace("print(classify('photo.jpg'))", '').replace("'model.", f"'{tmp_path.as_posix()}/model.")
-    namespace = {}
-    exec(code, namespace)
+    classify = consumer_of_the_docs(tmp_path)
     for size in ((400, 300), (91, 202), (200, 100)):
         path = tmp_path / 'photo.png'
         Image.open(SAMPLES / '0018_bag.png').convert('RGB').resize(size).save(path)
         with torch.no_grad():
             expected = model(eval_transform(model)(read_image(path))[None])[0].softmax(0)
-        found = {int(label): p for label, p in namespace['classify'](path)}
+        found = {int(label): p for label, p in classify(path)}
         assert [expected[i].item() for i in found] == pytest.approx(list(found.values()), abs=2e-3)
 
 
@@ -216,13 +222,9 @@ def test_other_channels(channels, tmp_path):
     with torch.no_grad():
         logits, expected = load_exported(small.path)(x_BCHW), model(x_BCHW)
     assert 0 < (logits - expected).square().mean().sqrt() < 0.3 * expected.std()
-    # the docs' consumer
-    code = re.search(r'```python\n(import json.*?)```', (ROOT / 'docs' / 'export.md').read_text(), re.DOTALL)[1]
-    code = code.replace("print(classify('photo.jpg'))", '').replace("'model.", f"'{tmp_path.as_posix()}/model.")
-    namespace = {}
-    exec(code, namespace)
+    classify = consumer_of_the_docs(tmp_path)
     for photo, logits in zip(photos, expected):
-        found = {int(label): p for label, p in namespace['classify'](photo)}
+        found = {int(label): p for label, p in classify(photo)}
         assert [logits.softmax(0)[i].item() for i in found] == pytest.approx(list(found.values()), abs=2e-3)
 
 
