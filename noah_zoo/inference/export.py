@@ -6,7 +6,7 @@ import os
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Union
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -54,7 +54,8 @@ def export(
 
     Args:
         model: A timm model, NOAH or not, on the CPU.
-        output: The file, '.onnx', '.pt2' or '.pt'; the JSON has its name with the suffix '.json'.
+        output: The file, '.onnx', '.pt2' or '.pt'; the JSON has its name with the suffix '.json', and is written anew
+            where a file of another format stands beside it.
         fmt: 'onnx', 'torch-export' (for `torch.export.load`) or 'torchscript' (for `torch.jit.load`).
         check: Run the file on batches of 1 and 3, on another image size too if it takes one, and compare.
         batch_size: Make all shapes fixed: batches of so many images, of the size that the model was made for. Not for
@@ -151,7 +152,7 @@ def quantize(path: Union[str, Path], images: Sequence[str], output: Union[str, P
     except ImportError as error:
         raise ImportError(f'{error}; {INSTALL}') from error
     path, output, model = Path(path), Path(output), ExportedModel(path)
-    description = json.loads(path.with_suffix('.json').read_text(encoding='utf-8'))
+    dynamic_size = model.input_shape[2] is None
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f'.{output.name}.') as folder:
         prepared, file = Path(folder) / 'prepared.onnx', Path(folder) / output.name
         # onnxruntime's inference of symbolic shapes does not get through every model, and changes nothing in the others
@@ -160,9 +161,10 @@ def quantize(path: Union[str, Path], images: Sequence[str], output: Union[str, P
             str(prepared), str(file), _Calibration(images, model), quant_format=QuantFormat.QDQ, per_channel=True,
             activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
             reduce_range=True)  # processors without VNNI add up products in 16 bits, which would overflow
-        _place(file, output, {**description, 'int8': True})
-    return Exported(
-        output, output.with_suffix('.json'), description['dynamic_image_size'], description.get('batch_size'), {})
+        _place(file, output, {
+            **model.pretrained_cfg, 'format': 'onnx', 'dynamic_image_size': dynamic_size,
+            'batch_size': model.input_shape[0], 'int8': True})
+    return Exported(output, output.with_suffix('.json'), dynamic_size, model.input_shape[0], {})
 
 
 class _Calibration:
@@ -170,7 +172,7 @@ class _Calibration:
 
     def __init__(self, images: Sequence[str], model: 'ExportedModel') -> None:
         self.images, self.transform, self.mode = iter(images), eval_transform(model), image_mode(model)
-        self.batch_size = model.batch_size or 1
+        self.batch_size = model.input_shape[0] or 1
 
     def get_next(self) -> Optional[Dict[str, np.ndarray]]:
         image = next(self.images, None)
@@ -192,6 +194,8 @@ class _Calibration:
 class ExportedModel(nn.Module):
     """A file of `export` or `quantize`, as far as it can be a timm model: images in, logits out, a pretrained cfg.
 
+    The shapes it takes are the file's own: files of one name with other suffixes share the JSON.
+
     Raises:
         OSError: If the file or the JSON beside it cannot be read.
         ValueError: If it is not such a file.
@@ -204,18 +208,19 @@ class ExportedModel(nn.Module):
             raise FileNotFoundError(f'{path}: no such file')
         self.pretrained_cfg = json.loads(path.with_suffix('.json').read_text(encoding='utf-8'))
         self.num_classes = len(self.pretrained_cfg['label_names'])
-        self.batch_size = self.pretrained_cfg.get('batch_size')
-        self.run = load_exported(path)
+        self.run, self.input_shape = load_exported(path)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        images, size = x_BCHW.cpu(), self.batch_size or len(x_BCHW)
+        images, size = x_BCHW.cpu(), self.input_shape[0] or len(x_BCHW)
         padded = nn.functional.pad(images, (0, 0, 0, 0, 0, 0, 0, -len(images) % size))  # the last batch is whole, too
         logits = torch.cat([self.run(batch) for batch in padded.split(size)])
         return logits[:len(images)].to(x_BCHW.device)
 
 
-def load_exported(path: Path) -> Callable[[Tensor], Tensor]:
-    """A file of `export` or `quantize` as a function of images (B, C, H, W), float32; logits (B, K).
+def load_exported(path: Path) -> Tuple[Callable[[Tensor], Tensor], List[Optional[int]]]:
+    """A file of `export` or `quantize` as a function of images (B, C, H, W), float32, to logits (B, K).
+
+    With it, the shape that it takes: None where any number will do; all None of TorchScript, which does not say.
 
     Raises:
         ImportError: If onnxruntime is missing.
@@ -226,11 +231,15 @@ def load_exported(path: Path) -> Callable[[Tensor], Tensor]:
             import onnxruntime
 
             session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
-            return lambda x_BCHW: torch.from_numpy(session.run(['logits'], {'images': x_BCHW.numpy()})[0])
+            shape = session.get_inputs()[0].shape
+            return (lambda x_BCHW: torch.from_numpy(session.run(['logits'], {'images': x_BCHW.numpy()})[0]),
+                    [side if isinstance(side, int) else None for side in shape])
         if path.suffix == SUFFIXES['torch-export']:
-            return torch.export.load(path).module()
+            program = torch.export.load(path)
+            images = next(node for node in program.graph.nodes if node.name == program.graph_signature.user_inputs[0])
+            return program.module(), [side if isinstance(side, int) else None for side in images.meta['val'].shape]
         if path.suffix == SUFFIXES['torchscript']:
-            return torch.jit.load(str(path))
+            return torch.jit.load(str(path)), [None] * 4
     except ImportError as error:
         raise ImportError(f'{error}; {INSTALL}') from error
     except Exception as error:  # every format has its own
@@ -307,7 +316,7 @@ def _pads_by_size(model: nn.Module, x_BCHW: Tensor, other: Tensor) -> bool:
 
 
 def _compare(model: nn.Module, file: Path, fmt: str, batches: List[Tensor]) -> Dict[str, float]:
-    run, errors = load_exported(file), {}
+    (run, _), errors = load_exported(file), {}
     for x_BCHW in batches:
         expected, given = model(x_BCHW), run(x_BCHW)
         shape = ' x '.join(map(str, x_BCHW.shape))

@@ -55,7 +55,7 @@ def test_every_model(name, fmt, tmp_path):
     assert len(exported.errors) == 2 + exported.dynamic_size and max(exported.errors.values()) <= 1e-4
     images = torch.randn(5, 3, 192, 256) if exported.dynamic_size else torch.randn(5, 3, 224, 224)
     with torch.no_grad():
-        torch.testing.assert_close(load_exported(exported.path)(images), model(images), rtol=0, atol=1e-4)
+        torch.testing.assert_close(load_exported(exported.path)[0](images), model(images), rtol=0, atol=1e-4)
     assert {path.name for path in tmp_path.iterdir()} == {f'model{SUFFIXES[fmt]}', 'model.json'}
 
 
@@ -107,6 +107,15 @@ def test_fixed_shapes(fmt, batch_size, opset, tmp_path):
     images = torch.randn(3, 3, 160, 160)  # not a multiple of the batch
     with torch.no_grad():
         torch.testing.assert_close(ExportedModel(exported.path)(images), model(images), rtol=0, atol=1e-4)
+
+
+def test_two_files_of_one_name(tmp_path):
+    model = timm.create_model('test_vit', num_classes=7).eval()
+    path = export(model, tmp_path / 'model.pt2', 'torch-export', check=False, batch_size=2).path
+    export(model, tmp_path / 'model.pt', 'torchscript', check=False)  # writes model.json anew
+    images = torch.randn(3, 3, 160, 160)
+    with torch.no_grad():
+        torch.testing.assert_close(ExportedModel(path)(images), model(images), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize('with_head', [True, pytest.param(False, marks=pytest.mark.slow)])
@@ -220,7 +229,7 @@ def test_other_channels(channels, tmp_path):
     transform, mode = eval_transform(model), {1: 'L', 4: 'RGBA'}[channels]
     x_BCHW = torch.stack([transform(read_image(photo, mode=mode)) for photo in photos])
     with torch.no_grad():
-        logits, expected = load_exported(small.path)(x_BCHW), model(x_BCHW)
+        logits, expected = load_exported(small.path)[0](x_BCHW), model(x_BCHW)
     assert 0 < (logits - expected).square().mean().sqrt() < 0.3 * expected.std()
     classify = consumer_of_the_docs(tmp_path)
     for photo, logits in zip(photos, expected):
@@ -249,7 +258,7 @@ def test_8_bits(shipped, tmp_path):
     assert {'QuantizeLinear', 'DequantizeLinear'} <= types
     x_BCHW = torch.stack([eval_transform(model)(read_image(image)) for image in images])
     with torch.no_grad():
-        logits, expected = load_exported(small.path)(x_BCHW), model(x_BCHW)
+        logits, expected = load_exported(small.path)[0](x_BCHW), model(x_BCHW)
     assert (logits.argmax(1) == expected.argmax(1)).sum() >= 11
     difference = (logits - expected).square().mean().sqrt() / expected.std()
     assert 1e-4 < difference < 0.3
