@@ -137,6 +137,7 @@ python() {
         "scripts/reid.py evaluate"*) command python "$@" --cpu --workers 0 ;;
         "scripts/benchmark.py probe"*)
             command python "$@" --quick --output runs/benchmark --model test_resnet --data-dir fashion_mnist ;;
+        "scripts/benchmark.py train_pairs"*) command python "$@" --quick --output runs/benchmark -b 2 ;;
         scripts/benchmark.py*) command python "$@" --quick --output runs/benchmark ;;
         results/lite0.py*) if [ -n "$REAL" ]; then command python "$@"; fi ;;  # its weights may not be there
         results/first_weights/frozen.py*|results/first_weights/scratch.py*) command python "$@" --help ;;  # need those

@@ -294,13 +294,10 @@ def add_noah_head(
             trial = _try(_copy(model, lambda tensor: tensor).eval(), num_classes, noah_cfg)
     except (ValueError, TypeError, *ERRORS) as error:
         raise ValueError(f'{name}: {error}') from error
-    if init == 'classifier':
-        twin = attach(_copy(model, lambda tensor: tensor).eval(), 0, trial.noah_features, trial.noah_place)
-        classifier = model.get_submodule(find_classifier(model))
-        check_classifier(name, trial.get_classifier(), twin, getattr(classifier, 'weight', None))
+    classifier = classifier_of(name, model, trial.get_classifier()) if init == 'classifier' else None
     attach(model, num_classes, trial.noah_features, trial.noah_place, **trial.noah_cfg)
-    if init == 'classifier':
-        model.get_classifier().begin_as_linear(classifier.weight, classifier.bias)
+    if classifier:
+        model.get_classifier().begin_as_linear(*classifier)
     begin(model.get_classifier(), init)
     _remember(model, name)
     return model
@@ -318,6 +315,37 @@ def begin(head: nn.Module, init: Optional[str] = None) -> None:
             head.begin_as_pooling()
 
 
+def classifier_of(
+        name: str, model: nn.Module, head: nn.Module, of_token: bool = False) -> Tuple[Tensor, Optional[Tensor]]:
+    """Weights and bias of a trained model's linear classifier, for a new head to start from.
+
+    Args:
+        name: The model's name, for messages.
+        model: The trained model.
+        head: The new head.
+        of_token: Whether the classifier reads a class token, which the model with the head has not.
+
+    Raises:
+        ValueError: If the head cannot start from it, with the reason.
+    """
+    try:
+        classifier = model.get_submodule(find_classifier(model))
+        weight, bias = (getattr(classifier, tensor, None) for tensor in ('weight', 'bias'))
+        pooled = model
+        if weight is not None:
+            trial = _copy(model, lambda tensor: tensor).eval()
+            features, place, _ = _inspect(trial)
+            pooled = attach(trial, 0, features, place)
+    except (ValueError, *ERRORS) as error:
+        raise ValueError(f"{name}: init='classifier': {error}; without init= it starts anew") from error
+    check_classifier(name, head, pooled, weight, of_token)
+    if not _is_linear(model, pooled, weight, bias):
+        raise ValueError(
+            f"{name}: init='classifier': its classifier is more than one linear layer (a norm, a second head); without "
+            'init= it starts anew')
+    return weight, bias
+
+
 def check_classifier(
         name: str, head: nn.Module, model: NoahModel, weight: Optional[Tensor], of_token: bool = False) -> None:
     """Raise ValueError, with the reason, unless a head can start from a classifier.
@@ -332,6 +360,8 @@ def check_classifier(
     reason = None
     if of_token:
         reason = 'its classifier reads a class token, not the average over positions'
+    elif isinstance(head, nn.Identity):
+        reason = 'a head of 0 classes starts from none'
     elif type(head) is not NoahHead:
         reason = f'{type(head).__name__} is not the head of the paper, which is pooling when its keys are zero'
     elif weight is None or weight.ndim not in (2, 4) or weight[0].numel() != weight.shape[1]:
@@ -346,13 +376,31 @@ def check_classifier(
         raise ValueError(f"{name}: init='classifier': {reason}; without init= it starts anew")
 
 
+def _small_map(model: NoahModel) -> Tuple[Tuple[int, ...], Tuple[int, ...]]:
+    """The shape of the model's features with four positions, and the dimensions that these are in."""
+    fmt, num_prefix_tokens, num_channels = model.noah_features
+    return dict(
+        NCHW=((1, num_channels, 2, 2), (2, 3)), NHWC=((1, 2, 2, num_channels), (1, 2)),
+        NLC=((1, num_prefix_tokens + 4, num_channels), (1,)))[fmt]
+
+
+@torch.no_grad()
+def _is_linear(model: nn.Module, pooled: NoahModel, weight: Tensor, bias: Optional[Tensor]) -> bool:
+    """Whether the logits are those of these weights on the pooled features, and of nothing else."""
+    shape, _ = _small_map(pooled)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(weight)
+    with _evaluating(model):
+        logits = model.forward_head(x).float()
+    features = pooled.forward_head(x, pre_logits=True).flatten(1).float()
+    expected = nn.functional.linear(features, weight.flatten(1).float(), None if bias is None else bias.float())
+    return bool((logits.flatten(1) - expected).abs().max() <= 0.02 * expected.abs().max())
+
+
 @torch.no_grad()
 def _reads_the_average(model: NoahModel) -> bool:
     """Whether timm's pooling looks at the average over positions, and at nothing else: no token, no maximum."""
-    fmt, num_prefix_tokens, num_channels = model.noah_features
-    shape, dims = dict(
-        NCHW=((1, num_channels, 2, 2), (2, 3)), NHWC=((1, 2, 2, num_channels), (1, 2)),
-        NLC=((1, num_prefix_tokens + 4, num_channels), (1,)))[fmt]
+    fmt, num_prefix_tokens, _ = model.noah_features
+    shape, dims = _small_map(model)
     weight = next(model.parameters())
     x, noise = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
     average = noise.clone()

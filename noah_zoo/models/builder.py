@@ -29,6 +29,7 @@ from .attach import (
     attach,
     begin,
     check_classifier,
+    classifier_of,
     check_init,
     classifier_names,
     find_classifier,
@@ -158,11 +159,11 @@ def build_any(
         pretrained_cfg = replace(
             cfg_without_weights(twin, tag), **_preprocessing_of(None if pretrained else pretrained_backbone, (twin,)))
     cfg = resolve_pretrained_cfg('noah', pretrained_cfg, pretrained_cfg_overlay)
+    source, init = _backbone_source(f'noah on {twin}', pretrained, pretrained_backbone, init, kwargs)
     if pretrained and not any(getattr(cfg, place) for place in WEIGHT_PLACES):
         raise WeightsError(
             f'noah on {twin}: no weights with this head are known; pretrained_backbone={backbone!r} loads all but the '
             f'head, pretrained_cfg_overlay=dict(file=FILE) a file of your own')
-    source, init = _backbone_source(f'noah on {twin}', pretrained, pretrained_backbone, init, kwargs)
 
     def filter_fn(state_dict: Dict[str, Tensor], model: nn.Module) -> Dict[str, Tensor]:
         convert = getattr(sys.modules[model.timm_cls.__module__], 'checkpoint_filter_fn', None)
@@ -341,19 +342,23 @@ def load_backbone(
     if Path(source).suffix in CHECKPOINTS:
         if not Path(source).is_file():
             raise FileNotFoundError(f'{variant}: pretrained_backbone={source!r} is not a file')
-        state_dict = load_state_dict(source, weights_only=True)
+        trained, state_dict = None, load_state_dict(source, weights_only=True)
     else:
-        state_dict = create_model(source, pretrained=True).state_dict()
+        trained = create_model(source, pretrained=True)
+        state_dict = trained.state_dict()
     of_token = any(key.endswith('cls_token') and key not in own for key in state_dict)
     if filter_fn is not None:
         state_dict = filter_fn(_without_class_token(state_dict, own), model)
     cfg = get_pretrained_cfg(twin)
     places = tuple(f'{name}.' for name in (model.noah_place, 'head_dist', *_names(cfg.classifier)))
-    if init == 'classifier':
-        classifier, *_ = _names(cfg.classifier)
-        weight, bias = (state_dict.get(f'{classifier}.{name}') for name in ('weight', 'bias'))
-        check_classifier(f'{variant}, {source}', model.get_classifier(), model, weight, of_token)
-        model.get_classifier().begin_as_linear(weight, bias)
+    classifier, head = None, model.get_classifier()
+    if init == 'classifier' and trained:
+        classifier = classifier_of(f'{variant}, {source}', trained, head, of_token)
+    elif init == 'classifier':
+        is_one = _names(cfg.classifier) == (model.noah_place,)  # else a norm or a second head is part of it
+        tensors = state_dict if is_one else {}
+        classifier = [tensors.get(f'{model.noah_place}.{name}') for name in ('weight', 'bias')]
+        check_classifier(f'{variant}, {source}', head, model, classifier[0], of_token)
     state_dict = {k: v for k, v in state_dict.items() if not k.startswith(places)}
     for first_conv in (f'{name}.weight' for name in _names(cfg.first_conv)):
         if first_conv in own and first_conv in state_dict and state_dict[first_conv].shape[1] == 3:
@@ -364,6 +369,8 @@ def load_backbone(
             f"{variant}: pretrained_backbone={source!r} does not fit {twin}'s backbone: "
             f'{some(problems)}')
     model.load_state_dict(state_dict, strict=False)
+    if classifier:
+        head.begin_as_linear(*classifier)
 
 
 def _misfits(

@@ -264,6 +264,69 @@ def test_no_linear_classifier():
         noah_zoo.add_noah_head(model, init='classifier')
 
 
+class Cosine(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(nn.functional.normalize(x), nn.functional.normalize(self.weight), self.bias)
+
+
+def with_statistics(model):
+    """A model whose batch norms are as after training."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.1, 2)
+    return model
+
+
+def test_more_than_a_linear_layer(tmp_path):
+    torch.manual_seed(0)
+    resnet = timm.create_model('resnet18', num_classes=7)
+    resnet.fc = Cosine(512, 7)
+    for model in (
+            resnet, timm.create_model('efficientvit_m0', num_classes=7),
+            timm.create_model('efficientformerv2_s0', num_classes=7)):  # two heads
+        with pytest.raises(ValueError, match='its classifier is more than one linear layer'):
+            noah_zoo.add_noah_head(with_statistics(model), init='classifier')
+        assert type(model).__module__.startswith('timm')
+    for name in ('efficientvit_m0', 'levit_128s', 'repvit_m1'):  # the layer is inside the classifier, behind a norm
+        folder = tmp_path / name
+        source = with_statistics(timm.create_model(name, num_classes=7))
+        save_for_hf(source, str(folder), safe_serialization=True)
+        torch.save(source.state_dict(), tmp_path / f'{name}.pth')
+        for weights in (f'local-dir:{folder}', str(tmp_path / f'{name}.pth')):
+            with pytest.raises(ValueError, match='more than one linear layer|has no linear classifier'):
+                timm.create_model(
+                    'noah', backbone=name, num_classes=7, pretrained_backbone=weights, init='classifier')
+
+
+def test_the_pooling_is_that_of_the_source(tmp_path):
+    save_for_hf(
+        timm.create_model('test_resnet', num_classes=7, global_pool='max'), str(tmp_path), safe_serialization=True)
+    kwargs = dict(pretrained_backbone=f'local-dir:{tmp_path}', init='classifier')
+    with pytest.raises(ValueError, match='its classifier does not read the average over positions'):
+        timm.create_model('noah', backbone='test_resnet', num_classes=7, **kwargs)
+    with pytest.raises(ValueError, match='a head of 0 classes starts from none'):
+        timm.create_model('noah', backbone='test_resnet', num_classes=0, **kwargs)
+
+
+def test_weights_of_another_backbone_are_called_that(tmp_path):
+    save_for_hf(timm.create_model('test_resnet', num_classes=7), str(tmp_path), safe_serialization=True)
+    with pytest.raises(ValueError, match="does not fit resnet18's backbone"):
+        timm.create_model(
+            'resnet18_noah', num_classes=7, pretrained_backbone=f'local-dir:{tmp_path}', init='classifier')
+
+
+def test_from_a_checkpoint(tmp_path):
+    torch.manual_seed(0)
+    twin, x = timm.create_model('resnet18', num_classes=7).eval(), torch.randn(IMAGE)
+    torch.save(twin.state_dict(), tmp_path / 'twin.pth')
+    model = timm.create_model(
+        'resnet18_noah', num_classes=7, split_kv=False, pretrained_backbone=str(tmp_path / 'twin.pth'),
+        init='classifier').eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), twin(x), rtol=1e-4, atol=1e-5)
+
+
 def test_a_classifier_on_meta():
     with torch.device('meta'):
         model = timm.create_model('resnet18', num_classes=7)
