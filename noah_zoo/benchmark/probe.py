@@ -133,8 +133,12 @@ class ProbeConfig:
         for name in ('seeds', 'updates', 'img_size', 'train_images'):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f'{name}={getattr(self, name)}: expected 1 or more')
-        if not self.heads or not self.lrs or not all(0 < lr < float('inf') for lr in self.lrs):
-            raise ValueError(f'heads={self.heads}, lrs={self.lrs}: expected one or more, and rates above 0')
+        if self.workers < 0:
+            raise ValueError(f'workers={self.workers}: expected 0 or more')
+        if not self.heads:
+            raise ValueError(f'heads: none of {", ".join(HEADS)}; expected one or more')
+        if not self.lrs or not all(0 < lr < float('inf') for lr in self.lrs):
+            raise ValueError(f'lrs={self.lrs}: expected one or more rates above 0')
 
 
 class Rows:

@@ -29,9 +29,9 @@ from .attach import (
     attach,
     begin,
     check_classifier,
-    classifier_of,
     check_init,
     classifier_names,
+    classifier_of,
     find_classifier,
     is_convolutional,
 )

@@ -1,5 +1,6 @@
 """What a run is made of, each by a function of its settings: model, optimizer, scheduler, averaged weights."""
 import logging
+from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 import timm
@@ -16,6 +17,7 @@ from ..data.base import class_changes
 from ..data.images import mode_of
 from ..inference.predict import check_model
 from ..models.attach import data_config_of, heads_of, is_convolutional, set_image_size
+from ..models.builder import CHECKPOINTS
 from ..tasks import TASKS, find_task
 from .schedule import OneCycle
 
@@ -39,6 +41,7 @@ def build_model(config: TrainConfig, class_names: Tuple[str, ...]) -> nn.Module:
         name: getattr(config, name) for name in ('crop_pct', 'crop_mode', 'interpolation') if getattr(config, name)})
     if not config.pretrained:
         overlay.update(num_classes=len(class_names), tag=None, license=None, origin_url=None)
+    _check_classes(config, class_names)
     try:
         model = timm.create_model(
             config.model, pretrained=config.pretrained, num_classes=len(class_names), pretrained_cfg_overlay=overlay,
@@ -77,6 +80,18 @@ def build_model(config: TrainConfig, class_names: Tuple[str, ...]) -> nn.Module:
         model.requires_grad_(False)
         heads_of(model).requires_grad_(True)
     return model
+
+
+def _check_classes(config: TrainConfig, class_names: List[str]) -> None:
+    """Raise ValueError if the head is to start from a classifier that says to be of other classes."""
+    source = config.model_kwargs.get('pretrained_backbone')
+    if config.model_kwargs.get('init') != 'classifier' or not source or Path(source).suffix in CHECKPOINTS:
+        return
+    trained_for = resolve_model_input_args(source)['pretrained_cfg'].get('label_names')
+    if trained_for and class_changes(trained_for, class_names):
+        raise ValueError(
+            f"init='classifier': the classifier of {source} is of other classes, now "
+            f'{class_changes(trained_for, class_names)}; without init= the head starts anew')
 
 
 def model_kwargs(config: TrainConfig) -> Dict[str, Any]:

@@ -67,6 +67,9 @@ def check_settings(config: TrainConfig, accelerator: Accelerator) -> None:
     mode_of(config.model_kwargs.get('in_chans', 3))
     kind = accelerator.distributed_type
     check_crop(config)
+    for name in ('epoch_updates', 'workers'):
+        if getattr(config, name) < 0:
+            raise ValueError(f'{name}={getattr(config, name)}; expected 0 or more')
     if config.sched not in SCHEDULES:
         raise ValueError(f'sched={config.sched!r} is not one of {", ".join(SCHEDULES)}')
     if config.cache_features and (config.mixup or config.cutmix):

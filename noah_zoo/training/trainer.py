@@ -190,20 +190,15 @@ class Trainer:
             config.mixup, config.cutmix, switch_prob=config.mixup_switch_prob, label_smoothing=config.smoothing,
             num_classes=len(self.class_names)) if config.mixup or config.cutmix else None
         self.criterion = self.task.create_criterion(config, train_set).to(accelerator.device)
-        if config.cache_features:  # the loaders give features instead of images
-            self.model.eval()
-            self.train_loader, self.val_loader = (
-                FeatureBatches(
-                    cache_features(
-                        self.model, images, eval_transform(model), Path(config.cache_features), size, config.workers),
-                    loader.batch_sampler)
-                for images, loader in ((train_set, self.train_loader), (val_set, self.val_loader)))
+        self.datasets = train_set, val_set
         self.terminated = False
 
     def train(self) -> Dict[str, Any]:
         """All epochs that are left; gives the summary."""
         accelerator, progress, config = self.accelerator, self.progress, self.config
         self.resume()
+        if config.cache_features:
+            self.use_features()
         accelerator.wait_for_everyone()  # a late process must look at `output` before anything is written there
         if accelerator.is_main_process:
             self.folder.begin(config, self.class_names, progress.epoch, self.damaged)
@@ -429,6 +424,19 @@ class Trainer:
             _logger.info(
                 'going on with %s: epoch %d of %d, update %d, learning rate %.2e, before %.2e', path,
                 progress.epoch + 1, config.epochs, progress.update, self.optimizer.param_groups[0]['lr'], before)
+
+    def use_features(self) -> None:
+        """Have the loaders give features instead of images, of the backbone that the run has: a checkpoint's, maybe."""
+        config = self.config
+        self.model.eval()
+        with torch.random.fork_rng([]):  # which a checkpoint has set
+            self.train_loader, self.val_loader = (
+                FeatureBatches(
+                    cache_features(
+                        self.model, images, eval_transform(self.model), Path(config.cache_features),
+                        self.plan.per_device, config.workers),
+                    loader.batch_sampler)
+                for images, loader in zip(self.datasets, (self.train_loader, self.val_loader)))
 
     def _check_place(self, path: Path) -> None:
         """Find the place in the epoch from the updates, as batches may have another size now."""

@@ -305,7 +305,8 @@ def test_ctrl_c_leaves_nothing(data_dir, tmp_path):
     (['--data-dir', 'nope'], 'fashion_mnist: neither train-images-idx3-ubyte nor '),
     (['--train-images', '6000'], 'train_images=6000 is 600 of each class, and '),
     (['--train-images', '0'], 'train_images=0: expected 1 or more'), (['--seeds', '0'], 'seeds=0: expected 1 or more'),
-    (['--lrs', '0'], 'rates above 0'), (['--dtype', 'bfloat16'], "dtype='bfloat16': probe trains heads in float32"),
+    (['--workers', '-1'], 'workers=-1: expected 0 or more'), (['--lrs', '0'], 'rates above 0'),
+    (['--dtype', 'bfloat16'], "dtype='bfloat16': probe trains heads in float32"),
     (['--dataset', 'coco'], 'coco: '), (['--img-size', '8', '--model', 'resnet18', '--no-pretrained'], 'resnet18')])
 def test_refusals_are_a_line(flags, message, data_dir, tmp_path):
     flags = [*(() if '--data-dir' in flags else ('--data-dir', data_dir)), *flags]

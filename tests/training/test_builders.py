@@ -134,3 +134,16 @@ def test_both_heads_of_a_distilled_model():
     assert {name for name, p in model.named_parameters() if p.requires_grad} == heads
     assert {scale for scale, _ in groups_of(model, head_lr_factor=10).values()} == {10}
     assert len(heads_of(timm.create_model('test_resnet'))) == 1
+
+
+def test_a_classifier_of_other_classes_is_no_start(tmp_path):
+    folder = str(tmp_path / 'best')
+    save_for_hf(timm.create_model('test_resnet', num_classes=3), folder, safe_serialization=True,
+                model_config=dict(label_names=list('abc')))
+    config = TrainConfig(model='noah', output='', pretrained=False, model_kwargs=dict(
+        backbone='test_resnet', pretrained_backbone=f'local-dir:{folder}', init='classifier'))
+    assert build_model(config, tuple('abc')).num_classes == 3
+    for names, changes in (
+            ('xyz', "without 'a', 'b', 'c' and with 'x', 'y', 'z'"), ('bca', "their order was 'a', 'b'")):
+        with pytest.raises(ValueError, match=f'the classifier of local-dir:.*is of other classes, now {changes}'):
+            build_model(config, tuple(names))

@@ -15,11 +15,13 @@ import pytest
 import timm
 import torch
 from timm.data import create_transform, resolve_data_config
+from timm.models import save_for_hf
 
 from noah_zoo import add_noah_head
 from noah_zoo.data import create_dataset
 from noah_zoo.data.loader import EpochBatchSampler, create_loader
 from noah_zoo.inference.predict import DEFAULT_MODEL
+from noah_zoo.models.attach import eval_transform
 from noah_zoo.training import configure, features, train
 from noah_zoo.training.features import CachedFeatures, FeatureBatches, HeadOnly, cache_features, feature_key
 
@@ -231,6 +233,23 @@ def test_goes_on_after_a_stop(idx_dir, tmp_path):
         checkpoint.rmdir()
     again = train(configure(DEFAULT_MODEL, str(tmp_path / 'b'), 'none', resume='auto', **shared))
     assert (again['train_loss'], again['top1']) == (whole['train_loss'], whole['top1'])
+
+
+def test_a_run_goes_on_with_its_own_backbone(idx_dir, tmp_path):
+    source, output = tmp_path / 'source', tmp_path / 'run'
+    shared = dict(
+        data_dir=str(idx_dir), cache_features=str(tmp_path / 'cache'), img_size=32, batch_size=8, workers=0, cpu=True,
+        lr=1e-3, model_kwargs=dict(backbone='test_resnet', pretrained_backbone=f'local-dir:{source}'))
+    for seed, settings in ((0, dict(epochs=1)), (1, dict(epochs=2, resume='auto'))):  # trained again under one name
+        torch.manual_seed(seed)
+        save_for_hf(timm.create_model('test_resnet', num_classes=4), str(source), safe_serialization=True)
+        summary = train(configure('noah', str(output), 'none', **settings, **shared))
+    assert len(list((tmp_path / 'cache').glob('*.bin'))) == 2
+    model = timm.create_model(f'local-dir:{output / "best"}', pretrained=True).eval()
+    images = create_dataset('fashion_mnist', str(idx_dir), 'validation')
+    right = sum(
+        model(eval_transform(model)(image).unsqueeze(0)).argmax().item() == target for image, target in images)
+    assert 100 * right / len(images) == pytest.approx(summary['top1'], abs=100 / len(images))  # features are bfloat16
 
 
 @pytest.mark.slow

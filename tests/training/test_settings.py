@@ -195,6 +195,13 @@ def test_schedulers_that_are_none(sched, idx_dir, tmp_path):
         train(config)
 
 
+@pytest.mark.parametrize('name', ['epoch_updates', 'workers'])
+def test_numbers_below_0(name, idx_dir, tmp_path):
+    config = configure('resnet18', str(tmp_path), 'none', data_dir=str(idx_dir), cpu=True, **{name: -3})
+    with pytest.raises(ValueError, match=f'{name}=-3; expected 0 or more'):
+        train(config)
+
+
 @pytest.mark.parametrize('sched', sorted(set(SCHEDULES) - {'onecycle'}))
 def test_every_scheduler_comes_near_the_learning_rate(sched):
     config = TrainConfig(model='', output='', sched=sched, epochs=4, warmup_epochs=1, decay_epochs=2)
