@@ -24,7 +24,8 @@ def main(prog: str = 'visualize.py') -> int:
     parser.add_argument(
         '--twin', metavar='NAME',
         help="model of the same classes for Grad-CAM++, or 'none' (the NOAH model's twin, where it can be had)")
-    parser.add_argument('--output', type=Path, metavar='FILE', help='picture to write (IMAGE_attention.png, here)')
+    parser.add_argument(
+        '--output', type=Path, metavar='FILE', help='picture to write, PNG without a suffix (IMAGE_attention, here)')
     parser.add_argument('--dpi', type=int, default=150, help='dots per inch of the picture (150)')
     parser.add_argument('--device', default='cpu', help="torch device, 'cuda' say (cpu)")
     args = parser.parse_args()
@@ -32,12 +33,19 @@ def main(prog: str = 'visualize.py') -> int:
     from noah_zoo.cli import plain_errors
 
     with plain_errors(parser):
+        from matplotlib.backend_bases import FigureCanvasBase
+
         import noah_zoo  # noqa: F401  registers the models
         from noah_zoo.data.images import read_image
         from noah_zoo.inference.predict import DEFAULT_MODEL, image_mode
         from noah_zoo.inference.visualize import draw, find_classes, load_pair
 
         output = args.output or Path(f'{args.image.stem}_attention.png')
+        if not output.suffix:
+            output = output.with_suffix('.png')
+        formats = FigureCanvasBase.get_supported_filetypes()
+        if output.suffix[1:].lower() not in formats:
+            raise ValueError(f'{output}: {output.suffix!r} is not one of {", ".join(f".{name}" for name in formats)}')
         if not output.parent.is_dir():
             raise FileNotFoundError(f'{output.parent}: no such folder for {output.name}')
         model, twin, reason = load_pair(args.model or DEFAULT_MODEL, args.twin, args.device)

@@ -220,7 +220,9 @@ def test_a_pair_without_grad_cam(monkeypatch):
 
 
 def test_the_script(tmp_path):
-    for output, more in (('0018_bag_attention.png', []), ('x.png', ['--output', 'x.png', '--classes', 'bag', 'shirt'])):
+    for output, more in (
+            ('0018_bag_attention.png', []), ('x.png', ['--output', 'x', '--classes', 'bag', 'shirt']),
+            ('y.JPG', ['--output', 'y.JPG'])):
         result = call('visualize.py', BAG, '--dpi', 60, *more, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
         assert result.stdout.split() == [output] and Image.open(tmp_path / output).size[0] > 500
@@ -230,7 +232,8 @@ def test_the_script(tmp_path):
     (['none.png'], 'none.png'),
     ([BAG, '--block', 0], 'no POCA block 0; mobilenetv2_035_noah has blocks 1 to 8'),
     ([BAG, '--output', 'none/x.png'], 'none: no such folder for x.png'),
-    ([BAG, '--output', 'x.pgn'], "'pgn' is not supported")])
+    ([BAG, '--output', 'x.pgn'], "x.pgn: '.pgn' is not one of .eps, "),
+    ([BAG, '--model', 'none', '--output', 'x.txt'], "x.txt: '.txt' is not one of")])
 def test_bad_arguments(args, message, tmp_path):
     result = call('visualize.py', *args, cwd=tmp_path)
     assert result.returncode == 2 and message in result.stderr, result.stderr
