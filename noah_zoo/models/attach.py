@@ -337,12 +337,10 @@ def classifier_of(
             features, place, _ = _inspect(trial)
             pooled = attach(trial, 0, features, place)
     except (ValueError, *ERRORS) as error:
-        raise ValueError(f"{name}: init='classifier': {error}; without init= it starts anew") from error
+        raise _no_start(name, error) from error
     check_classifier(name, head, pooled, weight, of_token)
     if not _is_linear(model, pooled, weight, bias):
-        raise ValueError(
-            f"{name}: init='classifier': its classifier is more than one linear layer (a norm, a second head); without "
-            'init= it starts anew')
+        raise _no_start(name, 'its classifier is more than one linear layer (a norm, a second head)')
     return weight, bias
 
 
@@ -373,7 +371,11 @@ def check_classifier(
     elif not _reads_the_average(model):
         reason = 'its classifier does not read the average over positions'
     if reason:
-        raise ValueError(f"{name}: init='classifier': {reason}; without init= it starts anew")
+        raise _no_start(name, reason)
+
+
+def _no_start(name: str, reason: Any) -> ValueError:
+    return ValueError(f"{name}: init='classifier': {reason}; without init= it starts anew")
 
 
 def _small_map(model: NoahModel) -> Tuple[Tuple[int, ...], Tuple[int, ...]]:
