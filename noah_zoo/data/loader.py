@@ -49,12 +49,12 @@ class TransformedStream(IterableDataset):
     """As `Transformed`, of images that come one after another; the position is that in this process and worker."""
 
     def __init__(self, stream: IterableDataset, transform: Callable, seed: Optional[int] = None, rank: int = 0) -> None:
-        self.stream, self.transform, self.seed, self.rank, self.epoch = stream, transform, seed, rank, 0
+        self.images, self.transform, self.seed, self.rank, self.epoch = stream, transform, seed, rank, 0
 
     def __iter__(self) -> Iterator[Tuple[Tensor, int]]:
         worker = get_worker_info()
-        self.stream.set_epoch(self.epoch)
-        for position, (image, label) in enumerate(self.stream):
+        self.images.set_epoch(self.epoch)
+        for position, (image, label) in enumerate(self.images):
             if self.seed is not None:
                 seed_everything(self.seed, self.epoch, self.rank, worker.id if worker else 0, position)
             yield self.transform(image), label

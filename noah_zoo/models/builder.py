@@ -204,12 +204,18 @@ def _backbone_source(
     return None, given.get('init')
 
 
+def args_of(source: Optional[str]) -> Dict[str, Any]:
+    """Name, pretrained cfg and arguments of the model that `create_model` makes of a source of weights; none of a
+    checkpoint, which says nothing of its model."""
+    return {} if not source or Path(source).suffix in CHECKPOINTS else resolve_model_input_args(source)
+
+
 def _preprocessing_of(source: Optional[str], names: Sequence[str]) -> Dict[str, Any]:
     """What the pretrained cfg of a backbone's weights says of images; if they are none of the models of these names,
     reid_resnet50 with those of resnet50 say, mean and std only."""
-    if not source or Path(source).suffix in CHECKPOINTS:
+    found = args_of(source)
+    if not found:
         return {}
-    found = resolve_model_input_args(source)
     is_same = not {found['model_name'].partition('.')[0], found.get('backbone')}.isdisjoint(names)
     return {name: found['pretrained_cfg'].get(name) for name in (PREPROCESSING if is_same else PREPROCESSING[:2])}
 

@@ -1,6 +1,5 @@
 """What a run is made of, each by a function of its settings: model, optimizer, scheduler, averaged weights."""
 import logging
-from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 import timm
@@ -17,7 +16,7 @@ from ..data.base import class_changes
 from ..data.images import mode_of
 from ..inference.predict import check_model
 from ..models.attach import data_config_of, heads_of, is_convolutional, set_image_size
-from ..models.builder import CHECKPOINTS
+from ..models.builder import args_of
 from ..tasks import TASKS, find_task
 from .schedule import OneCycle
 
@@ -85,9 +84,9 @@ def build_model(config: TrainConfig, class_names: Tuple[str, ...]) -> nn.Module:
 def _check_classes(config: TrainConfig, class_names: List[str]) -> None:
     """Raise ValueError if the head is to start from a classifier that says to be of other classes."""
     source = config.model_kwargs.get('pretrained_backbone')
-    if config.model_kwargs.get('init') != 'classifier' or not source or Path(source).suffix in CHECKPOINTS:
+    if config.model_kwargs.get('init') != 'classifier':
         return
-    trained_for = resolve_model_input_args(source)['pretrained_cfg'].get('label_names')
+    trained_for = args_of(source).get('pretrained_cfg', {}).get('label_names')
     if trained_for and class_changes(trained_for, class_names):
         raise ValueError(
             f"init='classifier': the classifier of {source} is of other classes, now "

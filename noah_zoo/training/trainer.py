@@ -190,15 +190,12 @@ class Trainer:
             config.mixup, config.cutmix, switch_prob=config.mixup_switch_prob, label_smoothing=config.smoothing,
             num_classes=len(self.class_names)) if config.mixup or config.cutmix else None
         self.criterion = self.task.create_criterion(config, train_set).to(accelerator.device)
-        self.datasets = train_set, val_set
         self.terminated = False
 
     def train(self) -> Dict[str, Any]:
         """All epochs that are left; gives the summary."""
         accelerator, progress, config = self.accelerator, self.progress, self.config
         self.resume()
-        if config.cache_features:
-            self.use_features()
         accelerator.wait_for_everyone()  # a late process must look at `output` before anything is written there
         if accelerator.is_main_process:
             self.folder.begin(config, self.class_names, progress.epoch, self.damaged)
@@ -410,6 +407,8 @@ class Trainer:
             for group, settings in zip(self.optimizer.param_groups, given):
                 group.update(settings)
             self._check_place(path)
+        if config.cache_features:
+            self.use_features()  # of the backbone that was loaded, and before anything is written
         progress.updates, progress.images = self.updates, self.images
         if self.on_updates:
             self.scheduler.step_update(progress.update)
@@ -426,17 +425,17 @@ class Trainer:
                 progress.epoch + 1, config.epochs, progress.update, self.optimizer.param_groups[0]['lr'], before)
 
     def use_features(self) -> None:
-        """Have the loaders give features instead of images, of the backbone that the run has: a checkpoint's, maybe."""
+        """Have the loaders give the backbone's features instead of images."""
         config = self.config
         self.model.eval()
         with torch.random.fork_rng([]):  # which a checkpoint has set
             self.train_loader, self.val_loader = (
                 FeatureBatches(
                     cache_features(
-                        self.model, images, eval_transform(self.model), Path(config.cache_features),
+                        self.model, loader.dataset.images, eval_transform(self.model), Path(config.cache_features),
                         self.plan.per_device, config.workers),
                     loader.batch_sampler)
-                for images, loader in zip(self.datasets, (self.train_loader, self.val_loader)))
+                for loader in (self.train_loader, self.val_loader))
 
     def _check_place(self, path: Path) -> None:
         """Find the place in the epoch from the updates, as batches may have another size now."""

@@ -252,6 +252,18 @@ def test_a_run_goes_on_with_its_own_backbone(idx_dir, tmp_path):
     assert 100 * right / len(images) == pytest.approx(summary['top1'], abs=100 / len(images))  # features are bfloat16
 
 
+def test_a_branch_without_features_leaves_nothing(idx_dir, tmp_path):
+    shared = dict(
+        data_dir=str(idx_dir), pretrained=True, img_size=32, epochs=1, batch_size=8, workers=0, cpu=True, lr=1e-3)
+    train(configure(DEFAULT_MODEL, str(tmp_path / 'run'), 'none', cache_features=str(tmp_path / 'cache'), **shared))
+    checkpoint, = (tmp_path / 'run' / 'checkpoints').iterdir()
+    (tmp_path / 'file').touch()
+    with pytest.raises(OSError, match='file'):
+        train(configure(DEFAULT_MODEL, str(tmp_path / 'branch'), 'none', cache_features=str(tmp_path / 'file'),
+                        resume=str(checkpoint), **{**shared, 'epochs': 2}))
+    assert not (tmp_path / 'branch').exists()
+
+
 @pytest.mark.slow
 def test_thousands_of_images_a_second():
     images, threads = 2048, torch.get_num_threads()
