@@ -10,13 +10,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def main() -> None:
+def main(argv=None) -> None:
     parser = argparse.ArgumentParser(
         prog='cards.py', description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--check', action='store_true', help='write nothing, list what is out of date')
     parser.add_argument('--root', metavar='DIR', default=str(ROOT), help='the repository (this one)')
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     from noah_zoo.publish.cards import FIX, write_cards
 

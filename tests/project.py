@@ -20,6 +20,7 @@ class Project:
         self.folder, self.hub = folder, hub
         for name in ('noah_zoo', 'scripts'):
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns('__pycache__'))
+        shutil.copy(ROOT / 'noah_zoo_cli.py', folder)
         self.record = folder / 'noah_zoo' / 'published.json'
         self.record.write_text('{}\n')
         self.weights = folder / 'weights'

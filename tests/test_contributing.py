@@ -19,6 +19,7 @@ def copy(tmp_path):
     """A copy of what a change touches."""
     for name in ('noah_zoo', 'scripts', 'model_cards', 'docs'):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns('__pycache__', '*.so'))
+    shutil.copy(ROOT / 'noah_zoo_cli.py', tmp_path)
     return tmp_path
 
 
@@ -147,7 +148,7 @@ def test_another_owner(tmp_path):
 
 def test_the_changelog_and_the_release():
     text = (ROOT / 'CHANGELOG.md').read_text(encoding='utf-8')
-    version = re.search("^__version__ = '(.*)'$", (ROOT / 'noah_zoo' / '__init__.py').read_text(), re.M)[1]
+    version = re.search("^__version__ = '(.*)'$", (ROOT / 'noah_zoo' / 'version.py').read_text(), re.M)[1]
     newest = re.search('^## .*$', text, re.M)[0]
     assert re.fullmatch(rf'## {re.escape(version)} \((unreleased|\d{{4}}-\d\d-\d\d)\)', newest)
     groups = {'What you have to do', 'Added', 'Changed', 'Deprecated', 'Removed', 'Fixed', 'Security'}

@@ -1,11 +1,10 @@
-"""Time and memory of the head and of whole models, beside other heads, vanilla twins and the paper's speeds;
-and the accuracy of heads on the features of a frozen model.
+"""Measure speed, memory and accuracy of heads and models.
 
-    python scripts/benchmark.py head pairs training growth --device cpu --threads 1 --output results/benchmark
-    python scripts/benchmark.py head pairs train_pairs training growth --device cuda --dtype bfloat16
-    python scripts/benchmark.py pairs --models resnet50_noah mobilenetv2_100_noah --repeats 31
-    python scripts/benchmark.py probe --model resnet50.a1_in1k --dataset folder --data-dir /data/pets --threads 2
-    python scripts/benchmark.py head pairs training growth probe --quick --output runs/benchmark
+    noah-zoo benchmark head pairs training growth --device cpu --threads 1 --output results/benchmark
+    noah-zoo benchmark head pairs train_pairs training growth --device cuda --dtype bfloat16
+    noah-zoo benchmark pairs --models resnet50_noah mobilenetv2_100_noah --repeats 31
+    noah-zoo benchmark probe --model resnet50.a1_in1k --dataset folder --data-dir /data/pets --threads 2
+    noah-zoo benchmark head pairs training growth probe --quick --output runs/benchmark
 
 head      the head alone, four shapes and other numbers of classes: NOAH, its plain form, that under torch.compile (cuda
           only), pooling and linear, ML-Decoder, CSRA
@@ -25,13 +24,12 @@ Each prints a Markdown table, and leaves OUTPUT/WHAT-DEVICE-DTYPE.json and .png,
 import argparse
 import logging
 import shlex
-import sys
+
+from . import Parser, readable_errors
 
 
-def parse_args(prog: str):
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
+def parse_args(argv, prog):
+    parser = Parser(prog=prog, description=__doc__, argument_default=argparse.SUPPRESS)
     add = parser.add_argument
     add('what', nargs='+', metavar='WHAT', help='head, classes, pairs, train_pairs, training, growth, probe')
     add('--device', metavar='NAME', help='cpu (default) or cuda')
@@ -68,21 +66,14 @@ def parse_args(prog: str):
              'two more where the best is at an end')
     add('--cache-features', metavar='DIR', help='folder where the features are kept (~/.cache/noah_zoo/features)')
     add('-j', '--workers', type=int, metavar='N', help='processes that load images (2)')
-    return parser, parser.parse_args()
+    return parser, parser.parse_args(argv)
 
 
-def main(prog: str = 'benchmark.py') -> None:
-    parser, args = parse_args(prog)
-    command = shlex.join(['noah-zoo', 'benchmark', *sys.argv[1:]])
-    from noah_zoo.cli import plain_errors
-
-    with plain_errors(parser, RuntimeError, kept=lambda: '; what it was measuring is not written'):
+def run(parser, args):
+    command = shlex.join([*parser.prog.split(), *parser.words])
+    with readable_errors(parser, RuntimeError, kept=lambda: '; what it was measuring is not written'):
         from noah_zoo.benchmark.run import benchmark
 
         logging.basicConfig(level=logging.WARNING, format='%(message)s')
         for text in benchmark(**vars(args), command=command):
             print(text, flush=True)
-
-
-if __name__ == '__main__':
-    main()

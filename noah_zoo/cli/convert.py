@@ -1,13 +1,12 @@
 """Convert a checkpoint of the authors' release into a folder that timm loads.
 
-python scripts/convert.py resnet50_noah.pth.tar --model resnet50_noah --output weights/resnet50_noah
+    noah-zoo convert resnet50_noah.pth.tar --model resnet50_noah --output weights/resnet50_noah
 """
-import argparse
+from . import Parser, readable_errors
 
 
-def main(prog: str = 'convert.py') -> None:
-    description, _, example = __doc__.partition('\n\n')
-    parser = argparse.ArgumentParser(prog=prog, description=description, epilog=example)
+def parse_args(argv, prog):
+    parser = Parser(prog=prog, description=__doc__)
     parser.add_argument('file', metavar='FILE', help='the released checkpoint, as downloaded')
     parser.add_argument(
         '--model', metavar='NAME', required=True,
@@ -17,18 +16,14 @@ def main(prog: str = 'convert.py') -> None:
         help='folder for model.safetensors and config.json, absent or empty; it appears whole or not at all')
     parser.add_argument(
         '--ema', action='store_true', help='take the averaged weights, which DeiT, Mixer and gMLP files may hold')
-    args = parser.parse_args()
+    return parser, parser.parse_args(argv)
 
-    from noah_zoo.cli import plain_errors
 
-    with plain_errors(parser, kept=lambda: ', nothing was written'):
+def run(parser, args):
+    with readable_errors(parser, kept=lambda: ', nothing was written'):
         from noah_zoo.weights import convert_file
 
         folder = convert_file(args.file, args.model, args.output, ema=args.ema)
         location = f'local-dir:{folder}'
         print(f'{args.model}: converted to {folder}')
         print(f'import timm, noah_zoo; model = timm.create_model({location!r}, pretrained=True)')
-
-
-if __name__ == '__main__':
-    main()

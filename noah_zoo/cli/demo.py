@@ -1,20 +1,18 @@
-"""A page in the browser: pick an image, see what a NOAH model says and where it looked.
+"""Serve a web page that classifies an image and shows where a NOAH model looked.
 
-    python scripts/demo.py
-    python scripts/demo.py --model hf-hub:you/photos --samples photos/ --port 8000
+    noah-zoo demo
+    noah-zoo demo --model hf-hub:you/photos --samples photos/ --port 8000
 
 It works offline with the shipped model. Needs pip install 'noah-zoo[demo]'.
 """
-import argparse
 import os
-import sys
 import time
 
+from . import Parser, readable_errors
 
-def main(prog: str = 'demo.py') -> int:
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+
+def parse_args(argv, prog):
+    parser = Parser(prog=prog, description=__doc__)
     parser.add_argument(
         '--model', nargs='+', default=[], metavar='NAME',
         help="timm names, 'local-dir:DIR', 'hf-hub:USER/MODEL' to choose from (the shipped model and the paper's)")
@@ -24,15 +22,14 @@ def main(prog: str = 'demo.py') -> int:
     parser.add_argument('--device', default='cpu', help="torch device, 'cuda' say (cpu)")
     parser.add_argument('--host', default='127.0.0.1', help="address to listen on, '0.0.0.0' for all (127.0.0.1)")
     parser.add_argument('--port', type=int, default=7860, help='port to listen on (7860)')
-    args = parser.parse_args()
+    return parser, parser.parse_args(argv)
 
+
+def run(parser, args):
     os.environ.setdefault('GRADIO_ANALYTICS_ENABLED', 'False')
-    from noah_zoo.cli import plain_errors
-
-    with plain_errors(parser):
+    with readable_errors(parser):
         try:
-            import noah_zoo  # noqa: F401  registers the models
-            from noah_zoo.inference.demo import LAUNCH, create_page
+                from noah_zoo.inference.demo import LAUNCH, create_page
         except ImportError as error:
             raise ImportError(f"{error}; pip install 'noah-zoo[demo]'") from None
         page = create_page(args.model, args.device, args.samples)
@@ -48,8 +45,3 @@ def main(prog: str = 'demo.py') -> int:
             time.sleep(3600)
     except KeyboardInterrupt:
         print()
-    return 0
-
-
-if __name__ == '__main__':
-    sys.exit(main())

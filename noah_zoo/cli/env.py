@@ -1,15 +1,16 @@
-"""What a bug report needs: versions, devices, and which kernel of the head runs on them.
+"""Print versions, devices and kernels for a bug report.
 
     noah-zoo env
 
 It prints Markdown, which can be pasted as it is.
 """
-import argparse
 import importlib
 import logging
 import platform
 from contextlib import contextmanager
 from typing import Callable, Iterator, List
+
+from . import Parser
 
 PACKAGES = 'torch', 'torchvision', 'timm', 'accelerate', 'huggingface_hub', 'triton'
 
@@ -109,9 +110,12 @@ def tell(find: Callable[..., str], *args: str) -> str:
         return f'unknown, as {type(error).__name__} says: {" ".join(str(error).split())}'
 
 
-def main(prog: str = 'env.py') -> None:
-    argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+def parse_args(argv, prog):
+    parser = Parser(prog=prog, description=__doc__)
+    return parser, parser.parse_args(argv)
+
+
+def run(parser, args):
     from noah_zoo import __version__
     from noah_zoo.benchmark.measure import processor
 

@@ -1,23 +1,21 @@
-"""Write a model as a file that runs without this package, and its preprocessing and label names beside it.
+"""Export a model to ONNX, torch.export or TorchScript.
 
-    python scripts/export.py --model resnet18_noah --check
-    python scripts/export.py --model hf-hub:you/photos --format torch-export --output photos.pt2
-    python scripts/export.py --model resnet18_noah --static --opset 20
-    python scripts/export.py --int8 calibration/ --dataset fashion_mnist
+    noah-zoo export --model resnet18_noah --check
+    noah-zoo export --model hf-hub:you/photos --format torch-export --output photos.pt2
+    noah-zoo export --model resnet18_noah --static --opset 20
+    noah-zoo export --int8 calibration/ --dataset fashion_mnist
 
 Batches may have any size, images too where the backbone allows it; with --static all shapes are fixed. --int8 also
-writes FILE.int8.onnx.
+writes FILE.int8.onnx. Preprocessing and label names are written to FILE.json.
 """
-import argparse
 import json
-import sys
 from pathlib import Path
 
+from . import Parser, readable_errors
 
-def main(prog: str = 'export.py') -> int:
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+
+def parse_args(argv, prog):
+    parser = Parser(prog=prog, description=__doc__)
     parser.add_argument(
         '--model', metavar='NAME',
         help="timm name, 'local-dir:DIR' or 'hf-hub:USER/MODEL' (mobilenetv2_035_noah.fashion_mnist)")
@@ -36,15 +34,15 @@ def main(prog: str = 'export.py') -> int:
         '--int8', nargs='+', metavar='PATH', help='also in 8 bits, calibrated on these images and folders of images')
     parser.add_argument('--dataset', metavar='NAME', help="measure top-1 of what was written, see validate")
     parser.add_argument('--data-dir', metavar='DIR', help='folder of that dataset')
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     for option in ('int8', 'opset'):
         if getattr(args, option) and args.format != 'onnx':
             parser.error(f'--{option} is for --format onnx, not {args.format}')
+    return parser, args
 
-    from noah_zoo.cli import plain_errors
 
-    with plain_errors(parser):
-        import noah_zoo  # noqa: F401  registers the models
+def run(parser, args):
+    with readable_errors(parser):
         from noah_zoo.inference.export import OPSET, SUFFIXES, export, quantize
         from noah_zoo.inference.predict import DEFAULT_MODEL, find_images, load_model
 
@@ -68,8 +66,3 @@ def main(prog: str = 'export.py') -> int:
 
                 result = validate(str(exported.path), args.dataset, data_dir=args.data_dir, cpu=True)
                 print(f'  top-1 on {result.get("images", "")} images of {args.dataset}: {result["top1"]:.2f} %')
-    return 0
-
-
-if __name__ == '__main__':
-    sys.exit(main())

@@ -1,8 +1,8 @@
 """Classify images.
 
-    python scripts/predict.py
-    python scripts/predict.py photo.jpg folder/ --model resnet50.a1_in1k --top-k 5
-    python scripts/predict.py folder/ --output folder.csv
+    noah-zoo predict
+    noah-zoo predict photo.jpg folder/ --model resnet50.a1_in1k --top-k 5
+    noah-zoo predict folder/ --output folder.csv
 
 Without arguments: the sample images of the package, with the weights of the package. No network. A file of --output is
 written image by image; the same command, after Ctrl-C say, goes on with it.
@@ -13,6 +13,8 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
+from . import Parser, readable_errors
+
 
 def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
@@ -20,10 +22,8 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def main(prog: str = 'predict.py') -> int:
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(argv, prog):
+    parser = Parser(prog=prog, description=__doc__)
     parser.add_argument('paths', nargs='*', metavar='PATH', help='images and folders of images (the sample images)')
     parser.add_argument(
         '--model', metavar='NAME',
@@ -38,10 +38,10 @@ def main(prog: str = 'predict.py') -> int:
     written.add_argument('--json', action='store_true', help='print one JSON list instead of text')
     written.add_argument(
         '--output', type=Path, metavar='FILE', help='write FILE.csv or FILE.jsonl instead, or go on with it')
-    args = parser.parse_args()
+    return parser, parser.parse_args(argv)
 
-    from noah_zoo.cli import plain_errors
 
+def run(parser, args):
     output, shown, failed = None, [], 0
 
     def kept() -> str:
@@ -49,10 +49,9 @@ def main(prog: str = 'predict.py') -> int:
             return ''
         return f'; {args.output} has {output.done:,} of {len(images):,} images, and the same command goes on with it'
 
-    with plain_errors(parser, kept=kept):
+    with readable_errors(parser, kept=kept):
         from huggingface_hub.utils import tqdm
 
-        import noah_zoo  # noqa: F401  registers the models
         from noah_zoo.inference.output import PredictionFile, check_output
         from noah_zoo.inference.predict import DEFAULT_MODEL, SAMPLES, default_workers, find_images, load_model, predict
 
@@ -88,7 +87,3 @@ def main(prog: str = 'predict.py') -> int:
             before = f'; {len(images) - len(left):,} were there already' if len(left) < len(images) else ''
             print(f'{args.output}: {output.done:,} images{unread}{before}')
     return 1 if failed else 0
-
-
-if __name__ == '__main__':
-    sys.exit(main())

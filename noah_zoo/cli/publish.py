@@ -1,20 +1,21 @@
-"""Publish models on the Hugging Face Hub: checked, sent, downloaded again, compared, and only then tagged.
+"""Publish models on the Hugging Face Hub.
 
-    python scripts/publish.py resnet50_noah --from official                     # the authors' file, from Google Drive
-    python scripts/publish.py resnet50_noah resnet50 --from weights --dry-run   # converted folders or released files
-    python scripts/publish.py --all --from official --namespace my-mirror       # all 50; skips what is done
-    python scripts/publish.py --from runs/pets --repo-id you/your-model         # your own training run
-    python scripts/publish.py --from runs/pets --repo-id you/pets-head --head-only   # of a frozen one, what it trained
+    noah-zoo publish resnet50_noah --from official                     # the authors' file, from Google Drive
+    noah-zoo publish resnet50_noah resnet50 --from weights --dry-run   # converted folders or released files
+    noah-zoo publish --all --from official --namespace my-mirror       # all 50; skips what is done
+    noah-zoo publish --from runs/pets --repo-id you/your-model         # your own training run
+    noah-zoo publish --from runs/pets --repo-id you/pets-head --head-only   # of a frozen one, what it trained
 
-Log in first: `hf auth login`, or set HF_TOKEN. A call that was interrupted is simply repeated.
+Log in first: `hf auth login`, or set HF_TOKEN. Weights are checked, uploaded, downloaded again and
+compared before the revision is tagged. Run an interrupted command again to finish it.
 """
-import argparse
 import logging
 
+from . import Parser, readable_errors
 
-def parse_args(prog: str):
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+def parse_args(argv, prog):
+    parser = Parser(prog=prog, description=__doc__)
     add = parser.add_argument
     add('names', nargs='*', metavar='NAME', help='timm names of NOAH models or of their vanilla twins')
     add('--from', dest='source', required=True, metavar='DIR|official', help="folder of the weights, or 'official'")
@@ -25,7 +26,7 @@ def parse_args(prog: str):
     add('--private', action='store_true', help='make the repository private')
     add('--dry-run', action='store_true',
         help='do everything but ask or change the Hub; --head-only asks it for the backbone')
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if bool(args.names) + args.all + bool(args.repo_id) != 1:
         parser.error('name models, or give --all, or give --repo-id for a training run')
     if args.repo_id and args.namespace:
@@ -35,14 +36,10 @@ def parse_args(prog: str):
     return parser, args
 
 
-def main(prog: str = 'publish.py') -> None:
-    parser, args = parse_args(prog)
-    from noah_zoo.cli import plain_errors
-
-    with plain_errors(parser, RuntimeError, kept=lambda: '; run the same command again, it goes on where it was'):
+def run(parser, args):
+    with readable_errors(parser, RuntimeError, kept=lambda: '; run the same command again, it goes on where it was'):
         from huggingface_hub.utils import tqdm
 
-        import noah_zoo  # noqa: F401
         from noah_zoo.catalog import NAMESPACE, released
         from noah_zoo.publish.publish import publish_model, publish_run
 
@@ -58,12 +55,8 @@ def main(prog: str = 'publish.py') -> None:
             try:
                 publish_model(name, args.source, args.namespace or NAMESPACE, args.private, args.dry_run)
             except (OSError, ValueError, RuntimeError) as error:
-                logging.error('%s: error: %s', prog, error)
+                logging.error('%s: error: %s', parser.prog, error)
                 failed += 1
         if failed:
-            summary = f'{prog}: {failed} of {len(names)} failed; run the same command again for those\n'
+            summary = f'{parser.prog}: {failed} of {len(names)} failed; run the same command again for those\n'
             parser.exit(2, summary if len(names) > 1 else None)
-
-
-if __name__ == '__main__':
-    main()

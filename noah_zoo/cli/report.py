@@ -1,24 +1,18 @@
 """Compare finished runs over their seeds.
 
-    python scripts/report.py results/fashion_mnist
+    noah-zoo report results/fashion_mnist
 """
-import argparse
+from . import Parser, readable_errors
 
 
-def main(prog: str = 'report.py') -> None:
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(argv, prog):
+    parser = Parser(prog=prog, description=__doc__)
     parser.add_argument('folders', nargs='+', metavar='DIR', help='folders of runs of train')
-    args = parser.parse_args()
+    return parser, parser.parse_args(argv)
 
-    from noah_zoo.cli import plain_errors
 
-    with plain_errors(parser):
+def run(parser, args):
+    with readable_errors(parser):
         from noah_zoo.training.report import report
 
         print(report(args.folders))
-
-
-if __name__ == '__main__':
-    main()

@@ -1,24 +1,32 @@
 """Train a model on one or many devices.
 
-    accelerate launch scripts/train.py --model resnet18_noah --dataset folder --data-dir /data/imagenet \\
-        --output runs/resnet18_noah
-    accelerate launch scripts/train.py --model deit_tiny_patch16_224_noah --dataset folder --data-dir /data/imagenet \\
-        --output runs/short --epochs 100 --batch-size 512 --device-batch-size 64 --mixup 0 --model-ema-decay none
+    noah-zoo train --model resnet18_noah --dataset folder --data-dir /data/imagenet --output runs/resnet18_noah
+    accelerate launch -m noah_zoo train --model deit_tiny_patch16_224_noah --dataset folder \\
+        --data-dir /data/imagenet --output runs/short --epochs 100 --batch-size 512 --device-batch-size 64 \\
+        --mixup 0 --model-ema-decay none
 
-The recipe is chosen by the model: the paper's for its 25 models and their vanilla twins, else plain defaults. A flag
-comes before the recipe; 'none' and --no-... switch off. `python scripts/train.py ...` does the same on one device.
+The model determines the recipe: the paper's for its 25 models and their vanilla baselines, plain defaults for others. A
+flag overrides the recipe; 'none' and --no-... switch a setting off. `accelerate launch` trains on several devices.
 """
 import argparse
 import ast
 import dataclasses
 import logging
-import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple, get_args
+from typing import Any, Callable, Dict, Optional, get_args
 
+from ..config import TrainConfig
+from ..recipes import RECIPES, Recipe
+from . import Parser, readable_errors
+
+COMMON = (  # shown first by --help
+    'model', 'output', 'dataset', 'data_dir', 'val_fraction', 'epochs', 'batch_size', 'lr', 'img_size', 'pretrained',
+    'freeze', 'no_aug', 'aa', 'mixup', 'mixed_precision', 'workers', 'resume')
 SHORT = {'batch_size': ['-b'], 'workers': ['-j']}
 MORE = {
-    'data_dir': dict(type=str),  # 'none' is a folder's name
+    'output': dict(metavar='DIR'),
+    'data_dir': dict(type=str, metavar='DIR'),  # 'none' is a folder's name
+    'resume': dict(metavar='auto|DIR'),
     'smoke': dict(nargs='?', const=3),
     'no_aug': dict(action='store_true'),  # Python 3.14 has no pairs --no-aug and --no-no-aug
     'cache_features': dict(nargs='?', const='~/.cache/noah_zoo/features', metavar='DIR')}
@@ -61,50 +69,44 @@ def argument_of(kind: Any) -> Dict[str, Any]:
     return dict(type=get_args(kind)[0], nargs=len(get_args(kind)), metavar=METAVARS[get_args(kind)[0]])  # a tuple
 
 
-def parse_args(
-        argv: Optional[List[str]] = None, prog: str = 'train.py', description: Optional[str] = None,
-) -> Tuple[argparse.ArgumentParser, argparse.Namespace]:
-    """The namespace has what was given, and nothing else: the recipe decides the rest."""
-    from noah_zoo.config import TrainConfig
-    from noah_zoo.recipes import RECIPES, Recipe
-
-    argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
-        prog=prog, usage=f'{prog} --model NAME --output DIR [--recipe NAME] [flags]; see --help',
-        description=description or __doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    run = parser.add_argument_group('run')
-    hyper = parser.add_argument_group('hyper-parameters', "the recipe's, unless given")
-    hyper.add_argument(
-        '--recipe', metavar='NAME', choices=['auto', 'none', *RECIPES],
-        help=f"'auto' is that of the model, 'none' the plain defaults, else {', '.join(RECIPES)}")
+def parse_args(argv, prog, description=__doc__, **defaults):
+    """Return the parser, and a namespace of the given flags over `defaults`: the recipe decides the other settings."""
+    parser = Parser(
+        prog=prog, usage='%(prog)s --model NAME --output DIR [flags]', description=description,
+        argument_default=argparse.SUPPRESS)
+    common = parser.add_argument_group('common flags')
+    others = parser.add_argument_group('other flags')
+    recipe = RECIPES.get(defaults.get('recipe'))
+    fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
     of_recipe = {field.name for field in dataclasses.fields(Recipe)}
-    for field in dataclasses.fields(TrainConfig):
-        group, text = hyper if field.name in of_recipe else run, field.metadata['help']
-        missing = field.default is field.default_factory
-        required = missing and '--check-data' not in argv
-        if group is run and not (missing or field.default in (None, False)):
-            text += f' ({field.default})'
-        group.add_argument(
-            *SHORT.get(field.name, []), '--' + field.name.replace('_', '-'), required=required,
-            help=text.replace('%', '%%'), **{**argument_of(field.type), **MORE.get(field.name, {})})
-    run.add_argument(
+    others.add_argument(
+        '--recipe', metavar='NAME', choices=['auto', 'none', *RECIPES],
+        help="the settings that are not given: 'auto' is the recipe of the model, 'none' plain defaults; else one of "
+             f"{', '.join(RECIPES)} ({defaults.get('recipe', 'auto')})")
+    for name in (*COMMON, *(name for name in fields if name not in COMMON)):
+        field = fields[name]
+        required = field.default is field.default_factory
+        default = {**vars(recipe or Recipe()), **defaults}.get(name, field.default)
+        text = field.metadata['help']
+        if name in of_recipe and not recipe:
+            text += " (the recipe's)"
+        elif not required and default not in (None, False):
+            text += f' ({default})'
+        (common if name in COMMON else others).add_argument(
+            *SHORT.get(name, []), '--' + name.replace('_', '-'), help=text.replace('%', '%%'),
+            required=required and '--check-data' not in argv, **{**argument_of(field.type), **MORE.get(name, {})})
+    common.add_argument(
         '--check-data', action='store_true',
-        help='only read annotations and every image once, and say what is wrong; needs neither --model nor --output')
-    return parser, parser.parse_args(argv)
+        help='only read annotations and every image once and report what is wrong; needs neither --model nor --output')
+    return parser, argparse.Namespace(**{**defaults, **vars(parser.parse_args(argv))})
 
 
-def main(prog: str = 'train.py', description: Optional[str] = None, **defaults: Any) -> None:
-    """Train, with `defaults` for what is not given."""
-    parser, args = parse_args(prog=prog, description=description)
-    args = argparse.Namespace(**{**defaults, **vars(args)})
-    from noah_zoo.cli import plain_errors
-
+def run(parser, args):
     def kept() -> str:
         begun = hasattr(args, 'output') and Path(args.output).is_dir()
         return f'; with --resume auto it goes on from the newest checkpoint in {args.output}' if begun else ''
 
-    with plain_errors(parser, RuntimeError, FloatingPointError, kept=kept):
+    with readable_errors(parser, RuntimeError, FloatingPointError, kept=kept):
         from accelerate.utils import get_int_from_env
 
         from noah_zoo.data.factory import check_data
@@ -133,7 +135,3 @@ def main(prog: str = 'train.py', description: Optional[str] = None, **defaults: 
             value = summary[task.metric]  # None if it was no number
             figure = f'{task.figures[task.metric]} {"undefined" if value is None else f"{value:.2f}"}'
             print(f'{args.model}: test {figure} after {summary["epoch"]} epochs, {summary["seconds"]:.0f} s')
-
-
-if __name__ == '__main__':
-    main()

@@ -1,19 +1,21 @@
-"""Evaluate a pretrained model on a dataset: top-1 and top-5, beside the paper's for the authors' weights.
+"""Evaluate a pretrained model on a dataset.
 
-    python scripts/validate.py --model resnet50_noah --dataset folder --data-dir /data/imagenet
-    python scripts/validate.py --model mobilenetv2_035_noah.fashion_mnist --dataset fashion_mnist
-    accelerate launch scripts/validate.py --model local-dir:runs/pets/best --dataset folder --data-dir /data/pets
+    noah-zoo validate --model resnet50_noah --dataset folder --data-dir /data/imagenet
+    noah-zoo validate --model mobilenetv2_035_noah.fashion_mnist --dataset fashion_mnist
+    accelerate launch -m noah_zoo validate --model local-dir:runs/pets/best --dataset folder --data-dir /data/pets
+
+For the authors' weights, the paper's top-1 and top-5 are printed alongside.
 """
 import argparse
 import json
 import logging
 import os
 
+from . import Parser, readable_errors
 
-def parse_args(prog: str):
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
+
+def parse_args(argv, prog):
+    parser = Parser(prog=prog, description=__doc__, argument_default=argparse.SUPPRESS)
     add = parser.add_argument
     add('--model', required=True, metavar='NAME', help="timm name, 'hf-hub:...', 'local-dir:...', or an exported file")
     add('--dataset', metavar='NAME', help="'fashion_mnist' (default), 'folder', 'hfds/NAME', 'hfids/NAME' or 'wds/...'")
@@ -28,14 +30,11 @@ def parse_args(prog: str):
     add('--img-size', type=int, metavar='N', help="image size (the model's)")
     add('--cpu', action='store_true', help='do not use an accelerator')
     add('--json', action='store_true', help='print JSON')
-    return parser, parser.parse_args()
+    return parser, parser.parse_args(argv)
 
 
-def main(prog: str = 'validate.py') -> None:
-    parser, args = parse_args(prog)
-    from noah_zoo.cli import plain_errors
-
-    with plain_errors(parser, RuntimeError):
+def run(parser, args):
+    with readable_errors(parser, RuntimeError):
         from accelerate import PartialState
 
         from noah_zoo.tasks import find_task
@@ -63,7 +62,3 @@ def main(prog: str = 'validate.py') -> None:
             print('  '.join(f'{key} {value}' for key, value in row.items()))
         if 'val_loss' in result:
             print(f'cross-entropy: {result["val_loss"]:.4f}')
-
-
-if __name__ == '__main__':
-    main()

@@ -1,20 +1,19 @@
 """Draw where a NOAH model looked (Figure 2 of the paper).
 
-    python scripts/visualize.py photo.jpg --model resnet18_noah --classes tabby "Egyptian cat" lynx
-    python scripts/visualize.py noah_zoo/samples/0018_bag.png
+    noah-zoo visualize photo.jpg --model resnet18_noah --classes tabby "Egyptian cat" lynx
+    noah-zoo visualize noah_zoo/samples/0018_bag.png
 
 The picture has two panels: attention, value and their product of every POCA block for the first class; and one block
 for all classes, above Grad-CAM++ of the vanilla twin (pip install 'noah-zoo[visualize]').
 """
-import argparse
 import sys
 from pathlib import Path
 
+from . import Parser, readable_errors
 
-def main(prog: str = 'visualize.py') -> int:
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+
+def parse_args(argv, prog):
+    parser = Parser(prog=prog, description=__doc__)
     parser.add_argument('image', metavar='IMAGE', type=Path)
     parser.add_argument(
         '--model', metavar='NAME',
@@ -28,14 +27,13 @@ def main(prog: str = 'visualize.py') -> int:
         '--output', type=Path, metavar='FILE', help='picture to write, PNG without a suffix (IMAGE_attention, here)')
     parser.add_argument('--dpi', type=int, default=150, help='dots per inch of the picture (150)')
     parser.add_argument('--device', default='cpu', help="torch device, 'cuda' say (cpu)")
-    args = parser.parse_args()
+    return parser, parser.parse_args(argv)
 
-    from noah_zoo.cli import plain_errors
 
-    with plain_errors(parser):
+def run(parser, args):
+    with readable_errors(parser):
         from matplotlib.backend_bases import FigureCanvasBase
 
-        import noah_zoo  # noqa: F401  registers the models
         from noah_zoo.data.images import read_image
         from noah_zoo.inference.predict import DEFAULT_MODEL, image_mode
         from noah_zoo.inference.visualize import draw, find_classes, load_pair
@@ -55,8 +53,3 @@ def main(prog: str = 'visualize.py') -> int:
         classes = args.classes and find_classes(model, args.classes)
         draw(model, image, classes, args.block - 1, twin).savefig(output, dpi=args.dpi)
         print(output)
-    return 0
-
-
-if __name__ == '__main__':
-    sys.exit(main())

@@ -5,8 +5,6 @@ import numpy as np
 import torch
 from timm.loss import create_classification_loss
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
 
 from ..config import TrainConfig
 from ..data.base import Images
@@ -63,6 +61,9 @@ class Metrics:
     """
 
     def __init__(self, num_classes: int, device: torch.device) -> None:
+        from torchmetrics import MeanMetric, MetricCollection  # takes a second to import
+        from torchmetrics.classification import MulticlassAccuracy
+
         metrics = {'top1': MulticlassAccuracy(num_classes, average='micro')}
         if num_classes > 5:
             metrics['top5'] = MulticlassAccuracy(num_classes, top_k=5, average='micro')

@@ -12,13 +12,6 @@ import numpy as np
 import torch
 from timm.loss import create_classification_loss
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
-from torchmetrics.classification import (
-    BinaryAveragePrecision,
-    BinaryStatScores,
-    MultilabelAveragePrecision,
-    MultilabelStatScores,
-)
 
 from ..config import TrainConfig
 from ..data.base import Images
@@ -82,6 +75,14 @@ class Metrics:
     """
 
     def __init__(self, num_classes: int, device: torch.device) -> None:
+        from torchmetrics import MeanMetric  # takes a second to import
+        from torchmetrics.classification import (
+            BinaryAveragePrecision,
+            BinaryStatScores,
+            MultilabelAveragePrecision,
+            MultilabelStatScores,
+        )
+
         several = dict(num_labels=num_classes, average='none')
         ap, counts = (  # torchmetrics calls one class binary
             (partial(MultilabelAveragePrecision, **several), partial(MultilabelStatScores, **several))

@@ -1,10 +1,12 @@
 """How well features find the same identity again: CMC and mAP, and a picture of rankings."""
-from typing import Dict, NamedTuple, Sequence
+from typing import Dict, NamedTuple, Sequence, Tuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
+from torchmetrics import Metric
 
 from ..data.images import read_image
 
@@ -69,6 +71,48 @@ def cmc_map(
     first, precision = torch.cat(first), torch.cat(precision)
     figures = {f'rank{rank}': 100 * (first <= rank).double().mean().item() for rank in ranks}
     return {**figures, 'mAP': 100 * precision.mean().item(), 'queries': len(first)}
+
+
+class Metrics(Metric):
+    """CMC and mAP of `cmc_map`, over the images of all processes."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.add_state('features', [], dist_reduce_fx='cat')
+        self.add_state('labels', [], dist_reduce_fx='cat')
+        self.to(device)
+
+    def update(self, features: Tensor, labels: Tensor) -> None:
+        """Add features (B, D) and labels (B, 3) of `Market`."""
+        self.features.append(features)
+        self.labels.append(labels)
+
+    def _gathered(self) -> Tuple[Tensor, Tensor]:
+        """Features (images, D) and labels (images, 3)."""
+        return tuple(torch.cat(x) if isinstance(x, list) else x for x in (self.features, self.labels))
+
+    def compute(self) -> Dict[str, float]:
+        figures = cmc_map(*_split_gallery(*self._gathered()))
+        return {name: round(value, 4) for name, value in figures.items()}
+
+    def draw(self, paths: Sequence[str], count: int) -> Figure:
+        """Draw `count` queries, evenly spaced, each with the ten images of the gallery that are nearest to it.
+
+        Args:
+            paths: A file per image, in the order of the updates.
+        """
+        features, labels = self._gathered()
+        (query, gallery), is_query = _split_gallery(features, labels), labels[:, 2].cpu().numpy() == 1
+        chosen = torch.linspace(0, len(query.ids) - 1, min(count, len(query.ids))).long().tolist()
+        paths = np.array(paths)
+        return draw_rankings(
+            Identified(*(tensor[chosen] for tensor in query)), gallery, paths[is_query][chosen], paths[~is_query])
+
+
+def _split_gallery(features: Tensor, labels: Tensor) -> Tuple[Identified, Identified]:
+    """Query and gallery."""
+    queries = labels[:, 2] == 1
+    return tuple(Identified(features[x].cpu(), labels[x, 0].cpu(), labels[x, 1].cpu()) for x in (queries, ~queries))
 
 
 def draw_rankings(

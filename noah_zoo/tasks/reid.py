@@ -5,18 +5,18 @@ other cameras. What the paper leaves open, and what is chosen: the embedding is 
 of 256 x 128 pixels, flipped at random; cross-entropy over identities; the last stage keeps its stride of 32; N and r of
 the head are those of the paper's ResNet50.
 """
-from typing import Dict, Tuple
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from ..config import TrainConfig
 from ..data.base import Images
 from ..text import some
 from .multiclass import Multiclass
-from .ranking import Identified, cmc_map, draw_rankings
+
+if TYPE_CHECKING:
+    from .ranking import Metrics
 
 
 class Reid(Multiclass):
@@ -47,6 +47,8 @@ class Reid(Multiclass):
         return Embedding(model)
 
     def create_metrics(self, num_classes: int, device: torch.device) -> 'Metrics':
+        from .ranking import Metrics  # imports torchmetrics, which takes a second
+
         return Metrics(device)
 
     def match(self, name: str, model: nn.Module, images: Images) -> Images:
@@ -61,13 +63,8 @@ class Reid(Multiclass):
 
     def draw(self, metrics: 'Metrics', images: Images, path: str, count: int) -> None:
         """Some queries, evenly spaced, and the ten of the gallery that are nearest to each."""
-        features, labels = metrics.gathered()
-        (query, gallery), is_query = split_gallery(features, labels), labels[:, 2].cpu().numpy() == 1
-        paths = np.array([images.where(index) for index in range(len(images))])
-        chosen = torch.linspace(0, len(query.ids) - 1, min(count, len(query.ids))).long().tolist()
-        draw_rankings(
-            Identified(*(tensor[chosen] for tensor in query)), gallery, paths[is_query][chosen],
-            paths[~is_query]).savefig(path, dpi=110)
+        paths = [images.where(index) for index in range(len(images))]
+        metrics.draw(paths, count).savefig(path, dpi=110)
 
 
 class Embedding(nn.Module):
@@ -79,32 +76,3 @@ class Embedding(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model.forward_head(self.model.forward_features(x), pre_logits=True)
-
-
-class Metrics(Metric):
-    """CMC and mAP of `cmc_map`, over what all processes were given."""
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()
-        self.add_state('features', [], dist_reduce_fx='cat')
-        self.add_state('labels', [], dist_reduce_fx='cat')
-        self.to(device)
-
-    def update(self, features: Tensor, labels: Tensor) -> None:
-        """Add features (B, D) and labels (B, 3) of `Market`."""
-        self.features.append(features)
-        self.labels.append(labels)
-
-    def gathered(self) -> Tuple[Tensor, Tensor]:
-        """Features (images, D) and labels (images, 3), as they came."""
-        return tuple(torch.cat(x) if isinstance(x, list) else x for x in (self.features, self.labels))
-
-    def compute(self) -> Dict[str, float]:
-        figures = cmc_map(*split_gallery(*self.gathered()))
-        return {name: round(value, 4) for name, value in figures.items()}
-
-
-def split_gallery(features: Tensor, labels: Tensor) -> Tuple[Identified, Identified]:
-    """Query and gallery."""
-    queries = labels[:, 2] == 1
-    return tuple(Identified(features[x].cpu(), labels[x, 0].cpu(), labels[x, 1].cpu()) for x in (queries, ~queries))

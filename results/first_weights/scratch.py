@@ -13,9 +13,9 @@ sys.path.insert(0, str(HERE))
 from frozen import start  # noqa: E402
 
 from noah_zoo import NoahHead  # noqa: E402
-from noah_zoo.cli.train import main  # noqa: E402
+from noah_zoo.cli import main  # noqa: E402
 
 if __name__ == '__main__':
     candidate = sys.argv.pop(1)
     NoahHead.reset_parameters = lambda head: start(head, candidate)
-    main()
+    main(['train', *sys.argv[1:]])

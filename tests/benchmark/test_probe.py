@@ -35,8 +35,8 @@ from noah_zoo.cli import benchmark as cli
 from noah_zoo.data.base import Images
 from noah_zoo.training.features import cache_features
 
+from ..commands import call, interrupt
 from ..pictures import make_fashion_mnist
-from ..scripts import call, interrupt
 
 # All heads
 
@@ -262,7 +262,7 @@ QUICK = ('probe', '--quick', '--model', 'test_resnet', '--workers', '0')
 def test_quick_run(data_dir, tmp_path):
     output, cache = tmp_path / 'new' / 'folder', tmp_path / 'cache'
     args = (*QUICK, '--data-dir', data_dir, '--output', output, '--cache-features', cache)
-    done = call('benchmark.py', *args)
+    done = call('benchmark', *args)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in output.iterdir()) == ['probe-cpu-float32.json', 'probe-cpu-float32.png']
     result = json.loads((output / 'probe-cpu-float32.json').read_text())
@@ -277,7 +277,7 @@ def test_quick_run(data_dir, tmp_path):
     assert Image.open(output / 'probe-cpu-float32.png').width > 500
     assert 'smoke run' in done.stdout and '| NOAH | ' in done.stdout and 'images, L=4, ' in done.stdout
     assert len(list(cache.glob('*.bin'))) == 2
-    again = call('benchmark.py', *args, '--heads', 'noah', 'linear')
+    again = call('benchmark', *args, '--heads', 'noah', 'linear')
     assert again.returncode == 0 and len(list(cache.glob('*.bin'))) == 2  # the same features
     rows = json.loads((output / 'probe-cpu-float32.json').read_text())['rows']
     assert [row['head'] for row in rows] == ['noah', 'linear']
@@ -287,11 +287,11 @@ def test_quick_run(data_dir, tmp_path):
 def test_ctrl_c_leaves_nothing(data_dir, tmp_path):
     output = tmp_path / 'output'
     status, stderr = interrupt(
-        'benchmark.py', 'probe', '--model', 'test_resnet', '--no-pretrained', '--img-size', 64, '--updates', 1000000,
+        'benchmark', 'probe', '--model', 'test_resnet', '--no-pretrained', '--img-size', 64, '--updates', 1000000,
         '--data-dir', data_dir, '--workers', 0, '--output', output, '--cache-features', tmp_path / 'cache',
         after=b'update/s')
     assert status == 130, stderr
-    assert stderr.decode().splitlines()[-1].startswith('benchmark.py: interrupted') and b'Traceback' not in stderr
+    assert stderr.decode().splitlines()[-1].startswith('noah-zoo benchmark: interrupted') and b'Traceback' not in stderr
     assert not list(output.iterdir()) and not list((tmp_path / 'cache').glob('*.partial'))
 
 
@@ -311,10 +311,11 @@ def test_ctrl_c_leaves_nothing(data_dir, tmp_path):
 def test_refusals_are_a_line(flags, message, data_dir, tmp_path):
     flags = [*(() if '--data-dir' in flags else ('--data-dir', data_dir)), *flags]
     done = call(
-        'benchmark.py', 'probe', '--model', 'test_resnet', '--no-pretrained', '--workers', '0', '--output', tmp_path,
+        'benchmark', 'probe', '--model', 'test_resnet', '--no-pretrained', '--workers', '0', '--output', tmp_path,
         '--cache-features', tmp_path / 'cache', *flags, cwd=tmp_path)
     assert done.returncode == 2 and not done.stdout and not list(tmp_path.glob('*.*')), done.stdout
-    assert done.stderr.startswith('benchmark.py: error: ') and done.stderr.count('\n') == 1 and message in done.stderr
+    assert done.stderr.startswith('noah-zoo benchmark: error: ') and done.stderr.count('\n') == 1
+    assert message in done.stderr
 
 
 def test_a_stream_is_refused(monkeypatch):
@@ -324,14 +325,14 @@ def test_a_stream_is_refused(monkeypatch):
 
 
 def test_flags_of_probe_are_refused_with_other_measures(tmp_path):
-    done = call('benchmark.py', 'head', '--seeds', '2', '--model', 'resnet18', '--output', tmp_path)
-    assert done.returncode == 2 and done.stderr == 'benchmark.py: error: model, seeds: of probe only; got head\n'
+    done = call('benchmark', 'head', '--seeds', '2', '--model', 'resnet18', '--output', tmp_path)
+    assert done.returncode == 2 and done.stderr == 'noah-zoo benchmark: error: model, seeds: of probe only; got head\n'
     with pytest.raises(ValueError, match='of probe only'):
         next(benchmark(['head', 'pairs'], updates=3))
     with pytest.raises(ValueError, match='models, repeats: not of probe, which has its own settings'):
         next(benchmark(['probe'], models=['resnet18_noah'], repeats=3))
     assert Run(['head', 'probe'], probe=ProbeConfig(updates=3)).probe.updates == 3
-    assert 'probe:\n  refused unless probe is among' in call('benchmark.py', '--help').stdout
+    assert 'probe:\n  refused unless probe is among' in call('benchmark', '--help').stdout
 
 
 def test_flags_are_the_settings():

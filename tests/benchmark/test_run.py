@@ -38,7 +38,7 @@ from noah_zoo.catalog import CATALOG
 from noah_zoo.layers.ablations import PocaVariant
 from noah_zoo.layers.other_heads import CSRA, EfficientProbing, MLDecoder, SimPool
 
-from ..scripts import interrupt
+from ..commands import interrupt
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = [sys.executable, str(ROOT / 'scripts' / 'benchmark.py')]
@@ -532,9 +532,9 @@ def test_a_training_step_of_a_model_trains_it(monkeypatch):
 
 
 def test_ctrl_c_leaves_nothing(tmp_path):
-    status, stderr = interrupt('benchmark.py', 'pairs', '--repeats', 1000000, '--output', tmp_path, after=b'repeat')
+    status, stderr = interrupt('benchmark', 'pairs', '--repeats', 1000000, '--output', tmp_path, after=b'repeat')
     assert status == 130, stderr
-    assert stderr.decode().splitlines()[-1].startswith('benchmark.py: interrupted') and b'Traceback' not in stderr
+    assert stderr.decode().splitlines()[-1].startswith('noah-zoo benchmark: interrupted') and b'Traceback' not in stderr
     assert not list(tmp_path.iterdir())
 
 
@@ -579,7 +579,7 @@ def test_output_that_cannot_be_written(tmp_path, monkeypatch):
 def test_script_says_what_is_wrong_in_a_line(tmp_path):
     done = subprocess.run([*SCRIPT, 'pairs', '--models', 'nope'], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and not done.stdout and not list(tmp_path.iterdir())
-    assert done.stderr.startswith("benchmark.py: error: 'nope' is not a model") and done.stderr.count('\n') == 1
+    assert done.stderr.startswith("noah-zoo benchmark: error: 'nope' is not a model") and done.stderr.count('\n') == 1
 
 
 def test_help_does_not_wait_for_torch():

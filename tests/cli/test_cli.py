@@ -1,4 +1,5 @@
-"""The command `noah-zoo`."""
+"""The command `noah-zoo`, `python -m noah_zoo` and the scripts."""
+import ast
 import re
 import subprocess
 import sys
@@ -7,123 +8,147 @@ from pathlib import Path
 import pytest
 
 import noah_zoo
-from noah_zoo.cli import COMMANDS, as_command, main
+from noah_zoo.cli import COMMANDS, Parser
 
-from ..scripts import SCRIPTS, call
+from ..commands import call
 
 ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = ROOT / 'scripts'
 
 
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """The exit status of `noah-zoo ARGS`, what it prints and what it says."""
-    def run(*args):
-        monkeypatch.setattr(sys, 'argv', ['noah-zoo', *map(str, args)])
-        try:
-            code = main()
-        except SystemExit as stop:
-            code = stop.code
-        return (code or 0, *capsys.readouterr())
-    return run
+def docstring(path):
+    return ast.get_docstring(ast.parse(path.read_text(encoding='utf-8')))
 
 
 def test_a_module_and_a_script_of_every_command():
-    assert sorted(COMMANDS) == sorted(path.stem for path in Path(noah_zoo.cli.__file__).parent.glob('[!_]*.py'))
-    assert set(COMMANDS) - {'env'} == {path.stem for path in SCRIPTS.glob('*.py')} - {'cards'}
+    modules = {path.stem: path for path in Path(noah_zoo.cli.__file__).parent.glob('[!_]*.py')}
+    assert modules.keys() == COMMANDS.keys()
+    for name, path in modules.items():
+        assert docstring(path).splitlines()[0] == f'{COMMANDS[name]}.'
+    scripts = {path.stem: path for path in SCRIPTS.glob('*.py') if path.stem != 'cards'}
+    assert scripts.keys() == COMMANDS.keys() - {'env'}
+    for name, path in scripts.items():
+        assert f"sys.exit(main(['{name}', *sys.argv[1:]]))" in path.read_text()
 
 
-def test_what_there_is(command):
-    code, out, err = command()
-    assert (code, err) == (0, '') and command('--help') == (code, out, err)
-    lines = dict(line.split(maxsplit=1) for line in out.splitlines() if line.startswith('  ') and '-' not in line[:5])
-    assert tuple(lines) == COMMANDS and lines['predict'] == 'Classify images'
-    assert all(len(line) <= 120 for line in out.splitlines())
+def test_list_of_commands():
+    done = call()
+    assert (done.returncode, done.stderr) == (0, '') and call('--help').stdout == done.stdout
+    lines = dict(re.findall(r'^  (\w+) +(.*)$', done.stdout, re.MULTILINE))
+    assert lines == COMMANDS
+    assert all(len(line) <= 120 for line in done.stdout.splitlines())
 
 
-def test_version(command):
-    assert command('--version') == (0, f'noah-zoo {noah_zoo.__version__}\n', '')
+def test_version():
+    done = call('--version')
+    assert (done.returncode, done.stdout, done.stderr) == (0, f'noah-zoo {noah_zoo.__version__}\n', '')
 
 
-@pytest.mark.parametrize('wrong, said', [
-    ('trian', "noah-zoo: error: unknown command 'trian'; did you mean train?"),
-    ('x', f"noah-zoo: error: unknown command 'x'; choose from {', '.join(COMMANDS)}")])
-def test_a_wrong_command(command, wrong, said):
-    assert command(wrong, '--model', 'resnet18') == (2, '', said + '\n')
+@pytest.mark.parametrize('words, message', [
+    (['trian', '--model', 'resnet18'], "noah-zoo: error: unknown command 'trian'; did you mean train?"),
+    (['x'], f"noah-zoo: error: unknown command 'x'; choose from {', '.join(COMMANDS)}"),
+    (['--modle'], 'noah-zoo: error: unknown flag --modle; noah-zoo --help lists all flags'),
+    (['predict', '--modle', 'x'], 'noah-zoo predict: error: unknown flag --modle; did you mean --model?'),
+    (['predict', '--batchsize=3'], 'noah-zoo predict: error: unknown flag --batchsize; did you mean --batch-size?'),
+    (['finetune', '--learning-rate', '3'],
+     'noah-zoo finetune: error: unknown flag --learning-rate; did you mean --lr?'),
+    (['validate', '--xyz'], 'noah-zoo validate: error: unknown flag --xyz; noah-zoo validate --help lists all flags'),
+    (['reid', 'evaluate', '--picutre', 'x'],
+     'noah-zoo reid evaluate: error: unknown flag --picutre; did you mean --picture?'),
+    (['reid', 'train'], 'noah-zoo reid train: error: the following arguments are required: --model, --output'),
+    (['predict', '-z'], 'noah-zoo predict: error: unrecognized arguments: -z')])
+def test_wrong_words(words, message):
+    done = call(*words)
+    assert done.returncode == 2 and not done.stdout and done.stderr.splitlines()[-1] == message
 
 
-def test_a_wrong_flag(command):
-    code, out, err = command('--modle')
-    assert code == 2 and not out and err.endswith('noah-zoo: error: unrecognized arguments: --modle\n')
+def test_what_follows_two_dashes_is_no_flag(monkeypatch):
+    parser = Parser()
+    parser.add_argument('path')
+    assert parser.parse_args(['--', '--photo.jpg']).path == '--photo.jpg' and parser.words == ['--', '--photo.jpg']
+    monkeypatch.setattr(sys, 'argv', ['x', 'photo.jpg'])
+    assert parser.parse_args().path == 'photo.jpg' and parser.words == ['photo.jpg']
 
 
-@pytest.mark.parametrize('name', COMMANDS)
-def test_help_of_a_command(command, name):
-    code, out, err = command(name, '--help')
-    assert (code, err) == (0, '') and f'noah-zoo {name}' in out
-    assert not re.search(r'scripts/|\b(?!FILE)\w+\.py\b', out)
+def test_help_of_every_command():
+    for words in (*([name] for name in COMMANDS), ['reid', 'evaluate'], ['reid', 'train']):
+        done, name = call(*words, '--help'), ' '.join(words)
+        assert (done.returncode, done.stderr) == (0, ''), name
+        assert done.stdout.startswith(f'usage: noah-zoo {name} '), name
+        assert not re.search(r'scripts/|\b(?!FILE)\w+\.py\b', done.stdout), name
+        for line in done.stdout.splitlines():
+            if re.match(r' +(noah-zoo|accelerate launch -m noah_zoo) ', line):  # an example
+                assert re.search(r'noah.zoo (\w+)', line)[1] in (words[0], 'reid'), line
 
 
-@pytest.mark.parametrize('name', [name for name in COMMANDS if name != 'env'])
-def test_help_of_a_script(command, name):
-    """It is the command's, but speaks of scripts."""
-    def below_usage(text):
-        return ' '.join(text.partition('\n\n')[2].split())
-
-    script = call(f'{name}.py', '--help').stdout
-    assert f'scripts/{name}.py' in script and f'noah-zoo {name}' not in script
-    assert below_usage(as_command(script)) == below_usage(command(name, '--help')[1])
-
-
-def test_texts_that_name_scripts():
-    assert as_command('accelerate launch scripts/train.py --x a.pyx b.png') == (
-        'accelerate launch -m noah_zoo train --x a.pyx b.png')
-    assert as_command('As train.py; `python scripts/reid.py train`, scripts/demo.py') == (
-        'As noah-zoo train; `noah-zoo reid train`, noah-zoo demo')
+def test_common_flags_come_first():
+    for name in 'train', 'finetune':
+        text = call(name, '--help').stdout
+        common, others = text.partition('common flags:\n')[2].split('other flags:\n')
+        for flag in '--model', '--output', '--data-dir', '--epochs', '--batch-size', '--lr', '--mixup', '--resume':
+            assert re.search(rf'^  (-\w \w, )?{flag} ', common, re.MULTILINE), flag
+        assert len(common.splitlines()) < 50 < len(others.splitlines())
+    assert re.search(r'--epochs N +Epochs. \(15\)', text)  # of the recipe of finetune
 
 
-def test_it_runs_the_command(command, tmp_path):
-    """As the script does, but for its name."""
-    code, out, err = command('report', tmp_path)
-    done = call('report.py', tmp_path)
-    assert code == done.returncode == 2 and not out + done.stdout
-    assert err == done.stderr.replace('report.py', 'noah-zoo report') != done.stderr
-
-
-def test_the_exit_status_is_the_command_s(command, tmp_path):
+def test_exit_status_is_that_of_the_command(tmp_path):
     (tmp_path / 'torn.png').write_bytes(b'\x89PNG')
-    code, out, err = command('predict', tmp_path / 'torn.png')
-    assert code == 1 and not out and 'torn.png' in err
+    done = call('predict', tmp_path / 'torn.png')
+    assert done.returncode == 1 and not done.stdout and 'torn.png' in done.stderr
 
 
-@pytest.mark.parametrize('error, wanted', [
-    (KeyboardInterrupt(), (130, '', '\nnoah-zoo report: interrupted\n')),
-    (OSError('x: no runs'), (2, '', 'noah-zoo report: error: x: no runs\n'))])
-def test_what_ends_a_command(command, monkeypatch, error, wanted):
+@pytest.mark.parametrize('error, code, message', [
+    (KeyboardInterrupt(), 130, '\nnoah-zoo report: interrupted\n'),
+    (OSError('x: no runs'), 2, 'noah-zoo report: error: x: no runs\n'),
+    (KeyError('architecture'), 2, "noah-zoo report: error: the config.json of the model has no 'architecture', as "
+                                  "timm's have\n")])
+def test_what_ends_a_command(monkeypatch, error, code, message):
     def report(folders):
         raise error
     monkeypatch.setattr('noah_zoo.training.report.report', report)
-    assert command('report', 'x') == wanted
+    done = call('report', 'x')
+    assert (done.returncode, done.stdout, done.stderr) == (code, '', message)
 
 
-def test_nobody_reads_on(tmp_path):
-    """As behind `| head`."""
+WAYS = {
+    'noah-zoo': ['-c', 'import sys; from noah_zoo_cli import main; sys.exit(main())'],  # as the entry point does
+    'module': ['-m', 'noah_zoo'],
+    'script': None,
+}
+
+
+def start(way, command, *args, folder, **kwargs):
+    """Run a command in a new process that lists its imports on standard error."""
+    words = [SCRIPTS / f'{command}.py'] if way == 'script' else [*WAYS[way], command]
+    return subprocess.run(
+        [sys.executable, '-X', 'importtime', *words, *args], cwd=folder, capture_output=True, text=True, check=False,
+        env={'PYTHONPATH': str(ROOT), 'PATH': '', 'HOME': str(folder)}, timeout=300, **kwargs)
+
+
+@pytest.mark.parametrize('way', WAYS)
+def test_arguments_are_parsed_before_pytorch_is_imported(way, tmp_path):
+    for words, code in ((('train', '--help'), 0), (('train', '--nope'), 2), (('convert',), 2)):
+        done = start(way, *words, folder=tmp_path)
+        assert done.returncode == code and f'noah-zoo {words[0]}' in done.stdout + done.stderr
+        imported = re.findall(r'\| +(\S+)$', done.stderr, re.MULTILINE)
+        assert 'argparse' in imported and not {'torch', 'numpy', 'timm', 'PIL'} & set(imported)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize('way', WAYS)
+def test_a_command_in_a_new_process(way, tmp_path):
+    done = start(way, 'predict', '--json', folder=tmp_path)
+    assert done.returncode == 0 and done.stdout.startswith('[\n  {\n    "path": ')
+    (tmp_path / 'torn.png').write_bytes(b'\x89PNG')
+    assert start(way, 'predict', 'torn.png', folder=tmp_path).returncode == 1
+    assert start(way, 'predict', 'none.png', folder=tmp_path).returncode == 2
+
+
+@pytest.mark.process
+def test_output_that_nobody_reads(tmp_path):
+    """As with `| head`."""
     with subprocess.Popen(
             [sys.executable, '-m', 'noah_zoo', 'predict'], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             env={'PYTHONPATH': str(ROOT), 'PATH': '', 'HOME': str(tmp_path)}) as process:
         process.stdout.close()
         assert (process.wait(timeout=300), process.stderr.read()) == (1, b'')
-
-
-def test_reid_has_commands_of_its_own(command):
-    code, out, _ = command('reid', 'evaluate', '--help')
-    assert code == 0 and out.startswith('usage: noah-zoo reid evaluate ')
-    code, _, err = command('reid', 'train')
-    assert code == 2 and 'noah-zoo reid train: error: the following arguments are required: --model, --output' in err
-
-
-def test_as_a_module(tmp_path):
-    """From another folder."""
-    done = subprocess.run(
-        [sys.executable, '-m', 'noah_zoo', 'convert'], cwd=tmp_path, capture_output=True, text=True, check=False,
-        env={'PYTHONPATH': str(ROOT), 'PATH': '', 'HOME': str(tmp_path)}, timeout=300)
-    assert done.returncode == 2 and 'noah-zoo convert: error: the following arguments are required: FILE' in done.stderr

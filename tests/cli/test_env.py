@@ -15,10 +15,9 @@ from noah_zoo.layers import poca_cpu
 
 
 @pytest.fixture
-def facts(monkeypatch, capsys):
+def facts(capsys):
     def run():
-        monkeypatch.setattr(sys, 'argv', ['noah-zoo'])
-        env.main()
+        env.run(*env.parse_args([], 'noah-zoo env'))
         out, err = capsys.readouterr()
         assert not err
         return dict(line.strip(' -').split(': ', 1) for line in out.splitlines())

@@ -13,8 +13,8 @@ from noah_zoo.data import create_dataset
 from noah_zoo.data.factory import create_datasets, split_images
 from noah_zoo.training import TrainConfig
 
+from ..commands import call
 from ..pictures import jpeg, make_coco, make_inaturalist
-from ..scripts import call
 
 NAMES = ('person', 'boat', 'zebra')
 
@@ -177,7 +177,7 @@ def test_files_that_are_not_there_or_no_json(tmp_path):
 
 def test_check_data_says_it_before_anything_else(tmp_path):
     make_coco(tmp_path)
-    words = ('finetune.py', '--check-data', '--dataset', 'coco', '--task', 'multilabel', '--workers', '0', '--data-dir',
+    words = ('finetune', '--check-data', '--dataset', 'coco', '--task', 'multilabel', '--workers', '0', '--data-dir',
              tmp_path)
     done = call(*words)
     assert done.returncode == 0, done.stderr
@@ -185,4 +185,4 @@ def test_check_data_says_it_before_anything_else(tmp_path):
     make_coco(tmp_path, change=unknown_category)
     done = call(*words)
     assert done.returncode == 2 and not done.stdout
-    assert done.stderr.splitlines()[-1].startswith('finetune.py: error: ') and 'category_id 77' in done.stderr
+    assert done.stderr.splitlines()[-1].startswith('noah-zoo finetune: error: ') and 'category_id 77' in done.stderr

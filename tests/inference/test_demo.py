@@ -137,8 +137,8 @@ def test_the_server(server):
             [sys.executable, str(ROOT / 'scripts' / 'demo.py'), '--port', port],
             capture_output=True, text=True, timeout=100, check=False)
         assert taken.returncode == 2
-        assert taken.stderr == (f'demo.py: error: cannot listen on 127.0.0.1:{port}, which is in use or is not of this '
-                                f'machine; give another --port or --host\n')
+        assert taken.stderr == (f'noah-zoo demo: error: cannot listen on 127.0.0.1:{port}, which is in use or is not '
+                                f'of this machine; give another --port or --host\n')
 
 
 def test_the_space_runs(tmp_path):
@@ -152,8 +152,7 @@ def test_the_space_runs(tmp_path):
 
 
 def test_without_gradio():
-    code = f"import runpy, sys; sys.modules['gradio'] = None; sys.argv = ['demo.py']; " \
-        f"runpy.run_path({str(ROOT / 'scripts' / 'demo.py')!r}, run_name='__main__')"
+    code = "import sys; sys.modules['gradio'] = None; from noah_zoo_cli import main; main(['demo'])"
     result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=100, check=False)
     assert result.returncode == 2 and "pip install 'noah-zoo[demo]'" in result.stderr
     assert 'Traceback' not in result.stderr

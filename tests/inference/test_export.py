@@ -23,7 +23,7 @@ from noah_zoo.inference.predict import DEFAULT_MODEL, SAMPLES, load_model, predi
 from noah_zoo.models.attach import eval_transform
 from noah_zoo.training.validate import validate
 
-from ..scripts import call
+from ..commands import call
 
 ROOT = Path(__file__).resolve().parents[2]
 ANY_SIZE = 'resnet', 'mobilenet', 'shufflenet', 'pvt'
@@ -391,7 +391,7 @@ def test_a_damaged_file(suffix, tmp_path):
 
 def test_the_script(tmp_path):
     for _ in range(2):
-        result = call('export.py', '--format', 'torchscript', '--check', cwd=tmp_path)
+        result = call('export', '--format', 'torchscript', '--check', cwd=tmp_path)
         assert result.returncode == 0, result.stderr
         assert 'batches of any size, images of any size' in result.stdout
         assert result.stdout.count('largest difference') == 3
@@ -399,7 +399,7 @@ def test_the_script(tmp_path):
 
 
 def test_the_script_with_fixed_shapes(tmp_path):
-    result = call('export.py', '--static', '--check', '--opset', 19, '--output', 'm.onnx', cwd=tmp_path)
+    result = call('export', '--static', '--check', '--opset', 19, '--output', 'm.onnx', cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert 'batches of 1, images of 64 x 64 only' in result.stdout and result.stdout.count('largest difference') == 1
     assert [opset.version for opset in onnx.load(tmp_path / 'm.onnx').opset_import] == [19]
@@ -415,6 +415,6 @@ def test_the_script_with_fixed_shapes(tmp_path):
     (['--output', 'nowhere/m.onnx'], 'nowhere: no such folder for m.onnx'),
     (['--output', 'm.tflite'], 'm.tflite: a file of format onnx ends with .onnx')])
 def test_bad_arguments(args, message, tmp_path):
-    result = call('export.py', *args, cwd=tmp_path)
+    result = call('export', *args, cwd=tmp_path)
     assert result.returncode == 2 and message in result.stderr and 'Traceback' not in result.stderr
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""predict.py as its users call it."""
+"""`noah-zoo predict` as its users call it."""
 import csv
 import json
 import os
@@ -31,13 +31,13 @@ from noah_zoo.inference.predict import (
 )
 from noah_zoo.models.attach import eval_transform
 
-from ..scripts import call, interrupt
+from ..commands import call, interrupt
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(*args):
-    return call('predict.py', *args)
+    return call('predict', *args)
 
 
 def test_the_main_job(tmp_path):
@@ -245,7 +245,7 @@ def test_a_file_that_goes_on(suffix, mixed, tmp_path):
     (['--output', 'rows.csv', '--json'], 'not allowed with'), (['--workers', '-1'], 'num_workers'),
     (['--batch-size', '0'], "'0' is not a positive number")])
 def test_options_that_are_refused(args, message, tmp_path):
-    result = call('predict.py', *args, cwd=tmp_path)
+    result = call('predict', *args, cwd=tmp_path)
     assert result.returncode == 2 and message in result.stderr and not list(tmp_path.iterdir())
 
 
@@ -272,7 +272,7 @@ def test_ctrl_c_and_on(tmp_path):
     folder.mkdir()
     for i in range(1500):
         (folder / f'{i}.png').write_bytes(b'' if i == 0 else sorted(SAMPLES.glob('*.png'))[i % 12].read_bytes())
-    args = ['predict.py', folder, '--output', output, '--workers', 2, '--batch-size', 8]
+    args = ['predict', folder, '--output', output, '--workers', 2, '--batch-size', 8]
     code, said = interrupt(*args, after=b'0.png: not a readable image')  # it has begun
     assert code == 130 and b'Traceback' not in said, said
     done = len(read_rows(output))
@@ -280,7 +280,7 @@ def test_ctrl_c_and_on(tmp_path):
     assert any(  # the interrupt may come between a row and its count
         f'interrupted; {output} has {count:,} of 1,500 images, and the same command goes on'.encode() in said
         for count in (done - 1, done))
-    result = call('predict.py', folder, '--output', output)
+    result = call('predict', folder, '--output', output)
     assert result.stdout == f'{output}: 1,500 images, 1 of which cannot be read; {done:,} were there already\n'
     assert [path for path, _, _ in read_rows(output)] == find_images([str(folder)])
 

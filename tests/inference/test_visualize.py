@@ -18,7 +18,7 @@ from noah_zoo.inference.visualize import as_model_sees, draw, find_classes, grad
 from noah_zoo.models.attach import eval_transform, find_classifier
 from noah_zoo.weights import find
 
-from ..scripts import call
+from ..commands import call
 
 ROOT = Path(__file__).resolve().parents[2]
 BAG = SAMPLES / '0018_bag.png'
@@ -164,7 +164,7 @@ def test_figure_of_other_channels(channels, tmp_path):
     mean, std = (torch.tensor(other.pretrained_cfg[name]).view(3, 1, 1) for name in ('mean', 'std'))
     expected = ((on_white * std + mean) * 255).permute(1, 2, 0).numpy()
     assert np.abs(np.asarray(seen.picture, float) - expected).max() <= 3  # the bag is grey
-    result = call('visualize.py', tmp_path / 'bag.png', '--model', f'local-dir:{tmp_path / "saved"}', '--twin', 'none',
+    result = call('visualize', tmp_path / 'bag.png', '--model', f'local-dir:{tmp_path / "saved"}', '--twin', 'none',
                   '--output', tmp_path / 'where.png', '--dpi', '40')
     assert result.returncode == 0 and (tmp_path / 'where.png').stat().st_size > 1000, result.stderr
 
@@ -223,7 +223,7 @@ def test_the_script(tmp_path):
     for output, more in (
             ('0018_bag_attention.png', []), ('x.png', ['--output', 'x', '--classes', 'bag', 'shirt']),
             ('y.JPG', ['--output', 'y.JPG'])):
-        result = call('visualize.py', BAG, '--dpi', 60, *more, cwd=tmp_path)
+        result = call('visualize', BAG, '--dpi', 60, *more, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
         assert result.stdout.split() == [output] and Image.open(tmp_path / output).size[0] > 500
 
@@ -235,6 +235,6 @@ def test_the_script(tmp_path):
     ([BAG, '--output', 'x.pgn'], "x.pgn: '.pgn' is not one of .eps, "),
     ([BAG, '--model', 'none', '--output', 'x.txt'], "x.txt: '.txt' is not one of")])
 def test_bad_arguments(args, message, tmp_path):
-    result = call('visualize.py', *args, cwd=tmp_path)
+    result = call('visualize', *args, cwd=tmp_path)
     assert result.returncode == 2 and message in result.stderr, result.stderr
     assert 'Traceback' not in result.stderr and not list(tmp_path.iterdir())

@@ -1,5 +1,6 @@
 """Model cards: what they say is the catalog's and the run's, and what they tell to type works."""
 import functools
+import importlib.util
 import json
 import os
 import re
@@ -26,8 +27,8 @@ from noah_zoo.recipes import RECIPES, REMARKS, learning_rate
 from noah_zoo.training.settings import configure
 from noah_zoo.weights import convert_file
 
+from ..commands import call
 from ..released import cheap_state_dict
-from ..scripts import call
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = {name: row for row in CATALOG.values() for name in (row.name, row.vanilla)}
@@ -59,7 +60,7 @@ def table_rows(text):
 def parse_training_command(command):
     words = shlex.split(command.replace('\\\n', ' '))
     assert words[:5] == ['accelerate', 'launch', '-m', 'noah_zoo', 'train']
-    return parse_args(words[5:])[1]
+    return parse_args(words[5:], 'noah-zoo train')[1]
 
 
 # The catalog's cards
@@ -431,9 +432,16 @@ def test_a_page_without_markers_is_refused(tmp_path):
     assert [path.name for path in (tmp_path / 'docs').iterdir()] == ['models.md']
 
 
+def load_script():
+    spec = importlib.util.spec_from_file_location('cards_script', ROOT / 'scripts' / 'cards.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
 def test_script(repository):
     def main(*args):
-        return call('cards.py', '--root', repository, *args)
+        return call('--root', repository, *args, main=load_script())
 
     assert main('--check').returncode == 0
     (repository / 'model_cards' / 'gmlp_s16_224.md').unlink()
@@ -447,5 +455,5 @@ def test_script(repository):
 
 
 def test_script_help():
-    result = call('cards.py', '--help')
+    result = call('--help', main=load_script())
     assert result.returncode == 0 and '--check' in result.stdout and 'python scripts/cards.py' in result.stdout

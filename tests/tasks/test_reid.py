@@ -14,8 +14,8 @@ from noah_zoo.data.factory import create_datasets
 from noah_zoo.tasks.ranking import Identified, cmc_map
 from noah_zoo.training import TrainConfig, configure, train
 
+from ..commands import call
 from ..pictures import make_market, write_person
-from ..scripts import call
 
 
 def plain_cmc_map(query, gallery, ranks=(1, 5, 10)):
@@ -109,8 +109,9 @@ def test_bad_folders(market, tmp_path):
     with pytest.raises(ValueError, match='identities -1 .junk. and 0 .distractors. are for the gallery only'):
         create_dataset('market1501', str(tmp_path), 'train')
     (tmp_path / 'query').mkdir()
-    done = call('reid.py', 'evaluate', '--model', 'reid_resnet50', '--data-dir', tmp_path)
-    assert done.returncode == 2 and done.stderr.startswith('reid.py evaluate: error: market1501: no .jpg files in ')
+    done = call('reid', 'evaluate', '--model', 'reid_resnet50', '--data-dir', tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith('noah-zoo reid evaluate: error: market1501: no .jpg files in ')
     assert done.stderr.count('\n') == 1
 
 
@@ -156,14 +157,14 @@ def test_backbone_from_resnet50s_weights(tmp_path):
 
 def test_trains_and_finds(market, tmp_path):
     done = call(
-        'reid.py', 'train', '--data-dir', market, '--model', 'noah', '--model-kwargs', 'backbone=reid_resnet50',
+        'reid', 'train', '--data-dir', market, '--model', 'noah', '--model-kwargs', 'backbone=reid_resnet50',
         '--img-size', 64, '--epochs', 2, '-b', 4, '--lr', 0.01, '--workers', 0, '--cpu', '--output', tmp_path / 'run')
     assert done.returncode == 0, done.stderr[-3000:]
     summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
     assert summary['config']['sched'] == 'multistep' and summary['queries'] == 4 and 0 < summary['best']['mAP'] <= 100
     picture = tmp_path / 'ranking.png'
     done = call(
-        'reid.py', 'evaluate', '--model', f'local-dir:{tmp_path / "run" / "best"}', '--data-dir', market, '--cpu',
+        'reid', 'evaluate', '--model', f'local-dir:{tmp_path / "run" / "best"}', '--data-dir', market, '--cpu',
         '--workers', 0, '--picture', picture, '--queries', 2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert f'mAP {summary["best"]["mAP"]:.2f} % of 4 queries' in done.stdout
@@ -175,7 +176,7 @@ def test_a_trial_sees_queries_and_their_matches(market, tmp_path):
     rows = create_dataset('market1501', str(market), 'validation').rows.tolist()
     assert sorted(rows) == list(range(18)) and rows[:5] == [0, 6, 7, 8, 1]  # junk and distractors come last
     done = call(
-        'reid.py', 'train', '--data-dir', market, '--model', 'reid_resnet50', '--img-size', 64, '-b', 4, '--workers', 0,
+        'reid', 'train', '--data-dir', market, '--model', 'reid_resnet50', '--img-size', 64, '-b', 4, '--workers', 0,
         '--cpu', '--smoke', '--output', tmp_path / 'run')
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((tmp_path / 'run' / 'summary.json').read_text())['queries'] == 3
@@ -196,8 +197,8 @@ def test_its_embedding_is_not_frozen(market, tmp_path):
             workers=0, batch_size=4, cache_features=str(tmp_path)))
 
 
-def test_words_of_the_script():
+def test_words_of_the_command():
     for word, code, text in (
-            ('--help', 0, 'Person re-identification on the layout'), ('trian', 1, "'trian' is not one of")):
-        done = call('reid.py', word)
+            ('--help', 0, 'noah-zoo reid evaluate --model'), ('trian', 2, "invalid choice: 'trian' (choose from")):
+        done = call('reid', word)
         assert done.returncode == code and text in done.stdout + done.stderr

@@ -1,12 +1,10 @@
-"""Runs scripts/train.py with FSDP2 or DeepSpeed on CPUs. Accelerate does so on GPUs alone; it is told these are some.
+"""Run `noah-zoo train` with FSDP2 or DeepSpeed on CPUs. Accelerate does so on GPUs alone; it is told these are some.
 
     torchrun --standalone --nproc_per_node 2 tests/training/sharded.py fsdp --model ...
 """
 import os
-import runpy
 import sys
 import time
-from pathlib import Path
 
 strategy = sys.argv.pop(1)
 if strategy == 'fsdp':
@@ -25,6 +23,7 @@ if strategy == 'fsdp':
 else:
     sys.argv.remove('--cpu')
     PartialState._prepare_backend = lambda self, *args: ('gloo', DistributedType.MULTI_CPU)
+from noah_zoo.cli import main  # noqa: E402
 from noah_zoo.training.run_folder import RunFolder  # noqa: E402
 
 prepare, finished = Accelerator.prepare, RunFolder.finished
@@ -48,5 +47,4 @@ def checked(self, *args):
 
 
 Accelerator.prepare, RunFolder.finished = checked, late
-sys.argv[0] = str(Path(__file__).resolve().parents[2] / 'scripts' / 'train.py')
-runpy.run_path(sys.argv[0], run_name='__main__')
+sys.exit(main(['train', *sys.argv[1:]]))

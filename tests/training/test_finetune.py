@@ -19,8 +19,8 @@ from noah_zoo.inference.predict import predict
 from noah_zoo.training import configure, train
 from noah_zoo.training.validate import validate
 
+from ..commands import call
 from ..hub_server import HubServer
-from ..scripts import call
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = 'mobilenetv2_035_noah.fashion_mnist'
@@ -59,7 +59,7 @@ def test_from_a_folder_to_a_published_model_in_the_readmes_commands(photos, tmp_
 def test_pretrained_unless_told_otherwise(photos, tmp_path):
     for name, words in (('with', ()), ('without', ['--no-pretrained'])):
         done = call(
-            'finetune.py', '--model', SHIPPED, '--dataset', 'folder', '--data-dir', photos, '--val-fraction', 0.25,
+            'finetune', '--model', SHIPPED, '--dataset', 'folder', '--data-dir', photos, '--val-fraction', 0.25,
             '--cpu', '--workers', 0, '--smoke', 1, '-b', 6, '--lr', 0, '--min-lr', 0, '--warmup-epochs', 0, '--output',
             tmp_path / name, *words)
         assert done.returncode == 0, done.stderr[-2000:]
@@ -124,11 +124,11 @@ def test_a_run_from_before_a_setting_goes_on_as_it_began(photos, tmp_path):
 
 
 def test_help_and_errors():
-    done = call('finetune.py', '--help')
+    done = call('finetune', '--help')
     assert done.returncode == 0
-    assert done.stdout.startswith('usage: finetune.py --model NAME') and '--cache-features' in done.stdout
-    done = call('finetune.py', '--model', 'resnet51_noah', '--output', 'no', '--dataset', 'folder', '--data-dir', '.')
-    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith('finetune.py: error: ')
+    assert done.stdout.startswith('usage: noah-zoo finetune --model NAME') and '--cache-features' in done.stdout
+    done = call('finetune', '--model', 'resnet51_noah', '--output', 'no', '--dataset', 'folder', '--data-dir', '.')
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith('noah-zoo finetune: error: ')
 
 
 def test_the_backbone_waits_for_its_epochs(photos, tmp_path):
@@ -163,7 +163,7 @@ def test_a_run_with_one_cycle(photos, tmp_path):
 
 def test_check_data(photos, tmp_path):
     words = ['--check-data', '--dataset', 'folder', '--val-fraction', '0.25', '--workers', '0']
-    done = call('finetune.py', *words, '--data-dir', photos)
+    done = call('finetune', *words, '--data-dir', photos)
     assert done.returncode == 0, done.stderr
     assert done.stdout == 'folder: 32 training images and 10 validation images of 3 classes, all of them readable\n'
     bad = tmp_path / 'bad'
@@ -172,7 +172,7 @@ def test_check_data(photos, tmp_path):
         for file in folder.iterdir():
             (bad / folder.name / file.name).write_bytes(file.read_bytes())
     (bad / 'red' / '3.jpg').write_bytes((photos / 'red' / '3.jpg').read_bytes()[:500])
-    done = call('train.py', *words, '--data-dir', bad)
+    done = call('train', *words, '--data-dir', bad)
     assert done.returncode == 2 and not done.stdout
     assert str(Path('red') / '3.jpg') in done.stderr and 'images cannot be read' in done.stderr
     assert not list(tmp_path.glob('*.yaml'))

@@ -1,4 +1,4 @@
-"""The table over seeds, from the summaries that train.py writes."""
+"""The table over seeds, from the summaries that `noah-zoo train` writes."""
 import json
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 from noah_zoo.layers.ablations import VARIANTS
 from noah_zoo.training.report import report
 
-from ..scripts import call
+from ..commands import call
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -40,7 +40,7 @@ def test_unequal_budgets_are_not_compared(tmp_path):
 
 
 def test_nothing_to_report(tmp_path):
-    result = call('report.py', tmp_path)
+    result = call('report', tmp_path)
     assert result.returncode == 2 and 'no summary.json of a finished run' in result.stderr
     assert 'Traceback' not in result.stderr
 

@@ -19,7 +19,7 @@ import noah_zoo  # noqa: F401
 from noah_zoo.data.fashion_mnist import FashionMnist
 
 from ..client import SmallDisk
-from ..scripts import call
+from ..commands import call
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / 'scripts' / 'train.py'
@@ -57,7 +57,7 @@ def run(*args, code=0, **kwargs):
 
 def run_here(idx_dir, output, settings, *more, code=0):
     args = [word for pair in settings.items() for word in pair]
-    done = call('train.py', '--cpu', '--data-dir', idx_dir, '--output', output, *args, *more)
+    done = call('train', '--cpu', '--data-dir', idx_dir, '--output', output, *args, *more)
     assert done.returncode == code, done.stderr[-3000:]
     return done.stdout + done.stderr
 

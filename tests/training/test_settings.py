@@ -2,7 +2,6 @@
 import dataclasses
 import logging
 import math
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,8 @@ import torch
 
 import noah_zoo  # noqa: F401  registers the models
 from noah_zoo.catalog import CATALOG, released
-from noah_zoo.cli.train import main, parse_args
+from noah_zoo.cli import main
+from noah_zoo.cli.train import parse_args
 from noah_zoo.config import TrainConfig
 from noah_zoo.recipes import RECIPES, REMARKS, Recipe, recipe_of
 from noah_zoo.training import train
@@ -19,7 +19,7 @@ from noah_zoo.training.builders import build_optimizer, build_scheduler
 from noah_zoo.training.run_folder import RunFolder
 from noah_zoo.training.settings import SCHEDULES, BatchPlan, configure, learning_rate, plan_batch
 
-from ..scripts import call
+from ..commands import call
 
 SMALL = {  # a model of every optimizer setting
     'resnet': 'resnet18_noah', 'mobilenet': 'mobilenetv2_035_noah', 'shufflenet': 'shufflenetv2_100_noah',
@@ -29,7 +29,7 @@ SMALL = {  # a model of every optimizer setting
 
 def parse(*words):
     """What scripts/train.py makes of its flags."""
-    return configure(**vars(parse_args(['--output', 'out', *words])[1]))
+    return configure(**vars(parse_args(['--output', 'out', *words], 'noah-zoo train')[1]))
 
 
 # The figures
@@ -314,31 +314,34 @@ def test_the_readmes_command():
     ('--model-kwargs =x', "argument --model-kwargs: expected KEY=VALUE, not '=x'"),
     ('--recipe vit', "argument --recipe: invalid choice: 'vit'"),
     ('--scale 1', 'argument --scale: expected 2 arguments'),
-    ('--epoch 1', 'unrecognized arguments: --epoch 1'),
-    ('--remark x', 'unrecognized arguments'),
+    ('--epoch 1', 'unknown flag --epoch; did you mean --epochs'),
+    ('--remark x', 'unknown flag --remark; noah-zoo train --help lists all flags'),
+    ('--learning-rate=1', 'unknown flag --learning-rate; did you mean --lr?'),
+    ('x', 'unrecognized arguments: x'),
 ])
 def test_wrong_flags(words, message, capsys):
     with pytest.raises(SystemExit) as info:
         parse('--model', 'resnet18', *words.split())
     error = capsys.readouterr().err.splitlines()
-    assert info.value.code == 2 and len(error) == 2 and error[1].startswith('train.py: error: ') and message in error[1]
+    assert info.value.code == 2 and len(error) == 2 and error[1].startswith('noah-zoo train: error: ')
+    assert message in error[1]
 
 
 def test_help_is_complete():
-    result = call('train.py', '--help')
+    result = call('train', '--help')
     assert result.returncode == 0
     for field in dataclasses.fields(TrainConfig):
         assert f'--{field.name.replace("_", "-")}' in result.stdout
-    assert 'accelerate launch scripts/train.py --model resnet18_noah' in result.stdout
+    assert 'accelerate launch -m noah_zoo train --model deit_tiny' in result.stdout
     assert all(f' {name}' in ' '.join(result.stdout.split()) for name in RECIPES)
     assert '--no-no-' not in result.stdout  # which Python 3.14 refuses
 
 
 @pytest.mark.parametrize('error, code, said', [
-    (ValueError('no such model'), 2, 'train.py: error: no such model\n'),
-    (FileNotFoundError(2, 'No such file', 'x'), 2, "train.py: error: [Errno 2] No such file: 'x'\n"),
+    (ValueError('no such model'), 2, 'noah-zoo train: error: no such model\n'),
+    (FileNotFoundError(2, 'No such file', 'x'), 2, "noah-zoo train: error: [Errno 2] No such file: 'x'\n"),
     (KeyboardInterrupt(), 130, ' interrupted; with --resume auto it goes on from the newest checkpoint in out\n'),
-    (FloatingPointError('loss is nan'), 2, 'train.py: error: loss is nan\n'),
+    (FloatingPointError('loss is nan'), 2, 'noah-zoo train: error: loss is nan\n'),
     (SystemExit(143), 143, ''),
 ])
 def test_exit_codes(error, code, said, monkeypatch, capsys, tmp_path):
@@ -350,7 +353,6 @@ def test_exit_codes(error, code, said, monkeypatch, capsys, tmp_path):
         raise error
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(trainer, 'train', train)
-    monkeypatch.setattr(sys, 'argv', ['train.py', '--model', 'resnet18', '--output', 'out', '--epochs', '1'])
     with pytest.raises(SystemExit) as info:
-        main()
+        main(['train', '--model', 'resnet18', '--output', 'out', '--epochs', '1'])
     assert info.value.code == code and capsys.readouterr().err.endswith(said)

@@ -13,7 +13,7 @@ from noah_zoo.training import TrainConfig, configure
 from noah_zoo.training import train as train_here
 from noah_zoo.training.trainer import Trainer, precision, with_precision
 
-from ..scripts import call
+from ..commands import call
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def another_state():
 
 
 def train(idx_dir, output, *args):
-    result = call('train.py', '--cpu', '--workers', 0, '--data-dir', idx_dir, '--output', output, *args)
+    result = call('train', '--cpu', '--workers', 0, '--data-dir', idx_dir, '--output', output, *args)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stderr
 

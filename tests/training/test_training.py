@@ -14,8 +14,8 @@ from noah_zoo.catalog import FASHION_MNIST_CLASSES, SHIPPED
 from noah_zoo.data import create_dataset
 from noah_zoo.data.fashion_mnist import FASHION_MNIST_DIR, FashionMnist
 
+from ..commands import call
 from ..pictures import samples
-from ..scripts import call
 
 ROOT = Path(__file__).resolve().parents[2]
 FAST = ['--model', 'mobilenetv2_035_noah', '--img-size', '32', '--epochs', '2', '-b', '16', '--workers', '0', '--cpu',
@@ -23,7 +23,7 @@ FAST = ['--model', 'mobilenetv2_035_noah', '--img-size', '32', '--epochs', '2', 
 
 
 def train(*args):
-    return call('train.py', *FAST, *args)
+    return call('train', *FAST, *args)
 
 
 @pytest.fixture(scope='module')

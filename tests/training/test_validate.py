@@ -15,8 +15,8 @@ from noah_zoo.catalog import CATALOG
 from noah_zoo.models.saving import save_model
 from noah_zoo.training.validate import validate
 
+from ..commands import call
 from ..data.files import make_shards, samples
-from ..scripts import call
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ['--model', 'mobilenetv2_035_noah.fashion_mnist', '--cpu', '--workers', '0']
@@ -36,7 +36,7 @@ def test_on_any_number_of_processes(idx_dir):
 
 
 def test_printed(idx_dir):
-    lines = call('validate.py', *SHIPPED, '--data-dir', idx_dir).stdout.splitlines()
+    lines = call('validate', *SHIPPED, '--data-dir', idx_dir).stdout.splitlines()
     assert lines[0] == 'mobilenetv2_035_noah.fashion_mnist on fashion_mnist [validation]'
     assert lines[1].startswith('top-1: ') and lines[1].endswith(' %')
 
@@ -75,9 +75,9 @@ def test_beside_the_papers_figure(tmp_path):
     args = ['--model', f'local-dir:{tmp_path / "model"}', '--dataset', 'folder', '--data-dir', tmp_path / 'data',
             '--cpu', '--workers', 0]
     paper = CATALOG['mobilenetv2_035_noah'].paper
-    result = json.loads(call('validate.py', *args, '--json').stdout)
+    result = json.loads(call('validate', *args, '--json').stdout)
     assert result['images'] == 1000 and result['paper'] == {'top1': paper.top1, 'top5': paper.top5}
-    lines = call('validate.py', *args).stdout.splitlines()
+    lines = call('validate', *args).stdout.splitlines()
     assert lines[1].endswith('paper, on ImageNet-1k: 63.40 %') and lines[2].endswith('ImageNet-1k: 83.91 %')
 
 
@@ -116,9 +116,9 @@ def test_other_columns(tmp_path):
     save_model(timm.create_model('test_resnet', num_classes=2), tmp_path / 'model', {}, label_names=['cat', 'dog'])
     args = ['--model', f'local-dir:{tmp_path}/model', '--dataset', 'hfds/parquet', '--data-dir', tmp_path / 'data',
             '--cpu', '-j', 0]
-    result = call('validate.py', *args)
+    result = call('validate', *args)
     assert result.returncode == 2 and "no images in a column 'image' (--input-key)" in result.stderr
-    assert call('validate.py', *args, '--input-key', 'img', '--target-key', 'fine').returncode == 0
+    assert call('validate', *args, '--input-key', 'img', '--target-key', 'fine').returncode == 0
 
 
 @pytest.mark.parametrize('args, message', [
@@ -131,5 +131,5 @@ def test_bad_input(args, message, tmp_path):
     for name in ('cat', 'dog'):
         (tmp_path / 'validation' / name).mkdir(parents=True)
         Image.new('RGB', (8, 8)).save(tmp_path / 'validation' / name / '1.png')
-    result = call('validate.py', *[arg.format(folder=tmp_path) for arg in args], '--cpu')
+    result = call('validate', *[arg.format(folder=tmp_path) for arg in args], '--cpu')
     assert result.returncode == 2 and message in result.stderr and 'Traceback' not in result.stderr

@@ -21,8 +21,8 @@ from noah_zoo.catalog import CATALOG
 from noah_zoo.weights import convert_file, convert_released, read_released
 from noah_zoo.weights import released as module
 
+from ..commands import call
 from ..released import cheap_state_dict, images, released_state_dict
-from ..scripts import call
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / 'scripts' / 'convert.py'
@@ -278,9 +278,9 @@ def test_script_refuses_in_one_line(tmp_path, released):
         (('evil.pth', '--model', NAME, '--output', 'out'), 'system'),
         (('cut.pth', '--model', NAME, '--output', 'new/out'), 'truncated'),
     ]:
-        result = call('convert.py', *args, cwd=tmp_path)
+        result = call('convert', *args, cwd=tmp_path)
         assert (result.returncode, result.stdout) == (2, '')
-        assert result.stderr.startswith('convert.py: error: ') and result.stderr.count('\n') == 1
+        assert result.stderr.startswith('noah-zoo convert: error: ') and result.stderr.count('\n') == 1
         assert wanted in result.stderr
         assert listing(tmp_path) == before
 
@@ -292,7 +292,7 @@ def test_full_disk(tmp_path, released):
     result = subprocess.run(
         ['bash', '-c', script], cwd=tmp_path, capture_output=True, text=True, env=environment())
     assert result.returncode == 2
-    assert result.stderr.startswith('convert.py: error: ') and result.stderr.count('\n') == 1
+    assert result.stderr.startswith('noah-zoo convert: error: ') and result.stderr.count('\n') == 1
     assert listing(tmp_path) == before
 
 
