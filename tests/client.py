@@ -5,7 +5,7 @@ seconds, so one child serves many tests:
 
     with Client(hub.env(home)) as client:
         answer = client.create('resnet50_noah', cache_dir=str(tmp_path))
-        assert answer.error is None and answer.seconds < SOON
+        assert answer.error is None
 
 Another version of the Hub's client is tested by `HUB_CLIENT=FOLDER pytest`, after `pip install --target FOLDER`.
 """
@@ -23,7 +23,6 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-SOON = 20  # seconds: less than the Hub's client waits by itself, more than a busy machine needs
 CHILD = '''
 import io, json, logging, os, signal, socket, sys, time, traceback
 from concurrent.futures import ProcessPoolExecutor
@@ -75,9 +74,8 @@ def stopped(number, arrived, name, **kwargs):
         finally:
             os._exit(status)
     files = Path(kwargs['cache_dir'])
-    deadline = time.monotonic() + 30
     while sum(file.stat().st_size for file in files.rglob('*') if file.is_file()) < arrived:
-        assert time.monotonic() < deadline and os.waitpid(pid, os.WNOHANG) == (0, 0), list(files.rglob('*'))
+        assert os.waitpid(pid, os.WNOHANG) == (0, 0), list(files.rglob('*'))
         time.sleep(0.02)
     os.kill(pid, number)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -88,17 +86,15 @@ for line in sys.stdin:
     os.environ.update(given['env'])
     scope = dict(globals(), value=None, **given['names'])
     error, kinds = None, []
-    begin = time.monotonic()
     try:
         exec(given['code'], scope)
     except Exception as raised:
         error, kinds = str(raised), [kind.__name__ for kind in type(raised).__mro__]
         scope['value'] = None
         traceback.print_exc(file=sys.stderr)
-    seconds = time.monotonic() - begin
     os.environ.clear()
     os.environ.update(before)
-    answer = dict(value=scope['value'], error=error, kinds=kinds, seconds=seconds, log=lines.getvalue())
+    answer = dict(value=scope['value'], error=error, kinds=kinds, log=lines.getvalue())
     print(json.dumps(answer), file=answers, flush=True)
     lines.seek(0)
     lines.truncate()
@@ -106,11 +102,10 @@ for line in sys.stdin:
 
 
 class Answer(NamedTuple):
-    """What became of the code: the variable `value`, or an error and its classes; the time; all that was printed."""
+    """What became of the code: the variable `value`, or an error and its classes; all that was printed."""
     value: Any
     error: Optional[str]
     kinds: List[str]
-    seconds: float
     log: str
 
 

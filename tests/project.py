@@ -13,6 +13,19 @@ TOKEN = 'hf_owner'
 FILES = {'.gitattributes', 'README.md', 'config.json', 'model.safetensors', 'test/reference.safetensors'}
 
 
+def release(folder, *names):
+    """Write the authors' files of models."""
+    for name in names:
+        torch.save(
+            {'state_dict': {f'module.{key}': value for key, value in released_state_dict(name).items()}},
+            folder / f'{name}.pth.tar')
+
+
+def writes(hub):
+    """Method and path of the requests that may change something."""
+    return [request[:2] for request in hub.requests if request.method not in ('GET', 'HEAD')]
+
+
 class Project:
     """A clone of this project, a folder with two released files, and a Hub."""
 
@@ -25,11 +38,6 @@ class Project:
         self.record.write_text('{}\n')
         self.weights = folder / 'weights'
         self.weights.mkdir()
-
-    def release(self, *names):
-        for name in names:
-            torch.save({'state_dict': {f'module.{k}': v for k, v in released_state_dict(name).items()}},
-                       self.weights / f'{name}.pth.tar')
 
     def start(self, *args, token=TOKEN, **env):
         return subprocess.Popen(
@@ -46,6 +54,3 @@ class Project:
 
     def publish(self, *args, **kwargs):
         return self.run('scripts/publish.py', *args, '--from', 'weights', **kwargs)
-
-    def writes(self):
-        return [request[:2] for request in self.hub.requests if request.method not in ('GET', 'HEAD')]

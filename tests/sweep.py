@@ -15,6 +15,7 @@ import timm
 import torch
 from timm.data import resolve_data_config
 
+import noah_zoo
 from noah_zoo import NoahHead, add_noah_head
 
 TABLE = Path(__file__).resolve().parents[1] / 'docs' / 'backbones.md'
@@ -51,7 +52,8 @@ the head. The others:
 
 def modules():
     """timm's own modules, without those of this package."""
-    return [name for name in timm.list_modules() if not name.startswith('noah_')]
+    own = {file.stem for file in Path(noah_zoo.__file__).with_name('models').glob('*.py')}
+    return [name for name in timm.list_modules() if name not in own]
 
 
 def try_on_meta(name):

@@ -1,6 +1,7 @@
 """What CONTRIBUTING.md says of extending the project, followed step by step in a copy of it; and the example."""
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from check_jsonschema import main as check_jsonschema
+from click.testing import CliRunner
 
 from .pictures import make_photos
 
@@ -37,6 +40,7 @@ def run(copy, *words):
     return done.stdout
 
 
+@pytest.mark.docs
 @pytest.mark.slow
 def test_a_new_family(copy):
     text = (ROOT / 'CONTRIBUTING.md').read_text(encoding='utf-8')
@@ -67,6 +71,7 @@ print(convert_released(given, 'resnet26_noah').keys() == model.state_dict().keys
 ''').strip() == 'True'
 
 
+@pytest.mark.docs
 def test_a_new_data_set_ablation_and_task(copy):
     package = copy / 'noah_zoo'
     (package / 'data' / 'pictures.py').write_text('''
@@ -119,11 +124,21 @@ class Smooth(Multiclass):
     assert printed.startswith('mobilenetv2_035_noah: test top-1')
 
 
-def test_the_example(tmp_path):
+@pytest.mark.docs
+def test_the_example_in_a_new_process(tmp_path):
     make_photos(tmp_path / 'photos')
     printed = run(ROOT, 'examples/minimal.py', tmp_path / 'photos', '--epochs', 2).splitlines()
     assert printed[0].startswith('epoch 1: loss ') and printed[1].endswith(' %')
     assert printed[2] == 'attention (images, blocks, classes, height, width): (1, 8, 3, 7, 7)'
+
+
+def test_the_example(photos, monkeypatch, capsys):
+    example = str(ROOT / 'examples' / 'minimal.py')
+    monkeypatch.setattr(sys, 'argv', [example, str(photos), '--backbone', 'test_resnet', '--epochs', '2'])
+    runpy.run_path(example, run_name='__main__')
+    epochs = r'epoch 1: loss \d\.\d{3}, top-1 \d+\.\d %\nepoch 2: loss \d\.\d{3}, top-1 \d+\.\d %\n'
+    attention = r'attention \(images, blocks, classes, height, width\): \(1, \d, 3, 5, 5\)\n'
+    assert re.fullmatch(epochs + attention, capsys.readouterr().out)
     assert len((ROOT / 'examples' / 'minimal.py').read_text().splitlines()) < 70
 
 
@@ -158,9 +173,8 @@ def test_the_changelog_and_the_release():
 def test_workflows_and_forms():
     workflows = sorted((ROOT / '.github' / 'workflows').glob('*.yml'))
     for schema, files in (('github-workflows', workflows), ('dependabot', [ROOT / '.github' / 'dependabot.yml'])):
-        subprocess.run(
-            [Path(sys.executable).with_name('check-jsonschema'), '--builtin-schema', f'vendor.{schema}', *files],
-            check=True)
+        checked = CliRunner().invoke(check_jsonschema, ['--builtin-schema', f'vendor.{schema}', *map(str, files)])
+        assert checked.exit_code == 0, checked.output
     for line in (line for path in workflows for line in path.read_text().splitlines() if ' uses: ' in line):
         assert re.fullmatch(r' +(- )?uses: [\w/-]+@[0-9a-f]{40}  # v\d+\.\d+\.\d+', line), line  # a tag can be moved
     read = {path.name: yaml.safe_load(path.read_text()) for path in workflows}

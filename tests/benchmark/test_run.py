@@ -3,12 +3,16 @@ import dataclasses
 import functools
 import json
 import math
+import multiprocessing
 import os
+import re
+import signal
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -19,6 +23,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from noah_zoo import NoahHead
+from noah_zoo.benchmark import heads, measure
 from noah_zoo.benchmark.heads import CNN, HEADS, SHAPES, Case, head_cases, head_parts, head_step, measure_heads
 from noah_zoo.benchmark.measure import peak_memory, ratio, saved_bytes, summary, time_in_turn
 from noah_zoo.benchmark.pairs import training_step
@@ -38,7 +43,7 @@ from noah_zoo.catalog import CATALOG
 from noah_zoo.layers.ablations import PocaVariant
 from noah_zoo.layers.other_heads import CSRA, EfficientProbing, MLDecoder, SimPool
 
-from ..commands import interrupt
+from ..commands import call, interrupt
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = [sys.executable, str(ROOT / 'scripts' / 'benchmark.py')]
@@ -189,7 +194,10 @@ def test_efficient_probing_needs_queries_that_divide():
         EfficientProbing(10, 3, num_queries=4)
 
 
-@pytest.mark.parametrize('case', SHAPES, ids=lambda case: f'{case.in_features}-{case.positions}')
+@pytest.mark.parametrize(
+    'case', [*SHAPES[2:3], *(pytest.param(case, marks=pytest.mark.exhaustive) for case in SHAPES if case != SHAPES[2]),
+             Case(16, 2, 1 / 4, 9)],
+    ids=lambda case: f'{case.in_features}-{case.positions}')
 def test_heads_take_every_shape(case):
     x = case.features('cpu', torch.float32)[:2]
     assert x.is_contiguous() and x.numel() == 2 * case.in_features * case.positions
@@ -339,6 +347,7 @@ def build_nothing():
     os._exit(3)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize('build, expected', [
     (build_custom_op, 200 * MB), (build_not_torch, 100 * MB), (build_in_place, 0), (build_many_small_ones, 0.1 * MB),
     (build_training, 0)])
@@ -348,12 +357,70 @@ def test_peak_memory_of_known_steps(build, expected):
     assert mine[-1] == 1
 
 
+@pytest.mark.process
 def test_peak_memory_of_the_plain_form():
     case = Case(64, 4, 1 / 2, 196, num_classes=500, batch_size=16)
     maps = 16 * 4 * 500 * 196 * 4
     assert peak_memory(functools.partial(head_step, 'plain', case, 'cpu', torch.float32)) > 3 * maps  # key, value, both
 
 
+class Context:
+    """In the place of multiprocessing: a child that answers, or one that died."""
+
+    def __init__(self, answers):
+        self.answers, self.started = answers, []
+
+    def get_context(self, method):
+        assert method == 'forkserver'
+        return self
+
+    def set_forkserver_preload(self, names):
+        self.preloaded = names
+
+    def Pipe(self, duplex):
+        receiver, sender = multiprocessing.Pipe(duplex)
+        return receiver, sender
+
+    def Process(self, target, args, daemon):
+        sender, build, threads = args
+        start = functools.partial(self.child, target, sender, build, threads)
+        return SimpleNamespace(start=start, join=lambda: None, exitcode=-9)
+
+    def child(self, target, sender, build, threads):
+        self.started.append((build, threads))
+        if self.answers:
+            target(sender, build, threads)
+
+
+@pytest.fixture
+def unchanged_process(monkeypatch):
+    """The settings of a child process that this one is not to get."""
+    settings = []
+    monkeypatch.setattr(signal, 'signal', lambda *args: settings.append(args))
+    monkeypatch.setattr(torch, 'set_num_threads', lambda number: settings.append(number))
+    monkeypatch.setattr(
+        measure.ctypes, 'CDLL', lambda name: SimpleNamespace(mallopt=lambda *args: settings.append(args)))
+    return settings
+
+
+def test_peak_memory_by_the_answer_of_a_child(monkeypatch, unchanged_process):
+    fields = iter([100, 300])
+    monkeypatch.setattr(measure, 'kib', lambda file, field: next(fields))
+    monkeypatch.setattr(measure, 'multiprocessing', context := Context(answers=True))
+    calls = []
+    assert peak_memory(functools.partial(lambda: lambda: calls.append(1)), threads=3) == 200 * 1024
+    assert len(calls) == 2 and [threads for _, threads in context.started] == [3]
+    assert context.preloaded == [__name__]
+    assert unchanged_process == [(signal.SIGINT, signal.SIG_IGN), (-3, 1 << 16), 3]
+
+
+def test_peak_memory_of_a_child_that_was_killed(monkeypatch):
+    monkeypatch.setattr(measure, 'multiprocessing', Context(answers=False))
+    with pytest.raises(RuntimeError, match='ended with code -9'):
+        peak_memory(build_nothing)
+
+
+@pytest.mark.process
 def test_peak_memory_tells_that_the_process_died():
     with pytest.raises(RuntimeError, match='ended with code 3'):
         peak_memory(build_nothing)
@@ -390,30 +457,26 @@ def test_means():
 # Real runs
 
 
-@pytest.fixture(scope='module')
-def quick_run(tmp_path_factory):
-    output = tmp_path_factory.mktemp('benchmark') / 'new' / 'folder'
-    command = [*SCRIPT, 'head', 'classes', 'pairs', 'training', 'growth', '--quick', '--models', 'mobilenetv2_035',
-               '--output', str(output)]
-    return output, subprocess.run(command, capture_output=True, text=True, timeout=600)
+QUICK = {'head': (2 * 3 + 2) * 5, 'classes': 3 * 2 * 3, 'pairs': 1, 'training': 3, 'growth': 2 * 3 * 2}  # rows
+COMMAND = [*QUICK, '--quick', '--models', 'mobilenetv2_035', '--output']
 
 
-@pytest.mark.parametrize('what, num_rows', [
-    ('head', (2 * 3 + 2) * 5), ('classes', 3 * 2 * 3), ('pairs', 1), ('training', 3), ('growth', 2 * 3 * 2)])
-def test_quick_run(quick_run, what, num_rows):
-    output, done = quick_run
+def check_quick_run(output, done):
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in output.iterdir()) == sorted(
-        f'{name}-cpu-float32.{suffix}'
-        for name in ('head', 'classes', 'pairs', 'training', 'growth') for suffix in ('json', 'png'))
+        f'{name}-cpu-float32.{suffix}' for name in QUICK for suffix in ('json', 'png'))
+    for what, num_rows in QUICK.items():
+        check_measure(what, num_rows, output, done)
+
+
+def check_measure(what, num_rows, output, done):
     result = json.loads((output / f'{what}-cpu-float32.json').read_text())
     assert result['what'] == what and result['threads'] == 1 and result['quick'] and result['hardware']
     assert 'noah-zoo benchmark' in result['command'] and result['versions']['torch'] == torch.__version__
-    assert len(result['rows']) == num_rows
+    assert len(result['rows']) == num_rows, what
     assert Image.open(output / f'{what}-cpu-float32.png').width > 500
     line, _, *table = done.stdout[done.stdout.index(f'{what} on '):].split('\n')
     assert 'smoke run' in line and table[1].startswith('| --- | --- ') and table[2].startswith('| ')
-    assert 'repeat/s' in done.stderr or 's/repeat' in done.stderr
     for row in result['rows']:
         if what == 'pairs':
             paper, vanilla = CATALOG['mobilenetv2_035_noah'].paper, CATALOG['mobilenetv2_035_noah'].vanilla_paper
@@ -424,6 +487,46 @@ def test_quick_run(quick_run, what, num_rows):
         assert row['case']['input_fmt'] == ('NLC' if row['case']['in_features'] == 192 else 'NCHW')
         assert ('peak_bytes' in row) == (what not in ('head', 'classes'))
         assert ('saved_bytes' in row) == (what in ('training', 'growth') and row['case']['training'])
+
+
+@pytest.mark.process
+def test_a_quick_run_in_a_new_process(tmp_path, monkeypatch):
+    monkeypatch.delenv('HF_HUB_DISABLE_PROGRESS_BARS')
+    output = tmp_path / 'new' / 'folder'
+    done = subprocess.run([*SCRIPT, *COMMAND, str(output)], capture_output=True, text=True, timeout=600)
+    check_quick_run(output, done)
+    assert 'repeat/s' in done.stderr or 's/repeat' in done.stderr
+
+
+def replace_models(monkeypatch):
+    """Make every model a test_resnet for images of 32 pixels."""
+    def create_model(name, **kwargs):
+        model = timm_create_model('test_resnet', **kwargs)
+        model.pretrained_cfg['input_size'] = (3, 32, 32)
+        return model
+
+    timm_create_model = timm.create_model
+    monkeypatch.setattr(timm, 'create_model', create_model)
+
+
+@pytest.fixture(scope='module')
+def quick_run(tmp_path_factory):
+    """Heads of few channels and positions, small pairs, the memory of this process."""
+    output = tmp_path_factory.mktemp('benchmark') / 'new' / 'folder'
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        few = dict(in_features=16, num_groups=2, positions=4)
+        shapes = [dataclasses.replace(shape, **few) for shape in SHAPES]
+        shapes[2] = Case(192, 2, 1 / 2, 4, 'NLC')
+        monkeypatch.setattr(heads, 'SHAPES', tuple(shapes))
+        monkeypatch.setattr(heads, 'CNN', dataclasses.replace(CNN, **few))
+        monkeypatch.setattr(heads, 'GROWTH_L', (49, 64))
+        replace_models(monkeypatch)
+        monkeypatch.setattr(heads, 'peak_memory', lambda build, device, threads: measure._peak(build, device))
+        return output, call('benchmark', *COMMAND, output)
+
+
+def test_quick_run(quick_run):
+    check_quick_run(*quick_run)
 
 
 def test_geometric_mean_is_of_the_rows(quick_run):
@@ -488,7 +591,8 @@ def test_picture_of_head():
     assert [label.get_text().split('\n')[-1] for label in figure.axes[3].get_xticklabels()] == ['K=10', 'K=100']
 
 
-def test_a_dtype_leaves_the_files_of_another(tmp_path):
+def test_a_dtype_leaves_the_files_of_another(tmp_path, monkeypatch):
+    replace_models(monkeypatch)
     what = ['pairs', 'train_pairs']
     for dtype in ('float32', 'bfloat16'):
         texts = benchmark(what, quick=True, models=['mobilenetv2_035'], dtype=dtype, output=str(tmp_path))
@@ -501,6 +605,7 @@ def test_a_dtype_leaves_the_files_of_another(tmp_path):
         for suffix in ('json', 'png')]
 
 
+@pytest.mark.process
 def test_busy_processes_are_there_while_it_measures(tmp_path, monkeypatch):
     def busy():
         return [child for child in psutil.Process().children() if 'while os.getppid' in ' '.join(child.cmdline())]
@@ -531,7 +636,50 @@ def test_a_training_step_of_a_model_trains_it(monkeypatch):
     assert first.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_ctrl_c_leaves_nothing(tmp_path):
+@pytest.mark.parametrize('processes', [0, 2])
+def test_busy_processes(processes, tmp_path, monkeypatch):
+    replace_models(monkeypatch)
+    started, ended = [], []
+
+    class Popen:
+        def __init__(self, command, **kwargs):
+            started.append(command[-1])
+
+        def kill(self):
+            ended.append('kill')
+
+        def wait(self):
+            ended.append('wait')
+
+    monkeypatch.setattr('noah_zoo.benchmark.run.subprocess.Popen', Popen)
+    text, = benchmark(['pairs'], quick=True, models=['mobilenetv2_035'], busy=processes, output=str(tmp_path))
+    assert len(started) == processes and ended == ['kill', 'wait'] * processes
+    assert (f', beside {processes} busy processes, ' in text) == (processes > 0)
+    assert all(f'os.getppid() == {os.getpid()}' in code for code in started)
+    suffix = '-busy2' if processes else ''
+    assert json.loads((tmp_path / f'pairs-cpu-float32{suffix}.json').read_text())['busy'] == processes
+
+
+@pytest.mark.parametrize('error, code, message', [
+    (KeyboardInterrupt(), 130, '\nnoah-zoo benchmark: interrupted; what it was measuring is not written\n'),
+    (RuntimeError('no memory'), 2, 'noah-zoo benchmark: error: no memory\n')])
+def test_a_measure_that_ends_early(error, code, message, tmp_path, monkeypatch):
+    def measure(run):
+        assert [path.name[:11] for path in tmp_path.iterdir()] == ['.benchmark-']
+        assert torch.get_num_threads() == threads + 1
+        raise error
+
+    threads = torch.get_num_threads()
+
+    monkeypatch.setitem(MEASURES, 'pairs', MEASURES['pairs']._replace(measure=measure))
+    done = call('benchmark', 'pairs', '--threads', threads + 1, '--output', tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (code, '', message) and not list(tmp_path.iterdir())
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.process
+def test_ctrl_c_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.delenv('HF_HUB_DISABLE_PROGRESS_BARS')
     status, stderr = interrupt('benchmark', 'pairs', '--repeats', 1000000, '--output', tmp_path, after=b'repeat')
     assert status == 130, stderr
     assert stderr.decode().splitlines()[-1].startswith('noah-zoo benchmark: interrupted') and b'Traceback' not in stderr
@@ -540,6 +688,8 @@ def test_ctrl_c_leaves_nothing(tmp_path):
 
 def test_too_large_for_the_plain_form(monkeypatch, tmp_path, caplog):
     monkeypatch.setattr('noah_zoo.benchmark.heads.kib', lambda file, field: 10)
+    monkeypatch.setattr('noah_zoo.benchmark.heads.CNN', Case(16, 2, 1 / 2, 4))
+    monkeypatch.setattr('noah_zoo.benchmark.heads.peak_memory', lambda *args: 3 * 2 ** 20)
     text, = benchmark(['training'], quick=True, output=str(tmp_path))
     assert '| needs up to 0.0 GiB, 0.0 GiB are free | - | - | - |' in text and 'plain form' in caplog.text
     rows = json.loads((tmp_path / 'training-cpu-float32.json').read_text())['rows']
@@ -576,17 +726,19 @@ def test_output_that_cannot_be_written(tmp_path, monkeypatch):
     assert (tmp_path / 'file').read_text() == 'mine'
 
 
-def test_script_says_what_is_wrong_in_a_line(tmp_path):
-    done = subprocess.run([*SCRIPT, 'pairs', '--models', 'nope'], capture_output=True, text=True, cwd=tmp_path)
+def test_a_wrong_argument_is_a_line(tmp_path):
+    done = call('benchmark', 'pairs', '--models', 'nope', cwd=tmp_path)
     assert done.returncode == 2 and not done.stdout and not list(tmp_path.iterdir())
     assert done.stderr.startswith("noah-zoo benchmark: error: 'nope' is not a model") and done.stderr.count('\n') == 1
 
 
+@pytest.mark.process
 def test_help_does_not_wait_for_torch():
     done = subprocess.run(
         [sys.executable, '-X', 'importtime', *SCRIPT[1:], '--help'], capture_output=True, text=True, check=True)
-    assert 'python scripts/benchmark.py head pairs training growth --device cpu --threads 1' in done.stdout
-    assert '| torch\n' not in done.stderr and '| argparse\n' in done.stderr
+    assert '    noah-zoo benchmark head pairs training growth --device cpu --threads 1' in done.stdout
+    imported = re.findall(r'\| +(\S+)$', done.stderr, re.MULTILINE)
+    assert 'argparse' in imported and not {'torch', 'numpy', 'timm'} & set(imported)
 
 
 def test_the_figures_of_the_documentation():

@@ -1,5 +1,8 @@
 """The command `noah-zoo`, `python -m noah_zoo` and the scripts."""
 import ast
+import importlib.util
+import json
+import os
 import re
 import subprocess
 import sys
@@ -8,7 +11,9 @@ from pathlib import Path
 import pytest
 
 import noah_zoo
-from noah_zoo.cli import COMMANDS, Parser
+import noah_zoo_cli
+from noah_zoo.cli import COMMANDS, Parser, readable_errors
+from noah_zoo.inference.predict import SAMPLES
 
 from ..commands import call
 
@@ -97,6 +102,70 @@ def test_exit_status_is_that_of_the_command(tmp_path):
     assert done.returncode == 1 and not done.stdout and 'torn.png' in done.stderr
 
 
+def imported_first(module, seen):
+    """The modules that importing a module of the project imports, `noah_zoo/__init__.py` left out."""
+    if module in seen or not module.startswith('noah_zoo'):
+        return seen | {module}
+    seen = seen | {module}
+    path = ROOT.joinpath(*module.split('.'))
+    path = path / '__init__.py' if path.is_dir() else path.with_suffix('.py')
+    if module == 'noah_zoo' or not path.is_file():  # the package itself, or a name in a module
+        return seen
+    package = module if path.name == '__init__.py' else module.rpartition('.')[0]
+    for node in ast.parse(path.read_text(encoding='utf-8')).body:
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = importlib.util.resolve_name('.' * node.level + (node.module or ''), package)
+            names = [base, *(f'{base}.{alias.name}' for alias in node.names)] if base.startswith('noah_zoo') else [base]
+        for name in names:
+            seen = imported_first(name, seen)
+    return seen
+
+
+def test_what_is_imported_before_the_arguments_are_parsed():
+    seen = set()
+    for module in ('noah_zoo_cli', *(f'noah_zoo.cli.{name}' for name in COMMANDS)):
+        seen = imported_first(module, seen)
+    assert {'argparse', 'noah_zoo.text', 'noah_zoo.config', 'noah_zoo.recipes'} <= seen
+    others = {name.split('.')[0] for name in seen} - {'noah_zoo', 'noah_zoo_cli'}
+    assert others <= sys.stdlib_module_names
+
+
+def test_the_entry_point_runs_a_command(capsys):
+    assert noah_zoo_cli.main(['predict', '--json', str(SAMPLES / '0018_bag.png')]) == 0
+    found, = json.loads(capsys.readouterr().out)
+    assert found['predictions'][0]['label'] == 'Bag'
+    with pytest.raises(SystemExit, match='2'):
+        noah_zoo_cli.main(['convert'])
+
+
+def test_an_error_while_the_package_is_imported(monkeypatch, capsys):
+    """In place of the package, which is imported already: one whose import fails, as where PyTorch is missing."""
+    def broken(module):
+        raise ImportError("No module named 'torch'")
+
+    spec = importlib.util.find_spec('noah_zoo')
+    monkeypatch.setattr(spec.loader, 'exec_module', broken)
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: spec)
+    monkeypatch.delitem(sys.modules, 'noah_zoo')
+    with pytest.raises(SystemExit, match='2'):
+        noah_zoo_cli.main(['report', 'x'])
+    assert capsys.readouterr().err == "noah-zoo report: error: No module named 'torch'\n"
+
+
+def test_a_closed_output(monkeypatch, capsys):
+    """As with `| head`; the descriptor that is replaced is the null device's."""
+    with open(os.devnull, 'w') as closed:
+        parser = Parser(prog='noah-zoo predict')
+        with monkeypatch.context() as patch, pytest.raises(SystemExit, match='1'):
+            patch.setattr(sys, 'stdout', closed)
+            with readable_errors(parser):
+                raise BrokenPipeError
+    assert capsys.readouterr().err == ''
+
+
 @pytest.mark.parametrize('error, code, message', [
     (KeyboardInterrupt(), 130, '\nnoah-zoo report: interrupted\n'),
     (OSError('x: no runs'), 2, 'noah-zoo report: error: x: no runs\n'),
@@ -125,6 +194,7 @@ def start(way, command, *args, folder, **kwargs):
         env={'PYTHONPATH': str(ROOT), 'PATH': '', 'HOME': str(folder)}, timeout=300, **kwargs)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize('way', WAYS)
 def test_arguments_are_parsed_before_pytorch_is_imported(way, tmp_path):
     for words, code in ((('train', '--help'), 0), (('train', '--nope'), 2), (('convert',), 2)):

@@ -65,7 +65,7 @@ def test_parameters_on_inaturalist(name, millions):
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == millions  # Table XIV
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_batch_of_inaturalist_in_bounded_memory():
     case = Case(512, 4, 1 / 2, 49, num_classes=5089, batch_size=256, training=True)
     build = functools.partial(head_step, 'noah', case, 'cpu', torch.float32)

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from noah_zoo.data.damage import find_damaged, leave_out_damaged
 from noah_zoo.data.factory import create_dataset, create_datasets
 from noah_zoo.data.images import DamagedImageError
 
+from ..commands import call
 from .files import DAMAGED, config, load, make_folder
 
 
@@ -32,13 +34,18 @@ def test_damage_stops_a_worker_with_the_path(damaged_folder):
         load(train_set, batch_size=3, num_workers=2)
 
 
-def test_damage_ends_a_training_in_a_line(tmp_path):
+def in_a_new_process(*words):
+    return subprocess.run(
+        [sys.executable, '-m', 'noah_zoo', *words], capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.parametrize('run', [call, pytest.param(in_a_new_process, marks=pytest.mark.process)])
+def test_damage_ends_a_training_in_a_line(run, tmp_path):
     make_folder(tmp_path, {'a': 9, 'b': 9})
     (tmp_path / 'train/a/zz.png').write_bytes(b'text')
-    done = subprocess.run(  # with workers that have more to send
-        [sys.executable, '-m', 'noah_zoo', 'finetune', '--model', 'mobilenetv2_035_noah.fashion_mnist', '--dataset',
-         'folder', '--data-dir', tmp_path, '--img-size', '32', '-b', '2', '--workers', '2', '--epochs', '1', '--cpu',
-         '--output', tmp_path / 'run'], capture_output=True, text=True, timeout=120, check=False)
+    done = run(  # with workers that have more to send
+        'finetune', '--model', 'mobilenetv2_035_noah.fashion_mnist', '--dataset', 'folder', '--data-dir', tmp_path,
+        '--img-size', '32', '-b', '2', '--workers', '2', '--epochs', '1', '--cpu', '--output', tmp_path / 'run')
     assert done.returncode == 2
     assert re.fullmatch(
         'noah-zoo finetune: error: .*zz.png: not a readable image: [^:]*; --check-data finds all such images, '
@@ -92,6 +99,28 @@ print(sorted(find_damaged(images)), len(reads))
 """
 
 
+def test_shares_of_two_processes(damaged_folder, monkeypatch):
+    images = create_dataset('folder', str(damaged_folder), 'train')
+    expected = find_damaged(images)
+    known, seen = [], []
+    monkeypatch.setattr(images, 'read', lambda index: seen.append(index) or type(images).read(images, index))
+    for name, value in (('is_initialized', True), ('get_world_size', 2), ('get_rank', 0)):
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+
+    def gather(parts, found):
+        known.append(found)
+        parts[:] = [{}] * (2 - len(known)) + known[::-1]
+    monkeypatch.setattr(torch.distributed, 'all_gather_object', gather)
+    first = find_damaged(images)
+    assert sorted(seen) == list(range(0, len(images), 2))
+    monkeypatch.setattr(torch.distributed, 'get_rank', lambda: 1)
+    assert first == {index: reason for index, reason in expected.items() if index % 2 == 0}
+    both = find_damaged(images)
+    assert sorted(seen) == list(range(len(images)))
+    assert list(both.items()) == list(expected.items())  # of both, in order
+
+
+@pytest.mark.process
 def test_processes_read_a_share_each_and_agree(damaged_folder, tmp_path_factory):
     images = create_dataset('folder', str(damaged_folder), 'train')
     port = tmp_path_factory.mktemp('store') / 'file'

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from torch.utils.data import DataLoader
 
 from noah_zoo.config import TrainConfig
@@ -191,8 +192,8 @@ for training in (False, True):
 """
 
 
-@pytest.mark.parametrize('kind', ['hfids', 'wds'])
-def test_processes_read_a_share_of_a_stream(kind, tmp_path):
+def stream_of(kind, tmp_path):
+    """Name and folder of a stream of the images of EXPECTED."""
     if kind == 'wds':
         pytest.importorskip('webdataset')
         name, root = 'wds/', make_shards(tmp_path / 'shards', [samples(i, i + 2) for i in range(0, 8, 2)])
@@ -200,6 +201,29 @@ def test_processes_read_a_share_of_a_stream(kind, tmp_path):
         make_hub(tmp_path / 'hub', pngs(8))
         name, root = f'hfids/{tmp_path / "hub"}', str(tmp_path / 'cache')
         create_dataset(name, root, 'train')  # its cache is there before two write it at once
+    return name, root
+
+
+@pytest.mark.parametrize('kind', ['hfids', 'wds'])
+def test_shares_of_two_processes(kind, tmp_path, monkeypatch):
+    name, root = stream_of(kind, tmp_path)
+    for function, value in (('is_initialized', True), ('get_world_size', 2)):
+        monkeypatch.setattr(torch.distributed, function, lambda value=value: value)
+    for training in (False, True):
+        shares = []
+        for rank in range(2):
+            monkeypatch.setattr(torch.distributed, 'get_rank', lambda rank=rank: rank)
+            stream = create_dataset(name, root, 'train', training=training)
+            stream.set_loader_cfg(0, 1)
+            shares.append(pixels(stream)[1])
+            assert len(shares[-1]) == len(stream) == 4
+        assert sorted(shares[0] + shares[1]) == sorted(EXPECTED)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize('kind', ['hfids', 'wds'])
+def test_processes_read_a_share_of_a_stream(kind, tmp_path):
+    name, root = stream_of(kind, tmp_path)
     processes = [subprocess.Popen(
         [sys.executable, '-c', STREAM, str(rank), str(tmp_path / 'store'), name, root], stdout=subprocess.PIPE,
         text=True) for rank in range(2)]

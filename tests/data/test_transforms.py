@@ -46,11 +46,13 @@ def test_images_are_normalised_on_the_device_as_in_a_worker(crop, mode, mean, st
     data_config = dict(
         input_size=(len(mean), 32, 32), interpolation='bicubic', mean=mean, std=std, crop_pct=0.875,
         crop_mode='center')
+    workers = 2 if mode == 'L' and crop == 'rrc' else 0
     for transform in create_transforms(TrainConfig(model='', output='', train_crop=crop), data_config):
         whole = transforms.Compose([
             *transform.transforms[:-1], transforms.ToTensor(), transforms.Normalize(torch.tensor(mean), std)])
         small, expected = (
-            create_loader(images, each, EpochBatchSampler(12, 4, 1, 0, seed=1), 2, 4, 7) for each in (transform, whole))
+            create_loader(images, each, EpochBatchSampler(12, 4, 1, 0, seed=1), workers, 4, 7)
+            for each in (transform, whole))
         batches = list(on_device(small, data_config, torch.device('cpu')))
         assert len(batches) == 3
         for (raw, _), (x, labels), (wanted, of_wanted) in zip(small, batches, expected, strict=True):

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
@@ -15,10 +16,13 @@ import timm
 import yaml
 from PIL import Image
 
+import noah_zoo.inference
 from noah_zoo import add_noah_head
 from noah_zoo.data.images import read_image
 from noah_zoo.inference.demo import create_page, distinct, guess, look_for, make_pair
 from noah_zoo.inference.predict import DEFAULT_MODEL, SAMPLES, predict
+
+from ..commands import call
 
 ROOT = Path(__file__).resolve().parents[2]
 BAG = SAMPLES / '0018_bag.png'
@@ -106,6 +110,81 @@ def test_the_space():
     assert header['sdk_version'].startswith('6.') and len(header['short_description']) <= 60
 
 
+class Launched:
+    """In the place of a server: what the page was launched with."""
+
+    def __init__(self, monkeypatch, error=None):
+        self.error, self.settings = error, None
+        monkeypatch.setattr(gr.Blocks, 'launch', self)
+        monkeypatch.setattr(time, 'sleep', self.interrupt)
+
+    def __call__(self, **settings):
+        self.settings = settings
+        if self.error:
+            raise self.error
+
+    @staticmethod
+    def interrupt(seconds):
+        raise KeyboardInterrupt
+
+
+def test_the_command(monkeypatch, tmp_path):
+    launched = Launched(monkeypatch)
+    Image.open(BAG).save(tmp_path / 'mine.png')
+    done = call('demo', '--model', DEFAULT_MODEL, '--samples', tmp_path, '--port', 8123)
+    assert (done.returncode, done.stdout) == (0, 'http://127.0.0.1:8123  (Ctrl-C ends it)\n\n'), done.stderr
+    settings = launched.settings
+    assert (settings['server_name'], settings['server_port'], settings['prevent_thread_lock']) == (
+        '127.0.0.1', 8123, True)
+    assert settings['share'] is False and '#samples' in settings['css']
+
+
+@pytest.mark.parametrize('error', [OSError('Cannot find empty port in range'), OverflowError('port must be 0-65535')])
+def test_a_port_that_is_taken(error, monkeypatch):
+    Launched(monkeypatch, error)
+    done = call('demo', '--model', DEFAULT_MODEL, '--port', 8123)
+    assert (done.returncode, done.stdout) == (2, '')
+    assert done.stderr == ('noah-zoo demo: error: cannot listen on 127.0.0.1:8123, which is in use or is not of this '
+                           'machine; give another --port or --host\n')
+
+
+def test_a_missing_package(monkeypatch):
+    monkeypatch.delitem(sys.modules, 'noah_zoo.inference.demo')
+    monkeypatch.delattr(noah_zoo.inference, 'demo', raising=False)
+    monkeypatch.setitem(sys.modules, 'gradio', None)
+    done = call('demo')
+    assert done.returncode == 2 and "pip install 'noah-zoo[demo]'" in done.stderr and 'Traceback' not in done.stderr
+
+
+def functions(page):
+    """What happens on the page, by name."""
+    return {f.fn.__name__: f.fn for f in page.fns.values() if f.fn}
+
+
+def test_what_a_visitor_does(tmp_path):
+    does = functions(create_page([DEFAULT_MODEL]))
+    asked, noah, twin, maps, message = does['classify'](str(BAG), f' {DEFAULT_MODEL} ')
+    assert asked == (str(BAG), DEFAULT_MODEL) and message == '' and 'Bag' in maps.label
+    assert noah.value['label'] == 'Bag' and noah.label == 'mobilenetv2_035_noah: click a class'
+    assert twin.value['label'] == 'Bag' and twin.label == 'mobilenetv2_035, the vanilla twin'
+    again = does['classify_again'](asked, DEFAULT_MODEL)
+    assert again[0] == asked and again[1].value == noah.value
+    maps, message = does['look'](asked, gr.SelectData(None, {'index': 0, 'value': 'Shirt'}))
+    assert maps.label == 'Shirt: where mobilenetv2_035_noah looked' and message == '' and len(maps.value) == 11
+    assert does['classify_again'](None, DEFAULT_MODEL)[0] is None  # no image yet
+    for image, name, said in ((str(tmp_path / 'none.png'), DEFAULT_MODEL, 'none.png'),
+                              (str(BAG), 'resnet18_noha', 'did you mean resnet18_noah')):
+        asked, *labels, maps, message = does['classify'](image, name)
+        assert asked is None and maps == [] and said in message and not any(label.value for label in labels)
+
+
+def test_maps_of_a_model_without_the_head(tmp_path):
+    timm.models.save_for_hf(timm.create_model('test_resnet', num_classes=3), tmp_path / 'plain')
+    name = f'local-dir:{tmp_path / "plain"}'
+    *_, maps, message = functions(create_page([name]))['classify'](str(BAG), name)
+    assert not maps.value and 'no NOAH head' in message and 'Without its vanilla twin' in message
+
+
 def free_port():
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
@@ -129,6 +208,7 @@ def interruptible():
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.mark.process
 def test_the_server(server):
     page = urllib.request.urlopen(server, timeout=30).read().decode()
     assert 'Where does NOAH look?' in page
@@ -141,6 +221,7 @@ def test_the_server(server):
                                 f'of this machine; give another --port or --host\n')
 
 
+@pytest.mark.process
 def test_the_space_runs(tmp_path):
     code = (ROOT / 'space' / 'app.py').read_text(encoding='utf-8').replace(
         '.launch(', '.launch(server_port=PORT, prevent_thread_lock=True, quiet=True, ')
@@ -151,6 +232,7 @@ def test_the_space_runs(tmp_path):
     assert json.loads(output.splitlines()[-1])['title'] == 'Where does NOAH look?'
 
 
+@pytest.mark.process
 def test_without_gradio():
     code = "import sys; sys.modules['gradio'] = None; from noah_zoo_cli import main; main(['demo'])"
     result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=100, check=False)

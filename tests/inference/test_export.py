@@ -1,6 +1,7 @@
 """Exported files: the same logits, without this package and without PyTorch; errors; 8 bits."""
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from timm.layers import AvgPool2dSame, Conv2dSame, ScaledStdConv2dSame, create_p
 from torch import nn
 
 from noah_zoo import NoahHead, add_noah_head
-from noah_zoo.catalog import CATALOG
+from noah_zoo.catalog import CATALOG, FASHION_MNIST_CLASSES
 from noah_zoo.data.images import DamagedImageError, read_image
 from noah_zoo.inference import export as module
 from noah_zoo.inference.export import SUFFIXES, ExportedModel, describe, export, load_exported, quantize
@@ -37,6 +38,25 @@ def spread(model):
     return model.eval()
 
 
+def classifier(**kwargs):
+    """A test_resnet with NOAH, whose attention is not even."""
+    overlay = dict(input_size=(3, 64, 64), pool_size=None, label_names=FASHION_MNIST_CLASSES)
+    kwargs = {'num_classes': 10, 'pretrained_cfg_overlay': overlay, **kwargs}
+    return spread(add_noah_head(timm.create_model('test_resnet', **kwargs)))
+
+
+@pytest.fixture(scope='module')
+def model():
+    return classifier()
+
+
+@pytest.fixture(scope='module')
+def files(model, tmp_path_factory):
+    """The model in every format, by the name of the format."""
+    return {fmt: export(model, tmp_path_factory.mktemp(fmt) / f'model{suffix}', fmt)
+            for fmt, suffix in SUFFIXES.items()}
+
+
 @pytest.fixture(scope='module')
 def shipped(tmp_path_factory):
     """The shipped model and its ONNX file."""
@@ -45,9 +65,34 @@ def shipped(tmp_path_factory):
 
 
 @pytest.mark.parametrize('fmt', SUFFIXES)
+def test_every_format(fmt, model, files):
+    exported = files[fmt]
+    assert exported.dynamic_size and exported.batch_size is None
+    assert list(exported.errors) == ['1 x 3 x 64 x 64', '3 x 3 x 64 x 64', '1 x 3 x 96 x 128']
+    assert max(exported.errors.values()) <= 1e-4
+    run, shape = load_exported(exported.path)
+    assert shape == ([None] * 4 if fmt == 'torchscript' else [None, 3, None, None])
+    images = torch.randn(5, 3, 80, 112)
+    with torch.no_grad():
+        expected = model(images)
+        torch.testing.assert_close(run(images), expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(ExportedModel(exported.path)(images), expected, rtol=0, atol=1e-4)
+    assert expected.std() > 1e-3 and not torch.allclose(expected[0], expected[1], atol=1e-3)
+    assert {path.name for path in exported.path.parent.iterdir()} == {f'model{SUFFIXES[fmt]}', 'model.json'}
+    if fmt == 'onnx':  # onnxruntime 1.14 reads it
+        file = onnx.load(exported.path)
+        assert file.ir_version == 8 and [opset.version for opset in file.opset_import] == [18]
+
+
+def marks(name, fmt):
+    """`shipped` is a MobileNet."""
+    if name == 'deit_tiny_050_patch16_224_noah':
+        return [pytest.mark.export]
+    return [pytest.mark.export, pytest.mark.exhaustive, *([pytest.mark.slow] if fmt == 'onnx' else [])]
+
+
 @pytest.mark.parametrize(
-    'name', [name if name == 'deit_tiny_050_patch16_224_noah' else pytest.param(name, marks=pytest.mark.slow)
-             for name in CATALOG])  # `shipped` is a MobileNet
+    'name, fmt', [pytest.param(name, fmt, marks=marks(name, fmt)) for name in CATALOG for fmt in SUFFIXES])
 def test_every_model(name, fmt, tmp_path):
     model = spread(timm.create_model(name))
     exported = export(model, tmp_path / f'model{SUFFIXES[fmt]}', fmt)
@@ -60,8 +105,11 @@ def test_every_model(name, fmt, tmp_path):
 
 
 @pytest.mark.parametrize('name, kwargs, dynamic_size, fmt', [
-    ('test_convnext', {}, True, 'onnx'), ('test_vit', {}, True, 'torch-export'), ('test_vit', {}, True, 'torchscript'),
-    ('test_vit', dict(dynamic_img_size=False), False, 'onnx')])
+    pytest.param('test_convnext', {}, True, 'onnx', marks=pytest.mark.export),
+    pytest.param('test_vit', {}, True, 'torch-export', marks=pytest.mark.export),
+    pytest.param('test_vit', {}, True, 'torchscript', marks=pytest.mark.export),
+    ('test_vit', dict(dynamic_img_size=False), False, 'torchscript'),
+    pytest.param('test_vit', dict(dynamic_img_size=False), False, 'onnx', marks=pytest.mark.export)])
 def test_any_timm_model_with_the_head(name, kwargs, dynamic_size, fmt, tmp_path):
     model = spread(add_noah_head(timm.create_model(name, **kwargs), num_classes=7))
     exported = export(model, tmp_path / f'model{SUFFIXES[fmt]}', fmt)
@@ -69,14 +117,16 @@ def test_any_timm_model_with_the_head(name, kwargs, dynamic_size, fmt, tmp_path)
     assert json.loads(exported.description.read_text())['label_names'] == [str(i) for i in range(7)]
 
 
-def test_a_model_without_the_head(tmp_path):
+@pytest.mark.parametrize('fmt', ['torchscript', pytest.param('onnx', marks=pytest.mark.export)])
+def test_a_model_without_the_head(fmt, tmp_path):
     model = timm.create_model('test_resnet').eval()
-    assert max(export(model, tmp_path / 'model.onnx').errors.values()) <= 1e-4
+    assert max(export(model, tmp_path / f'model{SUFFIXES[fmt]}', fmt).errors.values()) <= 1e-4
 
 
+@pytest.mark.export
 @pytest.mark.parametrize('name', [
-    name if name == 'resnet18_noah' else pytest.param(name, marks=pytest.mark.slow) for name, row in CATALOG.items()
-    if row.family in ('resnet', 'mobilenet', 'shufflenet')])
+    name if name == 'resnet18_noah' else pytest.param(name, marks=[pytest.mark.exhaustive, pytest.mark.slow])
+    for name, row in CATALOG.items() if row.family in ('resnet', 'mobilenet', 'shufflenet')])
 def test_old_runtimes(name, tmp_path):
     model = spread(timm.create_model(name))
     exported = export(model, tmp_path / 'model.onnx', batch_size=1)
@@ -89,6 +139,7 @@ def test_old_runtimes(name, tmp_path):
         torch.testing.assert_close(torch.from_numpy(net.forward()), model(x_BCHW), rtol=0, atol=1e-4)
 
 
+@pytest.mark.export
 @pytest.mark.parametrize('fmt, batch_size, opset', [('onnx', 1, 18), ('onnx', 5, 20), ('torch-export', 2, 18)])
 def test_fixed_shapes(fmt, batch_size, opset, tmp_path):
     torch.manual_seed(0)
@@ -109,16 +160,16 @@ def test_fixed_shapes(fmt, batch_size, opset, tmp_path):
         torch.testing.assert_close(ExportedModel(exported.path)(images), model(images), rtol=0, atol=1e-4)
 
 
-def test_two_files_of_one_name(tmp_path):
-    model = timm.create_model('test_vit', num_classes=7).eval()
+def test_two_files_of_one_name(model, tmp_path):
     path = export(model, tmp_path / 'model.pt2', 'torch-export', check=False, batch_size=2).path
     export(model, tmp_path / 'model.pt', 'torchscript', check=False)  # writes model.json anew
-    images = torch.randn(3, 3, 160, 160)
+    images = torch.randn(3, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(ExportedModel(path)(images), model(images), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize('with_head', [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.export
+@pytest.mark.parametrize('with_head', [True, False])
 def test_padding_that_depends_on_the_size(with_head, tmp_path):
     torch.manual_seed(0)
     model = timm.create_model('tf_efficientnet_lite0', num_classes=7).eval()
@@ -128,6 +179,26 @@ def test_padding_that_depends_on_the_size(with_head, tmp_path):
     assert not exported.dynamic_size and list(exported.errors) == ['1 x 3 x 224 x 224', '3 x 3 x 224 x 224']
     assert max(exported.errors.values()) <= 1e-4
     assert json.loads(exported.description.read_text())['dynamic_image_size'] is False
+
+
+class Small(nn.Module):
+    """A convolution, its average and a linear layer."""
+    pretrained_cfg = dict(input_size=(3, 32, 32), label_names=('a', 'b'))
+    num_classes = 2
+
+    def __init__(self, conv=nn.Conv2d):
+        super().__init__()
+        self.conv, self.fc = conv(3, 4, 3, stride=2), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.fc(self.conv(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize('conv, expected', [(Conv2dSame, False), (nn.Conv2d, True)])
+def test_a_small_model_with_such_a_padding(conv, expected, tmp_path):
+    exported = export(Small(conv), tmp_path / 'model.pt2', 'torch-export')
+    assert exported.dynamic_size is expected and len(exported.errors) == 2 + expected
+    assert load_exported(exported.path)[1] == [None, 3, *([None, None] if expected else [32, 32])]
 
 
 @pytest.mark.parametrize('make, expected', [
@@ -146,18 +217,17 @@ class Windows(nn.Module):
         return nn.functional.pad(x, (0, -x.shape[3] % 24, 0, -x.shape[2] % 24))
 
 
-def test_it_runs_without_this_package(shipped, tmp_path):
-    model, _ = shipped
-    for fmt in ('torch-export', 'torchscript'):
-        export(model, tmp_path / f'model{SUFFIXES[fmt]}', fmt)
+@pytest.mark.process
+def test_it_runs_without_this_package(model, files, tmp_path):
     images = torch.randn(2, 3, 64, 64)
     torch.save(images, tmp_path / 'images.pt')
-    code = '''
+    code = f'''
 import sys, torch
 sys.modules.update(noah_zoo=None, timm=None, torchvision=None)  # importing one is an error
 images = torch.load('images.pt')
+program, script = {str(files['torch-export'].path)!r}, {str(files['torchscript'].path)!r}
 with torch.no_grad():
-    torch.save([torch.export.load('model.pt2').module()(images), torch.jit.load('model.pt')(images)], 'logits.pt')
+    torch.save([torch.export.load(program).module()(images), torch.jit.load(script)(images)], 'logits.pt')
 '''
     subprocess.run([sys.executable, '-W', 'ignore', '-c', code], cwd=tmp_path, check=True, timeout=200)
     with torch.no_grad():
@@ -165,13 +235,12 @@ with torch.no_grad():
             torch.testing.assert_close(logits, model(images), rtol=0, atol=1e-4)
 
 
+@pytest.mark.export
+@pytest.mark.process
 def test_the_consumer_of_the_docs(shipped, tmp_path):
     model, exported = shipped
     code = re.search(r'```python\n(import json.*?)```', (ROOT / 'docs' / 'export.md').read_text(), re.DOTALL)[1]
-    wide = Image.new('RGB', (90, 61))
-    wide.paste(Image.open(SAMPLES / '0018_bag.png').resize((61, 61)), (15, 0))
-    wide.save(tmp_path / 'wide.png')
-    photos = [*sorted(SAMPLES.glob('*.png')), tmp_path / 'wide.png']
+    photos = [*sorted(SAMPLES.glob('*.png')), wide(tmp_path)]
     for suffix in ('.onnx', '.json'):
         (tmp_path / f'model{suffix}').write_bytes(exported.path.with_suffix(suffix).read_bytes())
     Image.open(photos[0]).convert('RGB').save(tmp_path / 'photo.jpg')
@@ -179,10 +248,28 @@ def test_the_consumer_of_the_docs(shipped, tmp_path):
         f'print(json.dumps([classify(path) for path in {[str(path) for path in photos]}]))\n')
     output = subprocess.run(
         [sys.executable, '-c', code], cwd=tmp_path, check=True, timeout=100, capture_output=True, text=True).stdout
-    for guesses, result in zip(json.loads(output.splitlines()[-1]), predict(model, photos), strict=True):
+    compare_with_docs(json.loads(output.splitlines()[-1]), model, photos)
+
+
+def wide(folder):
+    """A sample in the middle of a black picture."""
+    picture = Image.new('RGB', (90, 61))
+    picture.paste(Image.open(SAMPLES / '0018_bag.png').resize((61, 61)), (15, 0))
+    picture.save(folder / 'wide.png')
+    return folder / 'wide.png'
+
+
+def compare_with_docs(found, model, photos):
+    for guesses, result in zip(found, predict(model, photos), strict=True):
         expected = [(guess['label'], guess['probability']) for guess in result['predictions'][:3]]
         assert [label for label, _ in guesses] == [label for label, _ in expected]
         assert [p for _, p in guesses] == pytest.approx([p for _, p in expected], abs=1e-3)
+
+
+def test_the_code_of_the_docs(model, files, tmp_path):
+    classify = consumer_of_the_docs(files['onnx'].path.parent)
+    photos = [*sorted(SAMPLES.glob('*.png'))[:3], wide(tmp_path)]
+    compare_with_docs([classify(photo) for photo in photos], model, photos)
 
 
 def consumer_of_the_docs(folder):
@@ -194,11 +281,12 @@ def consumer_of_the_docs(folder):
     return namespace['classify']
 
 
+@pytest.mark.export
 @pytest.mark.parametrize('input_size', [(3, 128, 64), (3, 48, 80)])
 def test_rectangles(input_size, tmp_path):
     torch.manual_seed(0)
-    model = spread(timm.create_model('noah', backbone='test_resnet', num_classes=5, pretrained_cfg_overlay=dict(
-        input_size=input_size, pool_size=None, crop_pct=0.9)))
+    model = classifier(num_classes=5, pretrained_cfg_overlay=dict(
+        input_size=input_size, pool_size=None, crop_pct=0.9))
     export(model, tmp_path / 'model.onnx')
     classify = consumer_of_the_docs(tmp_path)
     for size in ((400, 300), (91, 202), (200, 100)):
@@ -210,14 +298,14 @@ def test_rectangles(input_size, tmp_path):
         assert [expected[i].item() for i in found] == pytest.approx(list(found.values()), abs=2e-3)
 
 
-@pytest.mark.parametrize('channels', [1, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('channels', [1, pytest.param(4, marks=pytest.mark.export)])
 def test_other_channels(channels, tmp_path):
     torch.manual_seed(0)
     overlay = dict(input_size=(channels, 64, 64), pool_size=None)
-    timm.models.save_for_hf(spread(timm.create_model(
-        'mobilenetv2_035_noah', num_classes=5, in_chans=channels, pretrained_cfg_overlay=overlay)), str(tmp_path / 'm'))
+    timm.models.save_for_hf(
+        classifier(num_classes=5, in_chans=channels, pretrained_cfg_overlay=overlay), str(tmp_path / 'm'))
     model = load_model(f'local-dir:{tmp_path / "m"}')
-    exported = export(model, tmp_path / 'model.onnx')
+    exported = export(model, tmp_path / 'model.onnx', batch_size=1)
     description = json.loads(exported.description.read_text())
     assert description['input_size'] == [channels, 64, 64]
     photos = sorted(SAMPLES.glob('*.png'))
@@ -229,7 +317,7 @@ def test_other_channels(channels, tmp_path):
     transform, mode = eval_transform(model), {1: 'L', 4: 'RGBA'}[channels]
     x_BCHW = torch.stack([transform(read_image(photo, mode=mode)) for photo in photos])
     with torch.no_grad():
-        logits, expected = load_exported(small.path)[0](x_BCHW), model(x_BCHW)
+        logits, expected = ExportedModel(small.path)(x_BCHW), model(x_BCHW)
     assert 0 < (logits - expected).square().mean().sqrt() < 0.3 * expected.std()
     classify = consumer_of_the_docs(tmp_path)
     for photo, logits in zip(photos, expected):
@@ -237,77 +325,82 @@ def test_other_channels(channels, tmp_path):
         assert [logits.softmax(0)[i].item() for i in found] == pytest.approx(list(found.values()), abs=2e-3)
 
 
-def test_description(shipped):
-    model, exported = shipped
+def test_description(model, files):
+    exported = files['onnx']
     description = json.loads(exported.description.read_text(encoding='utf-8'))
     assert description == {**describe(model), 'format': 'onnx', 'dynamic_image_size': True, 'batch_size': None}
-    assert description['label_names'][8] == 'Bag' and description['input_size'] == [3, 64, 64]
+    assert description['label_names'] == list(FASHION_MNIST_CLASSES)
     again = ExportedModel(exported.path)
     image = read_image(SAMPLES / '0018_bag.png')
     assert torch.equal(eval_transform(again)(image), eval_transform(model)(image))
+    found = describe(load_model(DEFAULT_MODEL))
+    assert found['label_names'][8] == 'Bag' and found['input_size'] == [3, 64, 64] and found['crop'] == [64, 64]
+    overlay = dict(input_size=(3, 128, 64), pool_size=None, crop_pct=0.9)
+    assert describe(classifier(pretrained_cfg_overlay=overlay))['resize'] == [142, 71]
     other = timm.create_model('deit_tiny_050_patch16_224_noah', img_size=(64, 96))
     assert describe(other)['crop'] == [64, 96] and eval_transform(other)(image).shape == (3, 64, 96)
 
 
-def test_8_bits(shipped, tmp_path):
-    model, exported = shipped
-    images = sorted(SAMPLES.glob('*.png'))
-    small = quantize(exported.path, images, tmp_path / 'small.onnx')
-    assert small.path.stat().st_size < exported.path.stat().st_size / 2
+def quantized(model, path, output):
+    """The 8-bit file of an ONNX file, its logits of the samples and those of the model."""
+    images = sorted(map(str, SAMPLES.glob('*.png')))
+    small = quantize(path, images, output)
     types = {node.op_type for node in onnx.load(small.path).graph.node}
     assert {'QuantizeLinear', 'DequantizeLinear'} <= types
+    assert json.loads(small.description.read_text())['int8'] is True
     x_BCHW = torch.stack([eval_transform(model)(read_image(image)) for image in images])
     with torch.no_grad():
-        logits, expected = load_exported(small.path)[0](x_BCHW), model(x_BCHW)
-    assert (logits.argmax(1) == expected.argmax(1)).sum() >= 11
+        logits, expected = ExportedModel(small.path)(x_BCHW), model(x_BCHW)
     difference = (logits - expected).square().mean().sqrt() / expected.std()
     assert 1e-4 < difference < 0.3
-    assert json.loads(small.description.read_text())['int8'] is True
+    return small, logits, expected
 
 
-def test_8_bits_of_fixed_batches(shipped, tmp_path):
-    model, _ = shipped
-    whole = export(model, tmp_path / 'model.onnx', batch_size=5)
-    small = quantize(whole.path, sorted(SAMPLES.glob('*.png')), tmp_path / 'small.onnx')
-    assert small.batch_size == 5
-    x_BCHW = torch.stack([eval_transform(model)(read_image(image)) for image in sorted(SAMPLES.glob('*.png'))])
-    with torch.no_grad():
-        assert (ExportedModel(small.path)(x_BCHW).argmax(1) == model(x_BCHW).argmax(1)).sum() >= 11
-
-
-def test_8_bits_of_a_model_whose_shapes_have_no_formula(tmp_path, monkeypatch):
-    # onnxruntime's inference of symbolic shapes gives it up, and left files where it ran
+def test_8_bits(model, files, tmp_path, monkeypatch):
+    # onnxruntime's inference of symbolic shapes gives up this model, and left files where it ran
     (tmp_path / 'here').mkdir()
     monkeypatch.chdir(tmp_path / 'here')
-    model = add_noah_head(timm.create_model('test_resnet', num_classes=3)).eval()
-    exported = export(model, tmp_path / 'model.onnx', check=False)
-    images = sorted(map(str, SAMPLES.glob('*.png')))
-    small = ExportedModel(quantize(exported.path, images, tmp_path / 'small.onnx').path)
-    x = torch.stack([eval_transform(model)(read_image(path)) for path in images])
-    with torch.no_grad():
-        assert (small(x) - model(x)).abs().max() < 0.1 * model(x).abs().max()
+    path = files['onnx'].path
+    small, *_ = quantized(model, path, tmp_path / 'small.onnx')
+    assert small.path.stat().st_size < path.stat().st_size and (small.dynamic_size, small.batch_size) == (True, None)
     assert not any(Path().iterdir())
 
 
-def test_8_bits_with_a_damaged_image(shipped, tmp_path):
+@pytest.mark.export
+def test_8_bits_of_the_shipped_model(shipped, tmp_path):
+    model, exported = shipped
+    small, logits, expected = quantized(model, exported.path, tmp_path / 'small.onnx')
+    assert small.path.stat().st_size < exported.path.stat().st_size / 2
+    assert (logits.argmax(1) == expected.argmax(1)).sum() >= 11
+
+
+@pytest.mark.export
+def test_8_bits_of_fixed_batches(shipped, tmp_path):
+    model, _ = shipped
+    whole = export(model, tmp_path / 'model.onnx', batch_size=5)
+    small, logits, expected = quantized(model, whole.path, tmp_path / 'small.onnx')
+    assert small.batch_size == 5 and (logits.argmax(1) == expected.argmax(1)).sum() >= 11
+
+
+def test_8_bits_with_a_damaged_image(files, tmp_path):
     (tmp_path / 'photo.jpg').write_bytes(b'no image')
     with pytest.raises(DamagedImageError, match='photo.jpg'):
-        quantize(shipped[1].path, [tmp_path / 'photo.jpg'], tmp_path / 'small.onnx')
+        quantize(files['onnx'].path, [tmp_path / 'photo.jpg'], tmp_path / 'small.onnx')
     assert [path.name for path in tmp_path.iterdir()] == ['photo.jpg']
 
 
-def test_accuracy_of_a_file(shipped, tmp_path):
-    model, exported = shipped
+def test_accuracy_of_a_file(tmp_path):
+    model = load_model(DEFAULT_MODEL)
+    exported = export(model, tmp_path / 'model.pt', 'torchscript', check=False)
     labels = [label.casefold().replace('/', '_').replace(' ', '_') for label in model.pretrained_cfg['label_names']]
     for path in SAMPLES.glob('*.png'):
         index = labels.index(path.stem.partition('_')[2])
         (tmp_path / 'validation' / str(index)).mkdir(parents=True, exist_ok=True)
         (tmp_path / 'validation' / str(index) / path.name).write_bytes(path.read_bytes())
     description = json.loads(exported.description.read_text())
-    (tmp_path / 'model.onnx').write_bytes(exported.path.read_bytes())
     for names in ('0123456789', '8123456709'):  # the logits in this order
         (tmp_path / 'model.json').write_text(json.dumps({**description, 'label_names': list(names)}))
-        result = validate(str(tmp_path / 'model.onnx'), 'folder', data_dir=str(tmp_path), cpu=True, workers=0)
+        result = validate(str(exported.path), 'folder', data_dir=str(tmp_path), cpu=True, workers=0)
         guesses = [(int(names[guess['predictions'][0]['index']]), labels.index(Path(guess['path']).stem[5:]))
                    for guess in predict(model, sorted(SAMPLES.glob('*.png')))]
         assert result['images'] == 12 and len(guesses) == 12
@@ -319,7 +412,9 @@ def test_accuracy_of_a_file(shipped, tmp_path):
     (lambda: timm.create_model('test_resnet'), 'm.onnx', 'tflite', ValueError, "'tflite' is unknown; choose from onnx"),
     (lambda: timm.create_model('test_resnet'), 'm.pt', 'onnx', ValueError, 'm.pt: a file of format onnx ends with'),
     (lambda: Picky(), 'm.pt2', 'torch-export', ValueError, 'Picky cannot be exported as torch-export: .*'),
-    (lambda: Picky(), 'm.onnx', 'onnx', ValueError, 'Picky cannot be exported as onnx: .*'),
+    pytest.param(
+        lambda: Picky(), 'm.onnx', 'onnx', ValueError, 'Picky cannot be exported as onnx: .*',
+        marks=pytest.mark.export),
     (lambda: timm.create_model('test_resnet'), 'none/m.onnx', 'onnx', OSError, 'none')])
 def test_refused(make, output, fmt, error, message, tmp_path):
     with pytest.raises(error, match=message):
@@ -331,11 +426,12 @@ def test_refused(make, output, fmt, error, message, tmp_path):
     (dict(batch_size=0), 'batch_size=0, format onnx: expected 1 or more'),
     (dict(batch_size=1, fmt='torchscript'), 'batch_size=1, format torchscript: expected 1 or more, and onnx or'),
     (dict(opset=17), 'opset=17; expected 18 or later'),
-    (dict(opset=99), 'test_resnet cannot be exported as onnx: it would have opset 18, not 99')])
+    pytest.param(
+        dict(opset=99), 'Small cannot be exported as onnx: it would have opset 18, not 99', marks=pytest.mark.export)])
 def test_options_refused(kwargs, message, tmp_path):
     kwargs = dict(dict(fmt='onnx'), **kwargs)
     with pytest.raises(ValueError, match=message):
-        export(timm.create_model('test_resnet'), tmp_path / f'm{SUFFIXES[kwargs["fmt"]]}', **kwargs)
+        export(Small(), tmp_path / f'm{SUFFIXES[kwargs["fmt"]]}', **kwargs)
     assert not list(tmp_path.iterdir())
 
 
@@ -357,24 +453,24 @@ def test_other_logits_are_not_written(tmp_path, monkeypatch):
     monkeypatch.setattr(module, 'TOLERANCE', -1.)
     old = tmp_path / 'm.pt2'
     old.write_bytes(b'what was there')
-    with pytest.raises(ValueError, match=r'test_resnet as torch-export: logits of 1 x 3 x \d+ x \d+ images differ by'):
-        export(timm.create_model('test_resnet'), tmp_path / 'm.pt2', 'torch-export')
+    with pytest.raises(ValueError, match='Small as torch-export: logits of 1 x 3 x 32 x 32 images differ by'):
+        export(Small(), tmp_path / 'm.pt2', 'torch-export')
     assert old.read_bytes() == b'what was there' and [path.name for path in tmp_path.iterdir()] == ['m.pt2']
 
 
 @pytest.mark.parametrize('fmt', ['onnx', 'int8', 'load'])
-def test_a_missing_package(fmt, shipped, tmp_path, monkeypatch):
+def test_a_missing_package(fmt, files, tmp_path, monkeypatch):
     missing = 'onnxscript' if fmt == 'onnx' else 'onnxruntime'
     for name in [name for name in sys.modules if name.split('.')[0] == missing]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(ImportError, match=r"pip install 'noah-zoo\[export\]'"):
         if fmt == 'onnx':
-            export(timm.create_model('test_resnet'), tmp_path / 'm.onnx', check=False)
+            export(Small(), tmp_path / 'm.onnx', check=False)
         elif fmt == 'int8':
-            quantize(shipped[1].path, [], tmp_path / 'm.onnx')
+            quantize(files['onnx'].path, [], tmp_path / 'm.onnx')
         else:
-            load_exported(shipped[1].path)
+            load_exported(files['onnx'].path)
 
 
 @pytest.mark.parametrize('suffix', SUFFIXES.values())
@@ -390,14 +486,48 @@ def test_a_damaged_file(suffix, tmp_path):
 
 
 def test_the_script(tmp_path):
-    for _ in range(2):
-        result = call('export', '--format', 'torchscript', '--check', cwd=tmp_path)
-        assert result.returncode == 0, result.stderr
-        assert 'batches of any size, images of any size' in result.stdout
-        assert result.stdout.count('largest difference') == 3
-        assert {path.name for path in tmp_path.iterdir()} == {f'{DEFAULT_MODEL}.pt', f'{DEFAULT_MODEL}.json'}
+    (tmp_path / f'{DEFAULT_MODEL}.pt').write_text('an older file, which is replaced')
+    result = call('export', '--format', 'torchscript', '--check', cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert 'batches of any size, images of any size' in result.stdout
+    assert result.stdout.count('largest difference') == 3
+    assert {path.name for path in tmp_path.iterdir()} == {f'{DEFAULT_MODEL}.pt', f'{DEFAULT_MODEL}.json'}
+    assert ExportedModel(tmp_path / f'{DEFAULT_MODEL}.pt').num_classes == 10
 
 
+def test_the_script_for_8_bits_and_accuracy(trained_run, photos, tmp_path):
+    data_dir = folder_of_splits(photos, tmp_path / 'data')
+    result = call('export', '--model', f'local-dir:{trained_run / "best"}', '--static', 4, '--opset', 20,
+                  '--output', 'm.onnx', '--int8', photos / 'red', '--dataset', 'folder', '--data-dir', data_dir,
+                  cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    whole, accuracy, small, of_small = result.stdout.splitlines()
+    assert re.fullmatch(r'm\.onnx: \d\.\d\d MB, batches of 4, images of 32 x 32 only', whole)
+    assert re.fullmatch(r'm\.int8\.onnx: \d\.\d\d MB, batches of 4, images of 32 x 32 only', small)
+    model = load_model(f'local-dir:{trained_run / "best"}')
+    chosen = [path for path in sorted(photos.glob('*/*.jpg')) if path.stem in ('0', '1', '2', '3')]
+    found = [(guess['predictions'][0]['label'], Path(guess['path']).parent.name) for guess in predict(model, chosen)]
+    right = [guess == label for guess, label in found]
+    assert accuracy == f'  top-1 on 12 images of folder: {100 * sum(right) / 12:.2f} %'
+    assert of_small.startswith('  top-1 on 12 images of folder: ')
+    file = onnx.load(tmp_path / 'm.onnx')
+    shapes = [[dim.dim_value for dim in value.type.tensor_type.shape.dim]
+              for value in (*file.graph.input, *file.graph.output)]
+    assert shapes == [[4, 3, 32, 32], [4, 3]] and [entry.version for entry in file.opset_import] == [20]
+    description = json.loads((tmp_path / 'm.json').read_text())
+    assert (description['dynamic_image_size'], description['batch_size']) == (False, 4)
+
+
+def folder_of_splits(photos, folder):
+    """Four photographs of each class to validate on."""
+    for path in sorted(photos.glob('*/*.jpg')):
+        if path.stem in ('0', '1', '2', '3'):
+            (folder / 'validation' / path.parent.name).mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, folder / 'validation' / path.parent.name)
+    return folder
+
+
+@pytest.mark.export
 def test_the_script_with_fixed_shapes(tmp_path):
     result = call('export', '--static', '--check', '--opset', 19, '--output', 'm.onnx', cwd=tmp_path)
     assert result.returncode == 0, result.stderr

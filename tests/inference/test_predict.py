@@ -1,5 +1,6 @@
 """`noah-zoo predict` as its users call it."""
 import csv
+import itertools
 import json
 import os
 import pickle
@@ -40,14 +41,24 @@ def run(*args):
     return call('predict', *args)
 
 
-def test_the_main_job(tmp_path):
-    result = subprocess.run(
-        [sys.executable, str(ROOT / 'scripts' / 'predict.py')], cwd=tmp_path, capture_output=True, text=True,
-        timeout=300, check=False)
+def check_main_job(result):
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert sum(line.endswith('.png') for line in lines) == 12
     assert sum('%' in line for line in lines) == 12 * 3
+    bag = next(number for number, line in enumerate(lines) if line.endswith('0018_bag.png'))
+    assert re.fullmatch(r' +\d+\.\d\d%  Bag', lines[bag + 1])
+
+
+def test_the_main_job():
+    check_main_job(run())
+
+
+@pytest.mark.process
+def test_the_main_job_in_a_new_process(tmp_path):
+    check_main_job(subprocess.run(
+        [sys.executable, str(ROOT / 'scripts' / 'predict.py')], cwd=tmp_path, capture_output=True, text=True,
+        timeout=300, check=False))
 
 
 def test_samples_are_recognised():
@@ -139,7 +150,8 @@ def mixed(tmp_path):
     return folder
 
 
-@pytest.mark.parametrize('batch_size, workers', [(1, 0), (4, 0), (4, 2), (9, 1), (100, 0)])
+@pytest.mark.parametrize('batch_size, workers', [
+    (1, 0), (4, 0), (100, 0), *(pytest.param(*case, marks=pytest.mark.process) for case in ((4, 2), (9, 1)))])
 def test_batches_are_what_single_images_are(batch_size, workers, model, mixed):
     paths, transform = find_images([str(mixed)]), eval_transform(model)
     results = list(predict(model, paths, 10, batch_size, workers))
@@ -267,6 +279,22 @@ def test_names_with_every_character(suffix, tmp_path):
         assert path.read_bytes() == data and (output.done, output.failed) == (6, 3)
 
 
+@pytest.mark.parametrize('output', ['rows.csv', None])
+def test_an_interrupt(output, mixed, tmp_path, monkeypatch):
+    def two_images(*args):
+        yield from itertools.islice(predict(*args), 2)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr('noah_zoo.inference.predict.predict', two_images)
+    path = tmp_path / 'rows.csv'
+    done = run(mixed, *(['--output', path] if output else []))
+    kept = f'; {path} has 2 of 9 images, and the same command goes on with it' if output else ''
+    assert (done.returncode, done.stderr) == (130, f'\nnoah-zoo predict: interrupted{kept}\n')
+    if output:
+        assert [Path(row[0]).name for row in read_rows(path)] == ['0.png', '1.png']
+
+
+@pytest.mark.process
 def test_ctrl_c_and_on(tmp_path):
     folder, output = tmp_path / 'many', tmp_path / 'rows.csv'
     folder.mkdir()
@@ -285,7 +313,9 @@ def test_ctrl_c_and_on(tmp_path):
     assert [path for path, _, _ in read_rows(output)] == find_images([str(folder)])
 
 
-def test_a_progress_bar_at_a_terminal_only(mixed, tmp_path):
+@pytest.mark.process
+def test_a_progress_bar_at_a_terminal_only(mixed, tmp_path, monkeypatch):
+    monkeypatch.delenv('HF_HUB_DISABLE_PROGRESS_BARS')
     pty, fcntl, termios = (pytest.importorskip(name) for name in ('pty', 'fcntl', 'termios'))
     ours, theirs = pty.openpty()
     fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack('4H', 40, 100, 0, 0))  # rows, columns

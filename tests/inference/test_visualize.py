@@ -7,12 +7,14 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import save_file
 
 from noah_zoo import add_noah_head
 from noah_zoo.data.images import read_image
 from noah_zoo.inference import predict as inference
+from noah_zoo.inference import visualize
 from noah_zoo.inference.predict import DEFAULT_MODEL, SAMPLES, load_model, load_twin, short_names
 from noah_zoo.inference.visualize import as_model_sees, draw, find_classes, grad_cam, load_pair, overlay
 from noah_zoo.models.attach import eval_transform, find_classifier
@@ -22,9 +24,10 @@ from ..commands import call
 
 ROOT = Path(__file__).resolve().parents[2]
 BAG = SAMPLES / '0018_bag.png'
-TWINS = (
-    'resnet18', 'mobilenetv2_035', 'shufflenetv2_100', 'deit_tiny_050_patch16_224', 'pvt_tiny_050',
-    'mixer_s16_050_224', 'gmlp_ti16_050_224', 'convnext_atto', 'swin_s3_tiny_224')
+TWINS = (  # the first ones: a map, a class token, the features of patches
+    'mobilenetv2_035', 'deit_tiny_050_patch16_224', 'mixer_s16_050_224', *(
+        pytest.param(name, marks=pytest.mark.exhaustive) for name in (
+            'resnet18', 'shufflenetv2_100', 'pvt_tiny_050', 'gmlp_ti16_050_224', 'convnext_atto', 'swin_s3_tiny_224')))
 
 
 @pytest.fixture(scope='module')
@@ -221,11 +224,21 @@ def test_a_pair_without_grad_cam(monkeypatch):
 
 def test_the_script(tmp_path):
     for output, more in (
-            ('0018_bag_attention.png', []), ('x.png', ['--output', 'x', '--classes', 'bag', 'shirt']),
-            ('y.JPG', ['--output', 'y.JPG'])):
+            ('0018_bag_attention.png', []), ('x.png', ['--output', 'x', '--classes', 'bag', '--twin', 'none']),
+            ('y.JPG', ['--output', 'y.JPG', '--classes', 'bag', 'shirt', '--twin', 'none'])):
         result = call('visualize', BAG, '--dpi', 60, *more, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
         assert result.stdout.split() == [output] and Image.open(tmp_path / output).size[0] > 500
+
+
+def test_the_script_without_a_twin(shipped, tmp_path, monkeypatch):
+    monkeypatch.setattr(visualize, 'load_pair', lambda name, twin, device: (shipped, None, 'no weights'))
+    monkeypatch.setattr(visualize, 'draw', lambda *args: drawn.append(args) or Figure())
+    drawn = []
+    result = call('visualize', BAG, '--classes', 'shirt', '0', '--block', 3, cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (0, 'without Grad-CAM++: no weights\n')
+    (model, image, classes, block, twin), = drawn
+    assert model is shipped and (classes, block, twin) == ([6, 0], 2, None) and image.size == (28, 28)
 
 
 @pytest.mark.parametrize('args, message', [

@@ -82,7 +82,8 @@ def test_autocast():
     assert all(map(torch.equal, ours, expected))  # on a CPU nothing is rounded
 
 
-@pytest.mark.parametrize('split_groups, split_kv', SPLITS)
+@pytest.mark.parametrize('split_groups, split_kv', [
+    SPLITS[0], *(pytest.param(*splits, marks=pytest.mark.exhaustive) for splits in SPLITS[1:])])
 def test_gradcheck_and_opcheck(split_groups, split_kv):
     torch.manual_seed(0)
     *params, num_groups, conv_groups = make(8, 3, 2, split_groups=split_groups, split_kv=split_kv)
@@ -199,6 +200,7 @@ def test_dropout_on_average_changes_nothing():
 # Compilers
 
 
+@pytest.mark.export
 @pytest.mark.parametrize('drop_rate', [0., 0.5])
 def test_compiled_with_its_backward(drop_rate):
     torch.manual_seed(0)
@@ -232,6 +234,7 @@ def test_exporters_see_the_formula():
     assert 'noah_zoo.poca.default' in compiled[0] and 'softmax' not in compiled[0]
 
 
+@pytest.mark.export
 @pytest.mark.parametrize('dynamo', [True, False])
 @pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::UserWarning', 'ignore::torch.jit.TracerWarning')
 def test_onnx_of_any_size(dynamo, tmp_path):

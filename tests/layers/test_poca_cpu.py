@@ -356,6 +356,7 @@ LOWERED = {  # what needs AVX-512, by what needs AVX2
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize('kind, compiler, flags, emulator, changes', [
     ('neon', 'aarch64-linux-gnu-g++', ['-static', '-fopenmp'], ['qemu-aarch64'], {}),
     ('neon', 'clang++', ['--target=aarch64-linux-gnu', '-static', '-Wno-unknown-pragmas'], ['qemu-aarch64'], {}),
@@ -421,6 +422,39 @@ def test_opcheck():
     torch.library.opcheck(poca_op, (torch.randn(2, 24, 5, 1, requires_grad=True), *args, 0., None))
 
 
+@pytest.fixture
+def nothing_remembered():
+    """What is known of the processor and of the library is found out again, before the test and after it."""
+    def forget():
+        for function in (poca_cpu.kind, poca_cpu.compiled):
+            function.cache_clear()
+
+    forget()
+    yield forget
+    forget()
+
+
+def test_the_kind_of_processor(monkeypatch, nothing_remembered):
+    for machine, capability, kind in (
+            ('x86_64', 'AVX512', 'avx512'), ('AMD64', 'AVX2', 'avx2'), ('x86_64', 'DEFAULT', None),
+            ('aarch64', 'DEFAULT', 'neon'), ('arm64', 'DEFAULT', 'neon')):
+        nothing_remembered()
+        monkeypatch.setattr(poca_cpu.platform, 'machine', lambda machine=machine: machine)
+        monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda capability=capability: capability)
+        assert poca_cpu.kind() == kind
+        assert kind or poca_cpu.compiled() is None
+
+
+@needs_kernel
+def test_a_library_that_is_none_or_not_there(monkeypatch, nothing_remembered, tmp_path):
+    (tmp_path / 'broken.so').write_text('no library')
+    for name in ('broken.so', 'missing.so'):
+        nothing_remembered()
+        monkeypatch.setattr(poca_cpu, 'LIBRARY', tmp_path / name)
+        assert poca_cpu.compiled() is None
+
+
+@pytest.mark.process
 def test_a_processor_without_avx2_has_none():
     code = 'from noah_zoo.layers.poca_cpu import compiled; print(compiled())'
     environment = {**os.environ, 'ATEN_CPU_CAPABILITY': 'default'}
@@ -428,7 +462,7 @@ def test_a_processor_without_avx2_has_none():
 
 
 @needs_kernel
-def test_one_that_was_compiled_before_is_told(monkeypatch, caplog, tmp_path):
+def test_one_that_was_compiled_before_is_told(monkeypatch, nothing_remembered, caplog, tmp_path):
     size = ctypes.sizeof(poca_cpu._Call)
     for number, code in enumerate((
             'void other() {}', f'unsigned long poca_call_size = {size}; void poca_run() {{}}',
@@ -437,10 +471,9 @@ def test_one_that_was_compiled_before_is_told(monkeypatch, caplog, tmp_path):
         library = tmp_path / f'old{number}.so'
         subprocess.run(['gcc', '-shared', '-fPIC', tmp_path / 'old.c', '-o', library], check=True)
         monkeypatch.setattr(poca_cpu, 'LIBRARY', library)
-        poca_cpu.compiled.cache_clear()
+        nothing_remembered()
         caplog.clear()
         assert poca_cpu.compiled() is None and f'{library} was compiled for another version' in caplog.text
-    poca_cpu.compiled.cache_clear()
 
 
 @needs_kernel

@@ -4,11 +4,13 @@ Triton reads TRITON_INTERPRET when kernels are decorated. So this file is also a
 process of its own: `python -m tests.layers.test_poca_triton interpreter|cuda|compiler`.
 """
 import contextlib
+import importlib.util
 import os
 import re
 import subprocess
 import sys
 import traceback
+import types
 from pathlib import Path
 from unittest import mock
 
@@ -35,7 +37,9 @@ CASES = [
 
 
 @pytest.mark.parametrize('mode', [
-    'interpreter', pytest.param('compiler', marks=pytest.mark.slow), pytest.param('cuda', marks=pytest.mark.gpu)])
+    pytest.param('interpreter', marks=(pytest.mark.exhaustive, pytest.mark.process)),
+    pytest.param('compiler', marks=(pytest.mark.slow, pytest.mark.process)),
+    pytest.param('cuda', marks=pytest.mark.gpu)])
 def test_kernels(mode, tmp_path):
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'TRITON_CACHE_DIR': str(tmp_path), 'TRITON_INTERPRET': '0'}
     env['PYTHONPATH'] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])])
@@ -44,6 +48,67 @@ def test_kernels(mode, tmp_path):
     run = subprocess.run([sys.executable, __file__, mode], env=env, capture_output=True, text=True, timeout=900)
     assert run.returncode == 0 and 'all checks passed' in run.stdout, f'{run.stdout}\n{run.stderr}'
     print(run.stdout)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """The module of the kernels once more, for Triton's interpreter, in a process that has imported Triton without."""
+    import triton.language.extra.libdevice  # noqa: F401  as it is without the interpreter
+    from triton import language as tl
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    from noah_zoo.layers import poca_triton
+
+    modules = [module for name, module in sys.modules.items() if name.startswith('triton.language')]
+    places = [*modules, tl.tensor, tl.core.tensor_descriptor_base]  # where the interpreter leaves its own
+    before = [dict(vars(place)) for place in places]
+    made = {}
+    for module in modules:
+        for name, function in list(vars(module).items()):
+            if isinstance(function, JITFunction):
+                setattr(module, name, made.setdefault(id(function), InterpretedFunction(function.fn)))
+    spec = importlib.util.spec_from_file_location(f'{poca_triton.__name__}_interpreted', poca_triton.__file__)
+    kernels = importlib.util.module_from_spec(spec)
+    monkeypatch.setenv('TRITON_INTERPRET', '1')
+    spec.loader.exec_module(kernels)
+    assert isinstance(kernels._forward_kernel, InterpretedFunction)
+    yield kernels
+    for place, names in zip(places, before):
+        for name in vars(place).keys() - names.keys():
+            if not isinstance(vars(place)[name], types.ModuleType):  # imported meanwhile
+                delattr(place, name)
+        for name, value in names.items():
+            if vars(place)[name] is not value:
+                setattr(place, name, value)
+
+
+def test_kernels_of_few_maps(interpreted, monkeypatch):
+    """Forward and backward in the interpreter: tiles of positions and of channels, groups, blocks of maps, dropout."""
+    check_they_are_found_to_work(interpreted, 'cpu')
+    monkeypatch.setattr(interpreted, 'CAST_FROM', 0)
+    for case in ((1, 35, 3, 7, 7, 4, 1, True, 'tokens'), (2, 5, 3, 40, 7, 2, 2, False, 'NCHW')):
+        tensors = make(*case, 'cpu')
+        compare(fused(interpreted, *tensors, *case[5:7]), reference(*tensors, *case[5:7]), 1e-5)
+    rate, seed = 0.3, torch.tensor(2 ** 40 + 7)
+    kept_BLM = kept(interpreted, 2, 5, 6, rate, seed)
+    assert 0 < kept_BLM.sum() < kept_BLM.numel()
+    expected = reference(*tensors, 2, 2, kept_BLM.double() / (1 - rate))
+    with mock.patch.object(poca, 'WORKSPACE_BYTES', 2 * 4 * 5 * 2):
+        compare(fused(interpreted, *tensors, 2, 2, rate, seed), expected, 1e-5)
+    compare(fused(interpreted, *tensors, 2, 2, rate, seed, need_x=False)[2:], expected[2:], 1e-5)
+    x_BLC = tensors[0]
+    assert torch.equal(interpreted.copy(x_BLC, torch.full(x_BLC.shape, torch.nan)), x_BLC)
+
+
+def test_the_precision_is_that_of_convolutions(monkeypatch):
+    from noah_zoo.layers import poca_triton
+    for cudnn, precision in (
+            (dict(conv=types.SimpleNamespace(fp32_precision='tf32'), allow_tf32=False), 'tf32'),
+            (dict(conv=types.SimpleNamespace(fp32_precision='ieee'), allow_tf32=True), 'tf32x3'),
+            (dict(allow_tf32=True), 'tf32'), (dict(allow_tf32=False), 'tf32x3')):  # older versions of PyTorch
+        monkeypatch.setattr(torch.backends, 'cudnn', types.SimpleNamespace(**cudnn))
+        assert poca_triton._precision() == precision, cudnn
 
 
 def make(

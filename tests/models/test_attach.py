@@ -9,21 +9,21 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from timm.models import NaFlexVit, NaFlexVitCfg, save_for_hf
+from timm.models import NaFlexVit, NaFlexVitCfg, push_to_hf_hub, save_for_hf
 from torch import nn
 
 from noah_zoo import NoahHead, add_noah_head
 from noah_zoo.catalog import CATALOG
 
 from .. import sweep
-from ..hub_server import HubServer
+from .test_contract import SMALL as ONE_OF_EACH_FAMILY
 
 ROOT = Path(__file__).resolve().parents[2]
 # Maps, a norm after pooling, an MLP after pooling of a channels-last map, 1x1 layers after pooling, a class token, an
 # attention pool, class attention, two heads.
-SMALL = (
-    'test_resnet', 'test_convnext', 'test_mambaout', 'mobilenetv3_small_050', 'test_vit', 'test_vit3',
-    'xcit_nano_12_p8_224', 'levit_128s')
+SMALL = {
+    'test_resnet': {}, 'test_convnext': {}, 'test_mambaout': {}, 'mobilenetv3_small_050': {}, 'test_vit': {},
+    'test_vit3': {}, 'xcit_nano_12_p8_224': dict(depth=2), 'levit_128s': {}}
 REFUSED = {
     'crossvit_9_240': 'forward_features gives 2 feature maps; a NOAH head reads one',
     'pit_ti_224': r'no spatial features are left: forward_features gives \[1, 1, 256\]',
@@ -38,12 +38,13 @@ def rows():
 
 @pytest.mark.parametrize('name', SMALL)
 def test_contract(name):
-    sweep.check(name)
+    sweep.check(name, **SMALL[name])
 
 
 @pytest.mark.parametrize('name, only_pools', [
     ('test_resnet', True), ('test_vit', True), ('swin_s3_tiny_224', True), ('test_convnext', False),
-    ('mobilenetv3_small_050', False), ('xcit_nano_12_p8_224', True)])
+    ('mobilenetv3_small_050', False),
+    pytest.param('xcit_nano_12_p8_224', True, marks=pytest.mark.exhaustive)])
 def test_evaluation_leaves_out_the_pooling_over_one_position(name, only_pools, monkeypatch):
     torch.manual_seed(0)
     model = add_noah_head(timm.create_model(name), 7).eval()
@@ -71,6 +72,7 @@ def test_refused_and_unchanged(name):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize('line', rows(), ids=lambda line: line.split()[1])
 def test_a_model_of_every_module(line):
     _, module, name, params, *_ = (cell.strip(' `') for cell in line.split('|'))
@@ -83,12 +85,13 @@ def test_in_the_table_enough_take_the_head():
     assert {line.split()[1] for line in rows()} <= set(sweep.modules())
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_table_has_every_module():
     assert [line.split()[1] for line in rows()] == sweep.modules()
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize('module', sweep.modules())
 def test_every_name_on_meta(module):
     text = sweep.TABLE.read_text(encoding='utf-8').partition('## Every name')[2]
@@ -100,9 +103,9 @@ def test_every_name_on_meta(module):
 
 def test_the_registered_models_are_made_by_the_same_code():
     torch.manual_seed(0)
-    registered = timm.create_model('resnet50_noah').eval()
-    twin = timm.create_model('resnet50')
-    attached = add_noah_head(twin, num_groups=4, key_ratio=1 / 8).eval()
+    registered = timm.create_model('resnet18_noah').eval()
+    twin = timm.create_model('resnet18')
+    attached = add_noah_head(twin, num_groups=4, key_ratio=1 / 2).eval()
     assert attached is twin and type(attached) is type(registered)
     assert list(attached.state_dict()) == list(registered.state_dict())
     attached.load_state_dict(registered.state_dict())
@@ -117,7 +120,8 @@ def test_the_registered_models_are_made_by_the_same_code():
         assert torch.equal(ours.grad, theirs.grad)
 
 
-@pytest.mark.parametrize('name', CATALOG)
+@pytest.mark.parametrize('name', [
+    name if name in ONE_OF_EACH_FAMILY else pytest.param(name, marks=pytest.mark.exhaustive) for name in CATALOG])
 def test_the_rule_of_thumb_gives_the_papers_n(name):
     with torch.device('meta'):
         head = add_noah_head(timm.create_model(CATALOG[name].vanilla)).get_classifier()
@@ -151,7 +155,9 @@ def test_class_and_register_tokens_have_no_position():
         assert not torch.allclose(model.forward_head(features), logits, atol=1e-2)
 
 
-@pytest.mark.parametrize('name', ['test_resnet', 'test_convnext', 'test_mambaout', 'test_vit'])
+@pytest.mark.parametrize('name', [
+    'test_resnet', *(pytest.param(name, marks=pytest.mark.export) for name in (
+        'test_convnext', 'test_mambaout', 'test_vit'))])
 def test_compilers(name):
     torch.manual_seed(0)
     torch._dynamo.reset()
@@ -231,10 +237,10 @@ def test_grad_checkpointing_and_layer_groups():
 
 
 @pytest.mark.parametrize('name, kwargs', [
-    ('test_convnext', {}),
+    pytest.param('test_convnext', {}, marks=pytest.mark.exhaustive),
     ('test_vit', dict(img_size=96)),
     ('test_mambaout', dict(in_chans=1)),
-    ('mobilenetv3_small_050', dict(drop_path_rate=0.1)),
+    pytest.param('mobilenetv3_small_050', dict(drop_path_rate=0.1), marks=pytest.mark.exhaustive),
     ('test_efficientnet.r160_in1k', {}),
 ])
 def test_saved_it_comes_back(name, kwargs, tmp_path):
@@ -260,31 +266,40 @@ def test_saved_it_comes_back(name, kwargs, tmp_path):
         assert type(pooled.get_classifier()) is type(model.get_classifier()) and pooled(x).shape == (2, 4)
 
 
-def test_published_it_comes_back_from_the_hub(tmp_path):
-    publish = '''
-import sys, timm, torch, noah_zoo
-from timm.models import push_to_hf_hub
-torch.manual_seed(0)
-model = noah_zoo.add_noah_head(timm.create_model('test_convnext'), num_classes=3, num_groups=2).eval()
-push_to_hf_hub(model, 'me/test_convnext-noah', token='hf_me', model_config=dict(label_names=['a', 'b', 'c']))
-torch.save(model(torch.ones(1, 3, 160, 160)), 'logits.pt')
-'''
-    load = '''
-import timm, torch, noah_zoo
-model = timm.create_model('hf-hub:me/test_convnext-noah', pretrained=True).eval()
-assert torch.equal(model(torch.ones(1, 3, 160, 160)), torch.load('logits.pt'))
-assert model.pretrained_cfg['label_names'] == ['a', 'b', 'c'], model.pretrained_cfg
-assert timm.create_model('hf-hub:me/test_convnext-noah', pretrained=True, num_classes=9).num_classes == 9
-'''
-    with HubServer(users={'hf_me': 'me'}) as hub:
-        for code, home in ((publish, 'mine'), (load, 'yours')):
-            env = {**hub.env(tmp_path / home, 'hf_me'), 'PYTHONPATH': str(ROOT)}
-            result = subprocess.run(
-                [sys.executable, '-c', code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
-            assert result.returncode == 0, result.stderr
-        config = json.loads(hub.files('me/test_convnext-noah')['config.json'])
+def publish(repo_id):
+    """Put a model on the Hub of this process; its logits of an image of ones."""
+    torch.manual_seed(0)
+    model = add_noah_head(timm.create_model('test_convnext'), num_classes=3, num_groups=2).eval()
+    push_to_hf_hub(model, repo_id, token='hf_you', model_config=dict(label_names=['a', 'b', 'c']))
+    with torch.no_grad():
+        return model(torch.ones(1, 3, 64, 64))
+
+
+def test_published_it_comes_back_from_the_hub(hub):
+    logits = publish('you/test_convnext-noah')
+    source = 'hf-hub:you/test_convnext-noah'
+    model = timm.create_model(source, pretrained=True).eval()
+    with torch.no_grad():
+        assert torch.equal(model(torch.ones(1, 3, 64, 64)), logits)
+    assert model.pretrained_cfg['label_names'] == ['a', 'b', 'c']
+    assert timm.create_model(source, pretrained=True, num_classes=9).num_classes == 9
+    config = json.loads(hub.files('you/test_convnext-noah')['config.json'])
     assert config['architecture'] == 'noah'
     assert {'backbone': 'test_convnext', 'num_groups': 2}.items() <= config['model_args'].items()
+
+
+@pytest.mark.process
+def test_published_it_comes_back_in_a_new_process(hub, tmp_path):
+    torch.save(publish('you/test_convnext-noah-2'), tmp_path / 'logits.pt')
+    load = '''
+import timm, torch, noah_zoo
+model = timm.create_model('hf-hub:you/test_convnext-noah-2', pretrained=True).eval()
+torch.testing.assert_close(model(torch.ones(1, 3, 64, 64)), torch.load('logits.pt'), rtol=1e-5, atol=1e-5)
+assert model.pretrained_cfg['label_names'] == ['a', 'b', 'c'], model.pretrained_cfg
+'''
+    env = {**hub.env(tmp_path / 'home', 'hf_you'), 'PYTHONPATH': str(ROOT)}
+    result = subprocess.run([sys.executable, '-c', load], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_without_pooling():

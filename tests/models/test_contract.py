@@ -9,10 +9,13 @@ import pytest
 import timm
 import torch
 from timm.models import group_parameters, save_for_hf
+from timm.models.resnet import Bottleneck
 
 from noah_zoo import NoahHead
 from noah_zoo.catalog import CATALOG
 from noah_zoo.models.attach import data_config_of
+from noah_zoo.models.builder import _preprocessing_of
+from noah_zoo.models.reid_resnet import ReidResNet, checkpoint_filter_fn
 
 NEW_TWINS = (
     'shufflenetv2_100', 'deit_tiny_075_patch16_224', 'deit_tiny_050_patch16_224', 'pvt_tiny', 'pvt_tiny_075',
@@ -21,7 +24,9 @@ NAMES = (*CATALOG, *NEW_TWINS)
 SMALL = (
     'resnet18_noah', 'mobilenetv2_035_noah', 'shufflenetv2_100_noah', 'deit_tiny_050_patch16_224_noah',
     'pvt_tiny_050_noah', 'mixer_s16_050_224_noah', 'gmlp_ti16_050_224_noah')
-ALL_NAMES = [name if name in SMALL + NEW_TWINS else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+SMALL_TWINS = 'shufflenetv2_100', 'deit_tiny_050_patch16_224', 'pvt_tiny_050'  # of classes that timm has not
+ALL_NAMES = [
+    name if name in SMALL + SMALL_TWINS else pytest.param(name, marks=pytest.mark.exhaustive) for name in NAMES]
 DEFAULT_COUNTS = json.loads((Path(__file__).parent / 'thin_deit_params.json').read_text())
 
 
@@ -36,7 +41,7 @@ def image(batch=2, in_chans=3):
     return torch.randn(batch, in_chans, 64, 64)
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', ALL_NAMES)
 def test_parameter_counts(name):
     row = next(row for row in CATALOG.values() if name in (row.name, row.vanilla))
     released = row.params if name == row.name else row.vanilla_params
@@ -121,7 +126,7 @@ def test_reset_remembers(name):
     assert model.get_classifier().key.weight.is_meta
 
 
-@pytest.mark.parametrize('name', [name for name in NAMES if name in SMALL or name == 'resnet50_noah'])
+@pytest.mark.parametrize('name', [*SMALL, pytest.param('resnet50_noah', marks=pytest.mark.exhaustive)])
 def test_backbone_is_the_twins(name):
     # Same weights: same features, and the NOAH model's pooled features are the twin's.
     torch.manual_seed(0)
@@ -163,6 +168,7 @@ def test_features_only(name):
         assert [64 // m.shape[-1] for m in picked] == [8, 16]
 
 
+@pytest.mark.export
 @pytest.mark.parametrize('name', SMALL)
 def test_compilers(name):
     torch.manual_seed(0)
@@ -182,6 +188,7 @@ def test_compilers(name):
         torch.testing.assert_close(exported(x), logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.export
 @pytest.mark.parametrize('name', SMALL)
 def test_symbolic_trace(name):
     try:
@@ -196,27 +203,42 @@ def test_symbolic_trace(name):
         torch.testing.assert_close(torch.jit.script(traced)(x), logits, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize('name', [
-    name if name in SMALL else pytest.param(name, marks=pytest.mark.slow) for name in CATALOG])
-def test_compiled_channels_last_and_bfloat16(name):
+def with_random_head(name):
     torch.manual_seed(0)
-    torch._dynamo.reset()
-    model, x = create(name, num_classes=10).eval(), image()
+    model = create(name, num_classes=10).eval()
     for parameter in model.get_classifier().parameters():
         torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@pytest.mark.parametrize('name', [
+    name if name in SMALL else pytest.param(name, marks=pytest.mark.exhaustive) for name in CATALOG])
+def test_channels_last_and_bfloat16(name):
+    model, x = with_random_head(name), image()
     with torch.no_grad():
         logits = model(x)
         largest = logits.abs().max().item()
         model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
-        compiled = torch.compile(model, fullgraph=True, backend='eager')
-        for given in (model(x), compiled(x)):
-            torch.testing.assert_close(given, logits, rtol=0, atol=1e-5 * largest)
+        torch.testing.assert_close(model(x), logits, rtol=0, atol=1e-5 * largest)
         with torch.autocast('cpu', dtype=torch.bfloat16):
             given = model(x)
     assert given.dtype == torch.float32  # the head sums in it
     torch.testing.assert_close(given, logits, rtol=0, atol=0.05 * largest)
 
 
+@pytest.mark.export
+@pytest.mark.parametrize('name', CATALOG)
+def test_compiled_channels_last(name):
+    torch._dynamo.reset()
+    model, x = with_random_head(name), image()
+    with torch.no_grad():
+        logits = model(x)
+        model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+        compiled = torch.compile(model, fullgraph=True, backend='eager')
+        torch.testing.assert_close(compiled(x), logits, rtol=0, atol=1e-5 * logits.abs().max().item())
+
+
+@pytest.mark.export
 def test_inductor_compiles_without_a_graph_break():
     torch.manual_seed(0)
     model = create('mobilenetv2_035_noah', num_classes=10).eval()
@@ -361,6 +383,39 @@ def test_images_are_prepared_as_for_the_weights_of_the_backbone(name, twin, kwar
     assert data_config_of(timm.create_model(name, **kwargs))['mean'] != own['mean']
 
 
+def test_what_weights_say_of_images(tmp_path):
+    own = dict(mean=(0.2,) * 3, std=(0.1,) * 3, crop_pct=0.5)
+    save_for_hf(timm.create_model('test_resnet', pretrained_cfg_overlay=own), str(tmp_path), safe_serialization=True)
+    found = _preprocessing_of(f'local-dir:{tmp_path}', ('test_resnet',))
+    assert json.loads(json.dumps({name: found[name] for name in own})) == json.loads(json.dumps(own))
+    assert 'interpolation' in found
+    of_another = _preprocessing_of(f'local-dir:{tmp_path}', ('resnet18', 'resnet18_noah'))
+    assert {name: list(value) for name, value in of_another.items()} == dict(mean=[0.2] * 3, std=[0.1] * 3)
+    assert _preprocessing_of('weights.pt', ('test_resnet',)) == _preprocessing_of(None, ('test_resnet',)) == {}
+
+
+def test_the_embedding_of_reid_models():
+    torch.manual_seed(0)
+    model = ReidResNet(Bottleneck, (1, 1, 1, 1), embedding_size=6, num_classes=3).eval()
+    x = torch.randn(2, 2048, 2, 3)
+    with torch.no_grad():
+        expected = model.embedding(x.mean((2, 3)))
+        torch.testing.assert_close(model.forward_head(x, pre_logits=True), expected)
+        torch.testing.assert_close(model.forward_head(x), model.fc(expected))
+    own = model.state_dict()
+    given = {name: torch.zeros_like(value) for name, value in own.items() if not name.startswith('embedding.')}
+    filtered = checkpoint_filter_fn(given, model)
+    assert filtered.keys() == own.keys()
+    for name, value in filtered.items():
+        assert torch.equal(value, own[name] if name.startswith(('embedding.', 'fc.')) else given[name])
+    assert checkpoint_filter_fn(own, model) is own
+    model.reset_classifier(0)
+    assert model.num_classes == 0 and model(torch.randn(2, 3, 64, 32)).shape == (2, 6)
+    model.reset_classifier(5)
+    assert model(torch.randn(2, 3, 64, 32)).shape == (2, 5)
+
+
+@pytest.mark.exhaustive
 def test_those_of_another_architecture_say_how_values_are_scaled(tmp_path):
     model = timm.create_model('resnet50', pretrained_cfg_overlay=dict(mean=(0.2,) * 3, std=(0.1,) * 3, crop_pct=0.5))
     save_for_hf(model, str(tmp_path), safe_serialization=True)
@@ -370,11 +425,12 @@ def test_those_of_another_architecture_say_how_values_are_scaled(tmp_path):
 
 
 def test_backbone_that_does_not_fit(tmp_path):
-    torch.save(timm.create_model('resnet34').state_dict(), tmp_path / 'resnet34.pth')
+    twin = timm.create_model('resnet18')
+    torch.save({**twin.state_dict(), 'layer5.weight': torch.zeros(1)}, tmp_path / 'more.pth')
     with pytest.raises(ValueError, match=r"resnet18_noah: pretrained_backbone=.* does not fit resnet18's backbone: .*"
                                          r'surplus'):
-        timm.create_model('resnet18_noah', pretrained_backbone=str(tmp_path / 'resnet34.pth'))
-    save_for_hf(timm.create_model('resnet18'), str(tmp_path / 'dir'), safe_serialization=True)
+        timm.create_model('resnet18_noah', pretrained_backbone=str(tmp_path / 'more.pth'))
+    save_for_hf(twin, str(tmp_path / 'dir'), safe_serialization=True)
     timm.create_model('resnet18_noah', pretrained_backbone=f'local-dir:{tmp_path / "dir"}')
     with pytest.raises(FileNotFoundError, match='gone.pth'):
         timm.create_model('resnet18_noah', pretrained_backbone=str(tmp_path / 'gone.pth'))

@@ -32,8 +32,9 @@ def test_for_many_classes_they_are_those_of_the_release(num_classes):
         assert std(conv.weight) == pytest.approx(math.sqrt(2 / (4 * num_classes)), rel=0.01)
 
 
-@pytest.mark.parametrize('num_classes', [2, 10, 999])
-@pytest.mark.parametrize('in_features, num_groups, key_ratio', [(192, 4, 1 / 2), (1280, 8, 1 / 4), (2048, 1, 1 / 8)])
+@pytest.mark.parametrize('num_classes, in_features, num_groups, key_ratio', [
+    pytest.param(num_classes, *sizes, marks=pytest.mark.exhaustive if num_classes * sizes[0] > 2e5 else ())
+    for num_classes in (2, 10, 999) for sizes in ((192, 4, 1 / 2), (1280, 8, 1 / 4), (2048, 1, 1 / 8))])
 @pytest.mark.parametrize('splits', [{}, dict(split_kv=False), dict(split_kv=False, split_groups=False)])
 def test_for_few_classes_scores_and_logits_have_one_scale(num_classes, in_features, num_groups, key_ratio, splits):
     torch.manual_seed(0)
@@ -60,7 +61,19 @@ def resnet18(tmp_path_factory):
     return f'local-dir:{folder}'
 
 
-@pytest.mark.parametrize('num_classes', [10, 1000])
+def test_for_many_classes_no_head_begins_as_pooling():
+    torch.manual_seed(0)
+    reset = timm.create_model('noah', backbone='test_resnet', num_classes=5)
+    reset.reset_classifier(1000)
+    for model in (
+            reset, timm.create_model('noah', backbone='test_resnet'), timm.create_model('mobilenetv2_035_noah'),
+            noah_zoo.add_noah_head(timm.create_model('test_resnet'))):
+        head = model.get_classifier()
+        drawn = scales(NoahHead(head.in_features, 1000, head.num_groups, head.key_ratio))
+        assert scales(head) == pytest.approx(drawn, rel=0.05)
+
+
+@pytest.mark.parametrize('num_classes', [10, pytest.param(1000, marks=pytest.mark.exhaustive)])
 def test_whatever_makes_a_head_makes_it_so(num_classes, resnet18, tmp_path):
     torch.manual_seed(0)
     drawn = {ratio: scales(NoahHead(512, num_classes, key_ratio=ratio)) for ratio in (1 / 2, 1 / 8)}
@@ -103,12 +116,14 @@ def test_whatever_makes_a_head_makes_it_so(num_classes, resnet18, tmp_path):
 
 def test_a_new_head_gives_an_eighth_of_the_channels_to_the_keys(resnet18, tmp_path):
     def add(**kwargs):
-        return noah_zoo.add_noah_head(timm.create_model('resnet18', num_classes=3), **kwargs)
+        return noah_zoo.add_noah_head(timm.create_model('test_resnet', num_classes=3), **kwargs)
 
-    of_few = dict(backbone='resnet18', num_classes=10)
+    save_for_hf(timm.create_model('test_resnet', num_classes=3), str(tmp_path / 'twin'), safe_serialization=True)
+    of_few = dict(backbone='test_resnet', num_classes=10)
     models = [
-        add(), add(num_classes=1000), add(init='classifier'), add(init='random'), timm.create_model('noah'),
-        timm.create_model('noah', **of_few), timm.create_model('noah', pretrained_backbone=resnet18, **of_few),
+        add(), add(num_classes=1000), add(init='classifier'), add(init='random'),
+        timm.create_model('noah', backbone='test_resnet'), timm.create_model('noah', **of_few),
+        timm.create_model('noah', pretrained_backbone=f'local-dir:{tmp_path / "twin"}', **of_few),
         timm.create_model('noah', init='random', **of_few)]
     for model in models:
         assert (model.noah_cfg['num_groups'], model.noah_cfg['key_ratio']) == (4, 1 / 8)
@@ -239,13 +254,13 @@ def test_a_convolution_is_a_classifier_too_and_a_bias_may_lack():
 
 
 @pytest.mark.parametrize('name, create, kwargs, message', [
-    ('resnet18', {}, dict(num_classes=3), 'its classifier has 7 classes, the head is to have 3'),
-    ('resnet18', {}, dict(noah_variant='c'), 'SigmoidAttention is not the head of the paper'),
-    ('resnet18', dict(global_pool='max'), {}, 'does not read the average over positions'),
-    ('resnet18', dict(global_pool='catavgmax'), {}, 'does not read the average over positions'),
+    ('test_resnet', {}, dict(num_classes=3), 'its classifier has 7 classes, the head is to have 3'),
+    ('test_resnet', {}, dict(noah_variant='c'), 'SigmoidAttention is not the head of the paper'),
+    ('test_resnet', dict(global_pool='max'), {}, 'does not read the average over positions'),
+    ('test_resnet', dict(global_pool='catavgmax'), {}, 'does not read the average over positions'),
     ('test_vit', {}, {}, 'does not read the average over positions'),  # a class token
     ('test_vit', dict(global_pool='avg', pool_include_prefix=True), {}, 'does not read the average over positions'),
-    ('resnet18', {}, dict(init='linear'), "init='linear' is not one of pooling, random, classifier"),
+    ('test_resnet', {}, dict(init='linear'), "init='linear' is not one of pooling, random, classifier"),
 ])
 def test_refused_and_unchanged(name, create, kwargs, message):
     model = timm.create_model(name, num_classes=7, **create)
@@ -278,25 +293,28 @@ def with_statistics(model):
     return model
 
 
-def test_more_than_a_linear_layer(tmp_path):
+@pytest.mark.parametrize('name', [
+    'test_resnet', 'efficientvit_m0', pytest.param('efficientformerv2_s0', marks=pytest.mark.exhaustive)])  # two heads
+def test_more_than_a_linear_layer(name):
     torch.manual_seed(0)
-    resnet = timm.create_model('resnet18', num_classes=7)
-    resnet.fc = Cosine(512, 7)
-    for model in (
-            resnet, timm.create_model('efficientvit_m0', num_classes=7),
-            timm.create_model('efficientformerv2_s0', num_classes=7)):  # two heads
-        with pytest.raises(ValueError, match='its classifier is more than one linear layer'):
-            noah_zoo.add_noah_head(with_statistics(model), init='classifier')
-        assert type(model).__module__.startswith('timm')
-    for name in ('efficientvit_m0', 'levit_128s', 'repvit_m1'):  # the layer is inside the classifier, behind a norm
-        folder = tmp_path / name
-        source = with_statistics(timm.create_model(name, num_classes=7))
-        save_for_hf(source, str(folder), safe_serialization=True)
-        torch.save(source.state_dict(), tmp_path / f'{name}.pth')
-        for weights in (f'local-dir:{folder}', str(tmp_path / f'{name}.pth')):
-            with pytest.raises(ValueError, match='more than one linear layer|has no linear classifier'):
-                timm.create_model(
-                    'noah', backbone=name, num_classes=7, pretrained_backbone=weights, init='classifier')
+    model = timm.create_model(name, num_classes=7)
+    if name == 'test_resnet':
+        model.fc = Cosine(96, 7)
+    with pytest.raises(ValueError, match='its classifier is more than one linear layer'):
+        noah_zoo.add_noah_head(with_statistics(model), init='classifier')
+    assert type(model).__module__.startswith('timm')
+
+
+@pytest.mark.parametrize('name', [
+    'efficientvit_m0', *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ('levit_128s', 'repvit_m1'))])
+def test_weights_of_more_than_a_linear_layer(name, tmp_path):
+    torch.manual_seed(0)
+    source = with_statistics(timm.create_model(name, num_classes=7))  # the layer is behind a norm in the classifier
+    save_for_hf(source, str(tmp_path / 'model'), safe_serialization=True)
+    torch.save(source.state_dict(), tmp_path / 'model.pth')
+    for weights in (f'local-dir:{tmp_path / "model"}', str(tmp_path / 'model.pth')):
+        with pytest.raises(ValueError, match='more than one linear layer|has no linear classifier'):
+            timm.create_model('noah', backbone=name, num_classes=7, pretrained_backbone=weights, init='classifier')
 
 
 def test_the_pooling_is_that_of_the_source(tmp_path):
@@ -354,10 +372,11 @@ def test_the_pooling_is_tried_in_evaluation(tmp_path):
                        twin.classifier.weight[:, -model.get_classifier().value_features:])
 
 
-@pytest.mark.parametrize('name, kwargs', [('noah', dict(backbone='resnet18')), ('resnet18_noah', {})])
-def test_by_name(name, kwargs, tmp_path):
+@pytest.mark.parametrize('name, twin, kwargs', [
+    ('noah', 'test_resnet', dict(backbone='test_resnet')), ('resnet18_noah', 'resnet18', {})])
+def test_by_name(name, twin, kwargs, tmp_path):
     torch.manual_seed(0)
-    twin = timm.create_model('resnet18', num_classes=7).eval()
+    twin = timm.create_model(twin, num_classes=7).eval()
     save_for_hf(twin, str(tmp_path / 'twin'), safe_serialization=True)
     source = f'local-dir:{tmp_path / "twin"}'
     kwargs = dict(kwargs, pretrained_backbone=source, init='classifier')

@@ -106,6 +106,7 @@ SAVED = {
 
 
 @pytest.mark.slow
+@pytest.mark.process
 @pytest.mark.network
 def test_transformers(tmp_path, other_tools):
     torch.manual_seed(0)

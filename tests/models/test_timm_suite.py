@@ -10,6 +10,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
+@pytest.mark.process
 @pytest.mark.skipif('TIMM_REPO' not in os.environ, reason='TIMM_REPO does not name a checkout of pytorch-image-models')
 def test_timm_suite():
     tests = Path(os.environ['TIMM_REPO']) / 'tests' / 'test_models.py'

@@ -113,7 +113,8 @@ def test_weights_of_rare_classes(tmp_path):
         positive_weights(images.take(np.flatnonzero(images.labels[:, 2] == 0)))
 
 
-@pytest.mark.parametrize('recipe, loss', [('coco_resnet101', 'bce'), ('coco_vit_large', 'asl')])
+@pytest.mark.parametrize('recipe, loss', [
+    ('coco_resnet101', 'bce'), pytest.param('coco_vit_large', 'asl', marks=pytest.mark.exhaustive)])
 def test_a_run_on_coco(recipe, loss, tmp_path):
     make_coco(tmp_path / 'coco', images=48)
     summary = train(configure(
@@ -136,6 +137,23 @@ def test_a_run_on_coco(recipe, loss, tmp_path):
     assert {p['index']: p['probability'] for p in predictions} == pytest.approx(dict(enumerate(expected.tolist())))
 
 
+def test_cached_features(tmp_path):
+    make_coco(tmp_path / 'coco', images=24)
+    lines = []
+    for cache in (None, str(tmp_path / 'cache')):
+        output = tmp_path / f'run {cache is None}'
+        train(configure(
+            'noah', str(output), 'none', dataset='coco', data_dir=str(tmp_path / 'coco'), task='multilabel', lr=0.01,
+            loss='bce', model_kwargs=dict(backbone='test_resnet'), freeze=True, no_aug=True, cache_features=cache,
+            img_size=64, epochs=2, batch_size=8, workers=0, cpu=True))
+        lines.append([json.loads(line) for line in (output / 'log.jsonl').read_text().splitlines()])
+    assert len(list((tmp_path / 'cache').glob('*.bin'))) == 2
+    for plain, cached in zip(*lines, strict=True):  # features are bfloat16
+        for key in ('train_loss', 'val_loss'):
+            assert cached[key] == pytest.approx(plain[key], rel=0.01), key
+
+
+@pytest.mark.process
 def test_on_two_processes_with_one_cache(tmp_path):
     make_coco(tmp_path / 'coco', images=24)
     words = [

@@ -1,6 +1,9 @@
 """Person re-identification: CMC and mAP against a plain loop, the dataset's layout, the model, a run, its picture."""
 import json
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -158,7 +161,7 @@ def test_backbone_from_resnet50s_weights(tmp_path):
 def test_trains_and_finds(market, tmp_path):
     done = call(
         'reid', 'train', '--data-dir', market, '--model', 'noah', '--model-kwargs', 'backbone=reid_resnet50',
-        '--img-size', 64, '--epochs', 2, '-b', 4, '--lr', 0.01, '--workers', 0, '--cpu', '--output', tmp_path / 'run')
+        '--img-size', 64, '--epochs', 1, '-b', 4, '--lr', 0.01, '--workers', 0, '--cpu', '--output', tmp_path / 'run')
     assert done.returncode == 0, done.stderr[-3000:]
     summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
     assert summary['config']['sched'] == 'multistep' and summary['queries'] == 4 and 0 < summary['best']['mAP'] <= 100
@@ -172,9 +175,13 @@ def test_trains_and_finds(market, tmp_path):
         assert image.size[0] > 1000
 
 
-def test_a_trial_sees_queries_and_their_matches(market, tmp_path):
+def test_a_trial_sees_queries_and_their_matches_first(market):
     rows = create_dataset('market1501', str(market), 'validation').rows.tolist()
     assert sorted(rows) == list(range(18)) and rows[:5] == [0, 6, 7, 8, 1]  # junk and distractors come last
+
+
+@pytest.mark.exhaustive
+def test_a_trial(market, tmp_path):
     done = call(
         'reid', 'train', '--data-dir', market, '--model', 'reid_resnet50', '--img-size', 64, '-b', 4, '--workers', 0,
         '--cpu', '--smoke', '--output', tmp_path / 'run')
@@ -197,8 +204,15 @@ def test_its_embedding_is_not_frozen(market, tmp_path):
             workers=0, batch_size=4, cache_features=str(tmp_path)))
 
 
-def test_words_of_the_command():
+def in_a_new_process(*words):
+    return subprocess.run(
+        [sys.executable, '-m', 'noah_zoo', *words], capture_output=True, text=True, check=False,
+        cwd=Path(__file__).resolve().parents[2])
+
+
+@pytest.mark.parametrize('run', [call, pytest.param(in_a_new_process, marks=pytest.mark.process)])
+def test_words_of_the_command(run):
     for word, code, text in (
             ('--help', 0, 'noah-zoo reid evaluate --model'), ('trian', 2, "invalid choice: 'trian' (choose from")):
-        done = call('reid', word)
+        done = run('reid', word)
         assert done.returncode == code and text in done.stdout + done.stderr

@@ -129,6 +129,10 @@ def test_what_the_key_depends_on(parts, photos, tmp_path):
     os.utime(file, ns=(1, 2))
     others.append(key())
     assert len({first, *others}) == 7
+
+
+@pytest.mark.process
+def test_the_key_is_the_same_in_another_process(parts, photos):
     code = (
         'import sys, timm, noah_zoo; from noah_zoo.data import create_dataset; '
         'from noah_zoo.training.features import feature_key; '
@@ -137,7 +141,7 @@ def test_what_the_key_depends_on(parts, photos, tmp_path):
         't = create_transform(**resolve_data_config(dict(img_size=32), model=m)); '
         f'print(feature_key(m, create_dataset("folder", {str(photos)!r}, "train"), t))')
     env = {**os.environ, 'PYTHONHASHSEED': '7'}
-    assert subprocess.check_output([sys.executable, '-c', code], text=True, env=env).strip() == others[-1]
+    assert subprocess.check_output([sys.executable, '-c', code], text=True, env=env).strip() == feature_key(*parts)
 
 
 def test_the_key_depends_on_what_neither_weights_nor_layers_show(parts):
@@ -166,7 +170,9 @@ def test_full_while_it_computes(parts, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert {path.suffix for path in tmp_path.iterdir()} <= {'.lock'}
-    assert len(cached(parts, tmp_path).features) == 42
+    killed = tmp_path / f'.{feature_key(*parts)}.bin.12345678.partial'
+    killed.write_bytes(b'of a process that was killed')
+    assert len(cached(parts, tmp_path).features) == 42 and not killed.exists()
 
 
 def test_an_image_that_is_gone_is_named(parts, photos, tmp_path):
@@ -180,6 +186,7 @@ def test_an_image_that_is_gone_is_named(parts, photos, tmp_path):
     assert {path.suffix for path in (tmp_path / 'cache').iterdir()} <= {'.lock'}
 
 
+@pytest.mark.process
 def test_killed_while_it_computes(parts, photos, tmp_path):
     code = (
         'import time, timm, noah_zoo; from pathlib import Path; from noah_zoo.data import create_dataset; '

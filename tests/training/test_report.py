@@ -1,5 +1,7 @@
 """The table over seeds, from the summaries that `noah-zoo train` writes."""
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,8 +41,14 @@ def test_unequal_budgets_are_not_compared(tmp_path):
         report([str(tmp_path)])
 
 
-def test_nothing_to_report(tmp_path):
-    result = call('report', tmp_path)
+def in_a_new_process(*words):
+    return subprocess.run(
+        [sys.executable, '-m', 'noah_zoo', *words], capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+@pytest.mark.parametrize('run', [call, pytest.param(in_a_new_process, marks=pytest.mark.process)])
+def test_nothing_to_report(run, tmp_path):
+    result = run('report', tmp_path)
     assert result.returncode == 2 and 'no summary.json of a finished run' in result.stderr
     assert 'Traceback' not in result.stderr
 

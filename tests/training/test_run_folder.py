@@ -197,7 +197,7 @@ def test_a_finished_run_is_trained_on(finished, tmp_path, caplog):
     assert train(replace(config, epochs=5))['epoch'] == 5  # as it is
 
 
-@pytest.mark.parametrize('sched', ['onecycle', 'cosine'])
+@pytest.mark.parametrize('sched', ['onecycle', pytest.param('cosine', marks=pytest.mark.exhaustive)])
 def test_schedules_by_updates_go_on_in_a_longer_run(sched, finished, tmp_path):
     config = replace(
         finished, output=str(tmp_path / 'run'), sched=sched, opt='momentum', sched_on_updates=True, epochs=1)

@@ -1,4 +1,4 @@
-"""Datasets and the training loop, through the real scripts on real images."""
+"""Datasets and the training loop, by the command, on real images."""
 import json
 import shutil
 from pathlib import Path
@@ -88,14 +88,18 @@ def test_same_seed_same_run_other_seed_other_run(run_dir, idx_dir, tmp_path):
     assert figures[1] != pytest.approx(first, rel=1e-6)
 
 
-def test_training_learns(idx_dir, tmp_path):
-    result = train('--data-dir', idx_dir, '--output', tmp_path / 'run', '--epochs', 20, '--lr', 0.02, '--scale', 1, 1)
+def test_training_learns(idx_dir, tmp_path, curves):
+    result = train(
+        '--model', 'noah', '--model-kwargs', 'backbone=test_resnet', '--data-dir', idx_dir, '--output',
+        tmp_path / 'run', '--epochs', 12, '--lr', 0.05, '--scale', 1, 1)
     assert result.returncode == 0, result.stderr
     lines = [json.loads(line) for line in (tmp_path / 'run' / 'log.jsonl').read_text().splitlines()]
     assert 2 < lines[0]['train_loss'] < 3 and lines[-1]['train_loss'] < 1  # at first that of chance, 2.3
     assert lines[0]['top1'] < 40 and lines[-1]['top1'] > 50
+    assert (tmp_path / 'run' / 'curve.png').read_bytes().startswith(b'\x89PNG')
 
 
+@pytest.mark.exhaustive
 def test_vanilla_twin_trains_by_the_same_command(idx_dir, tmp_path):
     result = train('--data-dir', idx_dir, '--output', tmp_path / 'run', '--model', 'mobilenetv2_035')
     assert result.returncode == 0, result.stderr
@@ -165,6 +169,7 @@ def test_a_finished_run_is_not_overwritten(run_dir, idx_dir):
     assert {p.name: p.read_bytes() for p in run_dir.iterdir() if p.is_file()} == before
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.skipif(not FASHION_MNIST_DIR.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
 def test_shipped_weights_on_the_whole_test_set():

@@ -1,4 +1,4 @@
-"""scripts/validate.py, on real images."""
+"""`noah-zoo validate`, on real images."""
 import json
 import subprocess
 import sys
@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ['--model', 'mobilenetv2_035_noah.fashion_mnist', '--cpu', '--workers', '0']
 
 
+@pytest.mark.process
 def test_on_any_number_of_processes(idx_dir):
     results = []
     for launch in ((), ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2')):
@@ -36,6 +37,10 @@ def test_on_any_number_of_processes(idx_dir):
 
 
 def test_printed(idx_dir):
+    done = call('validate', *SHIPPED, '--data-dir', idx_dir, '-b', 5, '--json')
+    result = json.loads(done.stdout)
+    assert done.returncode == 0 and result['images'] == 12 and 'paper' not in result
+    assert result['top1'] > 80 and result['top5'] == 100 and 0 < result['val_loss'] < 1
     lines = call('validate', *SHIPPED, '--data-dir', idx_dir).stdout.splitlines()
     assert lines[0] == 'mobilenetv2_035_noah.fashion_mnist on fashion_mnist [validation]'
     assert lines[1].startswith('top-1: ') and lines[1].endswith(' %')
@@ -61,7 +66,7 @@ def test_an_image_size_that_cannot_be(idx_dir, tmp_path):
         validate(f'local-dir:{tmp_path}', 'fashion_mnist', data_dir=str(idx_dir), img_size=48, workers=0, cpu=True)
 
 
-def test_beside_the_papers_figure(tmp_path):
+def test_beside_the_papers_figure(tmp_path, monkeypatch):
     # The authors' weights are told by their tag; 1,000 classes, an image each.
     model = timm.create_model(
         'mobilenetv2_035_noah', pretrained_cfg_overlay=dict(input_size=(3, 32, 32), pool_size=None))
@@ -77,6 +82,7 @@ def test_beside_the_papers_figure(tmp_path):
     paper = CATALOG['mobilenetv2_035_noah'].paper
     result = json.loads(call('validate', *args, '--json').stdout)
     assert result['images'] == 1000 and result['paper'] == {'top1': paper.top1, 'top5': paper.top5}
+    monkeypatch.setattr('noah_zoo.training.validate.validate', lambda *args, **kwargs: result)
     lines = call('validate', *args).stdout.splitlines()
     assert lines[1].endswith('paper, on ImageNet-1k: 63.40 %') and lines[2].endswith('ImageNet-1k: 83.91 %')
 

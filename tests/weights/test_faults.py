@@ -13,13 +13,14 @@ import torch
 from safetensors.torch import save
 
 import noah_zoo  # noqa: F401
-from tests.client import SOON, Client, SmallDisk, bound, digest
+from tests.client import Client, SmallDisk, bound, digest
 from tests.hub_server import HubServer
 
 MIB = 1 << 20
 NAME, LARGE = 'mobilenetv2_035_noah', 'mobilenetv2_100_noah'  # 7 MB; 14 MB, of which the client writes 10 MiB at once
 PLAIN = 'owner/plain'  # holds the same file as NAME's own repository
 TOKEN = 'hf_secret_of_the_owner'
+pytestmark = pytest.mark.hub
 OLD_CLIENT = bool(os.environ.get('HUB_CLIENT')) or huggingface_hub.__version__.startswith('0.')
 
 
@@ -130,7 +131,7 @@ def test_a_recorded_tag_is_asked_for_once(hub, client, weights, cache):
     assert f'{NAME}.osvai_in1k: weights from {repo(NAME)}@' in answer.log
     assert len(seen(hub)) == 1
     hub.requests.clear()
-    assert load(client, weights, cache).seconds < SOON
+    load(client, weights, cache)
     assert hub.requests == []
 
 
@@ -207,7 +208,7 @@ def test_damaged_in_the_cache_and_no_network(hub, client, cache, weights):
     load(client, weights, cache)
     spoil(cache, 'flip')
     hub.stop()
-    assert fail(client, cache, 'is damaged', 'cannot be reached').seconds < SOON
+    fail(client, cache, 'is damaged', 'cannot be reached')
 
 
 def test_another_file_than_the_recorded_one(hub, client, cache):
@@ -243,24 +244,22 @@ def test_other_weights_with_other_classes(hub, client, weights, cache, case):
 
 @pytest.mark.parametrize('source', [{}, at(PLAIN)], ids=['recorded', 'branch'])
 @pytest.mark.parametrize('how', ['refused', 'silent'])
-def test_no_network_is_told_soon(hub, client, weights, cache, how, source):
+def test_no_network_is_told_before_an_answer(hub, client, weights, cache, how, source):
     if how == 'refused':
         hub.stop()
     else:
-        hub.fault('hang', method='GET|HEAD', seconds=60, times=None)
-    answer = fail(client, cache, hub.url, 'cannot be reached', 'HTTPS_PROXY', 'hf download', 'local-dir:', **source)
-    assert answer.seconds < SOON
+        hub.fault('hang', method='GET|HEAD', seconds=3600, times=None)
+    fail(client, cache, hub.url, 'cannot be reached', 'HTTPS_PROXY', 'hf download', 'local-dir:', **source)
     hub.start()
     hub.clear_faults()
     load(client, weights, cache, **source)
-    hub.fault('hang', method='GET|HEAD', seconds=60, times=None)
-    assert load(client, weights, cache, **source).seconds < SOON  # the cached file
+    hub.fault('hang', method='GET|HEAD', seconds=3600, times=None)
+    load(client, weights, cache, **source)  # the cached file
 
 
-def test_no_name_server_is_told_soon(hub, client, cache):
+def test_no_name_server(hub, client, cache):
     answer = client.run('create_without_names(name, cache_dir=cache)', name=NAME, cache=str(cache))
     assert 'WeightsError' in answer.kinds and f'{hub.url} cannot be reached' in answer.error, answer
-    assert answer.seconds < SOON
 
 
 def test_the_pickle_is_no_way_out(hub, client, weights, cache):
@@ -270,8 +269,7 @@ def test_the_pickle_is_no_way_out(hub, client, weights, cache):
     hub.fault('status', method='GET|HEAD', path='safetensors', code=503, times=None)
     parts = () if OLD_CLIENT else ('busy (HTTP status 503)', 'Try again later')  # 0.36 tries on by itself, for longer
     answer = fail(client, cache, *parts, **at('owner/both'))
-    assert answer.seconds < SOON
-    assert OLD_CLIENT or answer.seconds > 7
+    assert OLD_CLIENT or all(f'trying again in {wait} s' in answer.log for wait in (1, 2, 4))
     assert seen(hub, 'HEAD', 'bin') == seen(hub, 'GET', 'bin') == []
 
 
@@ -290,12 +288,11 @@ def test_the_pickle_is_no_way_out(hub, client, weights, cache):
 def test_a_fault_that_passes(hub, client, weights, cache, action, method, details):
     hub.put('owner/faulty', {'model.safetensors': save(weights[NAME])})
     hub.fault(action, method=method, path='owner/faulty', **details)
-    answer = load(client, weights, cache, **at('owner/faulty'))
+    load(client, weights, cache, **at('owner/faulty'))
     times = [request.time for request in seen(hub, method, 'owner/faulty')]
     assert len(times) >= 2
     if 'headers' in details:
         assert times[1] - times[0] >= 1
-    assert answer.seconds < SOON
 
 
 def test_the_second_question_is_not_answered(hub, client, weights, cache):
@@ -308,7 +305,8 @@ def test_the_second_question_is_not_answered(hub, client, weights, cache):
 def test_a_long_wait_is_not_begun(hub, client, cache):
     hub.fault('status', method='HEAD', code=429, headers={'Retry-After': '300'}, times=None)
     parts = () if OLD_CLIENT else ('busy (HTTP status 429)',)  # 0.35 tries on by itself, until its time is up
-    assert fail(client, cache, *parts).seconds < SOON
+    answer = fail(client, cache, *parts)
+    assert OLD_CLIENT or 'trying again' not in answer.log
 
 
 def test_a_cut_download_goes_on(hub, client, weights, cache):
@@ -431,8 +429,7 @@ def test_full_disk(hub, client, weights, tmp_path):
     with SmallDisk(tmp_path / 'disk', 10) as disk:
         ballast = disk / 'ballast'
         ballast.write_bytes(bytes(6_000_000))
-        answer = fail(client, disk, f'the disk of {disk} is full', 'cache_dir=')
-        assert answer.seconds < SOON
+        fail(client, disk, f'the disk of {disk} is full', 'cache_dir=')
         assert blobs(disk) == []
         ballast.unlink()
         load(client, weights, disk)

@@ -9,6 +9,7 @@ import torch
 
 from noah_zoo.catalog import CATALOG
 from noah_zoo.weights import convert_released, read_released
+from noah_zoo.weights import released as module
 from tests.released import SHAPES, calibrate, cheap_state_dict, golden_logits, images, released_state_dict
 
 ROWS = {name: row for row in CATALOG.values() for name in (row.name, row.vanilla)}
@@ -19,6 +20,18 @@ SMALL = {
     'deit': 'deit_tiny_050_patch16_224_noah', 'pvt': 'pvt_tiny_050', 'mixer': 'mixer_s16_050_224_noah',
     'gmlp': 'gmlp_ti16_050_224'}
 NAME = 'mobilenetv2_035_noah'
+
+
+def one_per_family(cases, slow=()):
+    """Cases of which only those of SMALL are in the default run."""
+    return [pytest.param(case, marks=[pytest.mark.exhaustive] * (case not in SMALL.values()) + (
+        [pytest.mark.slow] * (case.replace('_noah', '') in slow))) for case in cases]
+
+
+@pytest.fixture
+def few_models(monkeypatch):
+    """The release is searched for the owner of weights that do not fit; of few models, that takes no time."""
+    monkeypatch.setattr(module, 'released', lambda: list(SMALL.values()))
 
 
 def create(name, case, **kwargs):
@@ -37,8 +50,7 @@ def refusal(state_dict, name=NAME, **kwargs):
 # Numbers
 
 
-@pytest.mark.parametrize('case', [
-    pytest.param(case, marks=pytest.mark.slow if case.replace('_noah', '') in LARGE else ()) for case in SHAPES])
+@pytest.mark.parametrize('case', one_per_family(SHAPES, slow=LARGE))
 def test_logits_are_the_authors(case):
     name = case.replace('.plain', '')
     model = create(name, case)
@@ -59,7 +71,7 @@ def test_goldens_are_full_for_every_family():
 # Names
 
 
-@pytest.mark.parametrize('case', SHAPES)
+@pytest.mark.parametrize('case', one_per_family(SHAPES))
 def test_every_released_file_loads_strictly(case):
     name = case.replace('.plain', '')
     row = ROWS[name]
@@ -104,9 +116,10 @@ def container(kind, weights, averaged):
 
 
 @pytest.mark.parametrize('kind', ['bare', 'parallel', 'model', 'saver'])
-@pytest.mark.parametrize('family', SMALL)
-def test_containers(family, kind, tmp_path):
-    name = SMALL[family]
+@pytest.mark.parametrize('name', [
+    pytest.param(name, marks=[pytest.mark.exhaustive] * (name not in (SMALL['mobilenet'], SMALL['deit'])))
+    for name in SMALL.values()])
+def test_containers(name, kind, tmp_path):
     weights = cheap_state_dict(name)
     averaged = {key: 2 * value for key, value in weights.items()}
     expected = convert_released(weights, name)
@@ -140,7 +153,7 @@ def test_averaged_weights_wrapped_again():
 
 
 @pytest.mark.parametrize('empty', [None, {}])
-def test_container_that_holds_no_average(empty):
+def test_container_that_holds_no_average(few_models, empty):
     message = refusal(dict(model=cheap_state_dict(NAME), model_ema=empty), ema=True)
     assert message.startswith(f'{NAME}: ') and ('no averaged weights' in message or 'missing' in message)
 
@@ -148,28 +161,24 @@ def test_container_that_holds_no_average(empty):
 # Refusals
 
 
-@pytest.mark.parametrize('name, close', [
-    ('resnet50_noha', 'resnet50_noah'),
-    ('noah_resnet50', 'resnet50'),
-    ('resnet50_noah.osvai_in1k', 'resnet50_noah'),
-    ('pvt_tiny_50', 'pvt_tiny_050'),
-    ('', ', '.join(ROWS)),
-    ('convnext', ', '.join(ROWS)),
-])
-def test_unknown_model(name, close):
-    message = refusal(cheap_state_dict(NAME), name)
-    assert message.startswith(f'{name!r} is not a model of the release') and close in message
+def test_unknown_model():
+    for name, close in (
+            ('resnet50_noha', 'resnet50_noah'), ('noah_resnet50', 'resnet50'), ('pvt_tiny_50', 'pvt_tiny_050'),
+            ('resnet50_noah.osvai_in1k', 'resnet50_noah'), ('', ', '.join(ROWS)), ('convnext', ', '.join(ROWS))):
+        message = refusal(cheap_state_dict(NAME), name)
+        assert message.startswith(f'{name!r} is not a model of the release') and close in message
 
 
 @pytest.mark.parametrize('given, name', [
     ('resnet18', 'resnet18_noah'),
     ('resnet18_noah', 'resnet18'),
-    ('resnet50_noah', 'resnet101_noah'),
     ('mobilenetv2_075_noah', 'mobilenetv2_050_noah'),
-    ('pvt_tiny_050', 'deit_tiny_patch16_224'),
-    ('deit_tiny_050_patch16_224', 'deit_tiny_075_patch16_224'),
-    ('deit_tiny_050_patch16_224.plain', 'deit_tiny_patch16_224_noah'),
-    ('gmlp_ti16_224_noah', 'mixer_s16_224_noah'),
+    *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in (
+        ('resnet50_noah', 'resnet101_noah'),
+        ('pvt_tiny_050', 'deit_tiny_patch16_224'),
+        ('deit_tiny_050_patch16_224', 'deit_tiny_075_patch16_224'),
+        ('deit_tiny_050_patch16_224.plain', 'deit_tiny_patch16_224_noah'),
+        ('gmlp_ti16_224_noah', 'mixer_s16_224_noah'))),
 ])
 def test_file_of_another_model(given, name):
     assert refusal(cheap_state_dict(given), name) == f'{name}: the weights are those of {given.replace(".plain", "")}'
@@ -185,28 +194,42 @@ def changed(**changes):
     return weights
 
 
-@pytest.mark.parametrize('state_dict, wanted', [
-    (changed(head__query__bias=None), r'missing keys \(1 of 316\): head\.query\.bias$'),
-    ({}, r'missing keys \(316 of 316\): features\.0\.0\.weight, \S+, \S+ and 313 more$'),
-    (dict(epoch=3, state_dict=None), r'missing .*; surplus keys \(2\): epoch, state_dict$'),
-    (changed(fc__weight=torch.randn(2, 2)), r'surplus keys \(1\): fc\.weight$'),
-    (changed(classifier__key__weight=torch.randn(2, 2)), r'surplus keys \(1\): classifier\.key\.weight$'),
-    (changed(pre_logits__fc__weight=torch.randn(192, 96)), r'surplus keys \(1\): pre_logits\.fc\.weight$'),
-    ({**changed(), 'a\nb': torch.randn(2)}, r'surplus keys \(1\): a b$'),
-    ({**changed(), 3: torch.randn(2)}, r'surplus keys \(1\): 3$'),
-    (changed(head__query__bias=torch.randn(10)), r'head\.query\.bias has shape \[10\], expected \[8000\]$'),
-    (changed(head__query__bias=[0.5] * 8000), r'head\.query\.bias is a list, expected a dense tensor$'),
-    (changed(head__query__bias=torch.randn(8000).to_sparse()), r'head\.query\.bias is a Tensor, expected a dense'),
-    (changed(head__query__bias=torch.arange(8000)), r'type torch\.int64, expected torch\.float32$'),
-    (changed(head__query__bias=torch.full((8000,), float('nan'))), r'head\.query\.bias .*NaN or infinite'),
-    (changed(features__0__1__running_var=torch.tensor([1.] * 15 + [float('inf')])), r'0\.1\.running_var .*infinite'),
-    ([torch.randn(3)], r'the file holds a list; expected a dict of tensors$'),
-    ({**changed(), 'module.head.query.bias': torch.randn(8000)}, r'with and without the prefix "module\."'),
-])
-def test_weights_that_do_not_fit(state_dict, wanted):
-    message = refusal(state_dict)
-    assert message.startswith(f'{NAME}: ')
-    assert re.search(wanted, message), message
+def unfit():
+    """Weights that do not fit NAME, and what is said of them."""
+    return (
+        (changed(head__query__bias=None), r'missing keys \(1 of 316\): head\.query\.bias$'),
+        ({}, r'missing keys \(316 of 316\): features\.0\.0\.weight, \S+, \S+ and 313 more$'),
+        (dict(epoch=3, state_dict=None), r'missing .*; surplus keys \(2\): epoch, state_dict$'),
+        (changed(fc__weight=torch.randn(2, 2)), r'surplus keys \(1\): fc\.weight$'),
+        (changed(classifier__key__weight=torch.randn(2, 2)), r'surplus keys \(1\): classifier\.key\.weight$'),
+        (changed(pre_logits__fc__weight=torch.randn(192, 96)), r'surplus keys \(1\): pre_logits\.fc\.weight$'),
+        ({**changed(), 'a\nb': torch.randn(2)}, r'surplus keys \(1\): a b$'),
+        ({**changed(), 3: torch.randn(2)}, r'surplus keys \(1\): 3$'),
+        (changed(head__query__bias=torch.randn(10)), r'head\.query\.bias has shape \[10\], expected \[8000\]$'),
+        (changed(head__query__bias=[0.5] * 8000), r'head\.query\.bias is a list, expected a dense tensor$'),
+        (changed(head__query__bias=torch.randn(8000).to_sparse()), r'head\.query\.bias is a Tensor, expected a dense'),
+        (changed(head__query__bias=torch.arange(8000)), r'type torch\.int64, expected torch\.float32$'),
+        (changed(head__query__bias=torch.full((8000,), float('nan'))), r'head\.query\.bias .*NaN or infinite'),
+        (changed(features__0__1__running_var=torch.tensor([1.] * 15 + [float('inf')])),
+         r'0\.1\.running_var .*infinite'),
+        ([torch.randn(3)], r'the file holds a list; expected a dict of tensors$'),
+        ({**changed(), 'module.head.query.bias': torch.randn(8000)}, r'with and without the prefix "module\."'))
+
+
+def check_messages(cases):
+    for state_dict, wanted in cases:
+        message = refusal(state_dict)
+        assert message.startswith(f'{NAME}: ')
+        assert re.search(wanted, message), message
+
+
+def test_weights_that_do_not_fit(few_models):
+    check_messages(unfit())
+
+
+@pytest.mark.exhaustive
+def test_weights_that_fit_none_of_the_release():
+    check_messages(unfit())
 
 
 def test_state_dict_is_left_as_it_was():
@@ -217,7 +240,7 @@ def test_state_dict_is_left_as_it_was():
 
 
 @pytest.mark.parametrize('name', ['deit_tiny_patch16_224', 'deit_small_patch16_224_noah'])
-def test_layer_before_the_head_only_in_thin_deits(name):
+def test_layer_before_the_head_only_in_thin_deits(few_models, name):
     weights = cheap_state_dict(name)
     weights['pre_logits.fc.weight'] = torch.randn(192, 192)
     weights['pre_logits.fc.bias'] = torch.randn(192)
