@@ -18,13 +18,12 @@ atexit.register(shutil.rmtree, HOME, ignore_errors=True)
 for name in set(os.environ) - set(HUB.env(HOME)):
     del os.environ[name]
 os.environ.update(HUB.env(HOME))
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # threads of PyTorch that wait for a core spin
 
 
 def pytest_xdist_auto_num_workers(config):
     """Return one process per core for all tests, and none besides this one for a selection of files or names."""
     chosen = config.args_source is config.ArgsSource.ARGS or config.option.keyword
-    if not chosen:
-        os.environ.setdefault('OMP_NUM_THREADS', '1')  # of PyTorch in each
     return 0 if chosen else min(os.cpu_count() or 1, 8)
 
 

@@ -88,7 +88,8 @@ def marks(name, fmt):
     """`shipped` is a MobileNet."""
     if name == 'deit_tiny_050_patch16_224_noah':
         return [pytest.mark.export]
-    return [pytest.mark.export, pytest.mark.exhaustive, *([pytest.mark.slow] if fmt == 'onnx' else [])]
+    is_slow = fmt == 'onnx' or fmt == 'torch-export' and name in ('resnet101_noah', 'resnet152_noah')
+    return [pytest.mark.export, pytest.mark.exhaustive, *([pytest.mark.slow] if is_slow else [])]
 
 
 @pytest.mark.parametrize(

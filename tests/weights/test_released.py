@@ -14,18 +14,13 @@ from tests.released import SHAPES, calibrate, cheap_state_dict, golden_logits, i
 
 ROWS = {name: row for row in CATALOG.values() for name in (row.name, row.vanilla)}
 THIN = ('deit_tiny_075_patch16_224', 'deit_tiny_050_patch16_224')
-LARGE = ('resnet101', 'resnet152', 'deit_base_patch16_224', 'mixer_b16_224')
 SMALL = {
     'resnet': 'resnet18_noah', 'mobilenet': 'mobilenetv2_035', 'shufflenet': 'shufflenetv2_100_noah',
     'deit': 'deit_tiny_050_patch16_224_noah', 'pvt': 'pvt_tiny_050', 'mixer': 'mixer_s16_050_224_noah',
     'gmlp': 'gmlp_ti16_050_224'}
 NAME = 'mobilenetv2_035_noah'
-
-
-def one_per_family(cases, slow=()):
-    """Cases of which only those of SMALL are in the default run."""
-    return [pytest.param(case, marks=[pytest.mark.exhaustive] * (case not in SMALL.values()) + (
-        [pytest.mark.slow] * (case.replace('_noah', '') in slow))) for case in cases]
+one_per_family = pytest.mark.parametrize('case', [
+    case if case in SMALL.values() else pytest.param(case, marks=pytest.mark.exhaustive) for case in SHAPES])
 
 
 @pytest.fixture
@@ -50,7 +45,7 @@ def refusal(state_dict, name=NAME, **kwargs):
 # Numbers
 
 
-@pytest.mark.parametrize('case', one_per_family(SHAPES, slow=LARGE))
+@one_per_family
 def test_logits_are_the_authors(case):
     name = case.replace('.plain', '')
     model = create(name, case)
@@ -71,7 +66,7 @@ def test_goldens_are_full_for_every_family():
 # Names
 
 
-@pytest.mark.parametrize('case', one_per_family(SHAPES))
+@one_per_family
 def test_every_released_file_loads_strictly(case):
     name = case.replace('.plain', '')
     row = ROWS[name]
@@ -117,8 +112,8 @@ def container(kind, weights, averaged):
 
 @pytest.mark.parametrize('kind', ['bare', 'parallel', 'model', 'saver'])
 @pytest.mark.parametrize('name', [
-    pytest.param(name, marks=[pytest.mark.exhaustive] * (name not in (SMALL['mobilenet'], SMALL['deit'])))
-    for name in SMALL.values()])
+    name if family in ('mobilenet', 'deit') else pytest.param(name, marks=pytest.mark.exhaustive)
+    for family, name in SMALL.items()])
 def test_containers(name, kind, tmp_path):
     weights = cheap_state_dict(name)
     averaged = {key: 2 * value for key, value in weights.items()}
