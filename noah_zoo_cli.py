@@ -17,10 +17,6 @@ def main(argv: Optional[List[str]] = None) -> int:
     package = None
     if 'noah_zoo' not in sys.modules:
         package = sys.modules['noah_zoo'] = importlib.util.module_from_spec(spec)
-    from noah_zoo.cli import parse_args, readable_errors
+    from noah_zoo.cli import main as run
 
-    command, parser, args = parse_args(argv)
-    if package:
-        with readable_errors(parser):
-            spec.loader.exec_module(package)
-    return command.run(parser, args) or 0
+    return run(argv, load=lambda: package and spec.loader.exec_module(package))

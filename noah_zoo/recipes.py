@@ -164,7 +164,7 @@ REMARKS: Dict[str, str] = {  # where paper and released command disagree, the co
 def learning_rate(recipe: Recipe) -> Tuple[float, str]:
     """The highest learning rate of a recipe or a run, and where it comes from: '0.001 = 0.0005 x 1024 / 512'."""
     if recipe.lr is not None:
-        return recipe.lr, f'{recipe.lr:g} as given'
+        return recipe.lr, f'{recipe.lr:g}'
     lr = recipe.lr_base * recipe.batch_size / recipe.lr_base_size
     return lr, f'{lr:g} = {recipe.lr_base:g} x {recipe.batch_size} / {recipe.lr_base_size}'
 

@@ -1,5 +1,6 @@
 """How things are said: a few of many, an error in a line, names that come near, tables."""
 import difflib
+import math
 import re
 from typing import Any, Iterable, Optional, Sequence
 
@@ -22,6 +23,15 @@ def one_line(error: BaseException) -> str:
 def near(name: str, known: Iterable[str], cutoff: float = 0.6) -> Optional[str]:
     """The names that come near one that is not known, as text; None if none does."""
     return ', '.join(difflib.get_close_matches(name, list(known), n=3, cutoff=cutoff)) or None
+
+
+def finite(value: Any) -> Any:
+    """A value for JSON, which has no NaN and no infinity: they become None, also inside of dicts and lists."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

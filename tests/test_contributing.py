@@ -57,7 +57,7 @@ def test_a_new_family(copy):
     assert 'ResNet-26' in card and '16,005,192' in card
     assert '[`resnet26_noah`]' in (copy / 'docs' / 'models.md').read_text()
     make_photos(copy / 'photos')
-    assert 'resnet26_noah: test top-1' in run(
+    assert 'resnet26_noah: val top-1' in run(
         copy, 'scripts/train.py', '--model', 'resnet26_noah', '--dataset', 'folder', '--data-dir', 'photos',
         '--val-fraction', 0.3, '--img-size', 32, '--smoke', 1, '-b', 4, '--workers', 0, '--cpu', '--output', 'run')
     assert run(copy, '-c', '''
@@ -121,7 +121,7 @@ class Smooth(Multiclass):
         copy, 'scripts/train.py', '--model', 'mobilenetv2_035_noah', '--noah-variant', 'median', '--task', 'smooth',
         '--recipe', 'none', '--dataset', 'pictures', '--data-dir', 'photos', '--val-fraction', 0.3, '--img-size', 32,
         '--epochs', 1, '-b', 4, '--workers', 0, '--cpu', '--output', 'run')
-    assert printed.startswith('mobilenetv2_035_noah: test top-1')
+    assert printed.startswith('mobilenetv2_035_noah: val top-1')
 
 
 @pytest.mark.docs

@@ -19,7 +19,7 @@ from ..config import TrainConfig
 from ..data.base import Images
 from ..data.factory import create_datasets, split_images
 from ..data.loader import EpochBatchSampler, EvalBatchSampler, seed_everything
-from ..inference.predict import image_mode
+from ..inference.predict import reading_of
 from ..layers.noah_head import NoahHead, fitting_key_ratio, fitting_num_groups
 from ..layers.other_heads import CSRA, EfficientProbing, MLDecoder, SimPool
 from ..models.attach import NoahModel, add_noah_head, begin, eval_transform
@@ -110,7 +110,7 @@ class ProbeConfig:
     """
     model: str = 'resnet18'
     pretrained: Optional[bool] = None
-    dataset: str = 'fashion_mnist'
+    dataset: Optional[str] = None
     data_dir: Optional[str] = None
     input_key: Optional[str] = None
     target_key: Optional[str] = None
@@ -288,7 +288,8 @@ def probe(config: ProbeConfig, device: str = 'cpu', quick: bool = False) -> List
     num_classes = len(train_images.class_names)
     model = create_backbone(config, train_images.class_names, quick).to(device)
     transform = eval_transform(model)
-    train_images.input_img_mode = test_images.input_img_mode = image_mode(model)
+    for images in train_images, test_images:
+        images.input_img_mode, images.value_range = reading_of(model).values()
     train_rows, test_rows = (
         Rows(model, cache_features(
             model, images, transform, Path(config.cache_features), BATCH_SIZE, config.workers), device)

@@ -3,14 +3,16 @@
 No module of this package imports PyTorch before `run`.
 """
 import argparse
+import errno
 import importlib
 import os
 import re
 import sys
 import traceback
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
-from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Type
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Type
 
 from ..text import near, one_line
 from ..version import __version__
@@ -30,6 +32,38 @@ COMMANDS: Dict[str, str] = {  # name: the first line of its module
     'report': 'Compare finished runs over their seeds',
     'env': 'Print versions, devices and kernels for a bug report',
 }
+
+
+def path(text: str) -> str:
+    """A path argument; ~ is the home folder, which shells do not expand in --flag=~/folder."""
+    return os.path.expanduser(text)
+
+
+def file_path(text: str) -> Path:
+    """`path` as a `Path`."""
+    return Path(path(text))
+
+
+def model_name(text: str) -> str:
+    """A model argument: 'local-dir:~/folder' has a path inside."""
+    prefix, colon, place = text.rpartition(':')
+    return f'{prefix}{colon}{path(place)}'
+
+
+def use_device(device: Optional[str]) -> bool:
+    """Have Accelerate use a torch device; return whether it is the CPU.
+
+    Raises:
+        ValueError: If this machine has no such device.
+    """
+    if device is None:
+        return False
+    from noah_zoo.inference.predict import check_device
+
+    check_device(device)
+    if device != 'cpu':
+        os.environ['ACCELERATE_TORCH_DEVICE'] = device
+    return device == 'cpu'
 
 
 class Parser(argparse.ArgumentParser):
@@ -86,7 +120,7 @@ def readable_errors(
         parser.exit(1)
     except (ImportError, OSError, ValueError, *errors) as error:
         _clear_frames(error)
-        parser.exit(2, f'{parser.prog}: error: {one_line(error)}\n')
+        parser.exit(2, f'{parser.prog}: error: {one_line(error)}{_hint(error)}\n')
     except KeyError as error:  # timm's, if the config.json is not timm's but, say, one of transformers
         if error.args != ('architecture',):
             raise
@@ -94,6 +128,15 @@ def readable_errors(
     except KeyboardInterrupt as interrupt:
         _clear_frames(interrupt)
         parser.exit(130, f'\n{parser.prog}: interrupted{kept()}\n')
+
+
+def _hint(error: BaseException) -> str:
+    """What to do about limits of the system that loading processes meet."""
+    if re.search(r'shared memory|\bshm\b|Bus error', str(error)):
+        return '; give --workers 0, or more shared memory to the container (docker run --shm-size 2g)'
+    if getattr(error, 'errno', None) == errno.EMFILE or 'Too many open files' in str(error):
+        return '; give fewer --workers, or raise the limit with ulimit -n'
+    return ''
 
 
 def _clear_frames(error: Optional[BaseException]) -> None:
@@ -131,11 +174,17 @@ def parse_args(argv: Optional[List[str]] = None) -> Tuple[ModuleType, argparse.A
     return command, *command.parse_args(argv[1:], f'noah-zoo {name}')
 
 
-def main(argv: Optional[List[str]] = None) -> int:
+def main(argv: Optional[List[str]] = None, load: Callable[[], Any] = lambda: None) -> int:
     """Run a command and return its exit status.
 
     Args:
         argv: The command's name and its arguments; those of the process if None.
+        load: Called after the arguments are parsed.
     """
+    for stream in sys.stdout, sys.stderr:
+        if hasattr(stream, 'reconfigure'):  # a file name that the encoding lacks, as on Windows, is no error
+            stream.reconfigure(errors='backslashreplace')
     command, parser, args = parse_args(argv)
+    with readable_errors(parser):
+        load()
     return command.run(parser, args) or 0

@@ -25,7 +25,7 @@ import argparse
 import logging
 import shlex
 
-from . import Parser, readable_errors
+from . import Parser, model_name, path, readable_errors
 
 
 def parse_args(argv, prog):
@@ -34,7 +34,7 @@ def parse_args(argv, prog):
     add('what', nargs='+', metavar='WHAT', help='head, classes, pairs, train_pairs, training, growth, probe')
     add('--device', metavar='NAME', help='cpu (default) or cuda')
     add('--threads', type=int, metavar='N', help='CPU threads (1)')
-    add('--output', metavar='DIR', help='folder of the results (results/benchmark)')
+    add('--output', type=path, metavar='DIR', help='folder of the results (results/benchmark)')
     add('--repeats', type=int, metavar='N', help='samples of every candidate, taken in turn (21)')
     add('-b', '--batch-size', type=int, nargs='+', metavar='N', dest='batch_sizes',
         help='head: 1 16, on a GPU 1 200, training steps at the largest; classes: 32; pairs: 1, on a GPU 200; '
@@ -45,10 +45,10 @@ def parse_args(argv, prog):
     add('--busy', type=int, metavar='N', help='other processes that take what they get of the processor meanwhile (0)')
     add('--quick', action='store_true', help='a smoke run: few cases, two repeats or seeds; its figures mean nothing')
     add = parser.add_argument_group('probe', 'refused unless probe is among WHAT').add_argument
-    add('--model', metavar='NAME', help="timm name, 'hf-hub:...' or 'local-dir:...' (resnet18)")
+    add('--model', type=model_name, metavar='NAME', help="timm name, 'hf-hub:...' or 'local-dir:...' (resnet18)")
     add('--pretrained', action=argparse.BooleanOptionalAction, help='with its weights (yes, but in a smoke run)')
     add('--dataset', metavar='NAME', help='as of train, of one class per image (fashion_mnist)')
-    add('--data-dir', metavar='DIR', help='folder of the data')
+    add('--data-dir', type=path, metavar='DIR', help='folder of the data')
     add('--input-key', metavar='NAME', help="column of the images, of 'hfds/...'")
     add('--target-key', metavar='NAME', help='column of the labels')
     add('--train-split', metavar='NAME', help='split to train on (train)')
@@ -64,7 +64,9 @@ def parse_args(argv, prog):
     add('--lrs', type=float, nargs='+', metavar='F',
         help='learning rates to choose from, by a fifth of the training images (2e-4 1e-3 5e-3 2.5e-2); up to '
              'two more where the best is at an end')
-    add('--cache-features', metavar='DIR', help='folder where the features are kept (~/.cache/noah_zoo/features)')
+    add(
+        '--cache-features', type=path, metavar='DIR',
+        help='folder where the features are kept (~/.cache/noah_zoo/features)')
     add('-j', '--workers', type=int, metavar='N', help='processes that load images (2)')
     return parser, parser.parse_args(argv)
 

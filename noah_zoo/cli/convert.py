@@ -2,17 +2,17 @@
 
     noah-zoo convert resnet50_noah.pth.tar --model resnet50_noah --output weights/resnet50_noah
 """
-from . import Parser, readable_errors
+from . import Parser, path, readable_errors
 
 
 def parse_args(argv, prog):
     parser = Parser(prog=prog, description=__doc__)
-    parser.add_argument('file', metavar='FILE', help='the released checkpoint, as downloaded')
+    parser.add_argument('file', type=path, metavar='FILE', help='the released checkpoint, as downloaded')
     parser.add_argument(
         '--model', metavar='NAME', required=True,
         help='timm name of the NOAH model or of its vanilla twin: resnet50_noah, resnet50')
     parser.add_argument(
-        '--output', metavar='DIR', required=True,
+        '--output', type=path, metavar='DIR', required=True,
         help='folder for model.safetensors and config.json, absent or empty; it appears whole or not at all')
     parser.add_argument(
         '--ema', action='store_true', help='take the averaged weights, which DeiT, Mixer and gMLP files may hold')

@@ -8,16 +8,16 @@ It works offline with the shipped model. Needs pip install 'noah-zoo[demo]'.
 import os
 import time
 
-from . import Parser, readable_errors
+from . import Parser, model_name, path, readable_errors
 
 
 def parse_args(argv, prog):
     parser = Parser(prog=prog, description=__doc__)
     parser.add_argument(
-        '--model', nargs='+', default=[], metavar='NAME',
+        '--model', nargs='+', default=[], type=model_name, metavar='NAME',
         help="timm names, 'local-dir:DIR', 'hf-hub:USER/MODEL' to choose from (the shipped model and the paper's)")
     parser.add_argument(
-        '--samples', nargs='+', default=[], metavar='PATH',
+        '--samples', nargs='+', type=path, default=[], metavar='PATH',
         help='images and folders of images to offer, the first 50, before those of the package')
     parser.add_argument('--device', default='cpu', help="torch device, 'cuda' say (cpu)")
     parser.add_argument('--host', default='127.0.0.1', help="address to listen on, '0.0.0.0' for all (127.0.0.1)")

@@ -11,17 +11,17 @@ writes FILE.int8.onnx. Preprocessing and label names are written to FILE.json.
 import json
 from pathlib import Path
 
-from . import Parser, readable_errors
+from . import Parser, file_path, model_name, path, readable_errors
 
 
 def parse_args(argv, prog):
     parser = Parser(prog=prog, description=__doc__)
     parser.add_argument(
-        '--model', metavar='NAME',
+        '--model', type=model_name, metavar='NAME',
         help="timm name, 'local-dir:DIR' or 'hf-hub:USER/MODEL' (mobilenetv2_035_noah.fashion_mnist)")
     formats = 'onnx', 'torch-export', 'torchscript'
     parser.add_argument('--format', default='onnx', choices=formats, help='what to write (onnx)')
-    parser.add_argument('--output', type=Path, metavar='FILE', help='file to write (NAME.onnx, here)')
+    parser.add_argument('--output', type=file_path, metavar='FILE', help='file to write (NAME.onnx, here)')
     parser.add_argument(
         '--static', nargs='?', const=1, type=int, metavar='BATCH',
         help='fix all shapes: batches of so many images (1), of the size that the model was made for')
@@ -31,9 +31,10 @@ def parse_args(argv, prog):
         '--check', action='store_true',
         help='run the file on batches of 1 and 3, or of --static, and compare with PyTorch, to 1e-4')
     parser.add_argument(
-        '--int8', nargs='+', metavar='PATH', help='also in 8 bits, calibrated on these images and folders of images')
+        '--int8', nargs='+', type=path, metavar='PATH',
+        help='also in 8 bits, calibrated on these images and folders of images')
     parser.add_argument('--dataset', metavar='NAME', help="measure top-1 of what was written, see validate")
-    parser.add_argument('--data-dir', metavar='DIR', help='folder of that dataset')
+    parser.add_argument('--data-dir', type=path, metavar='DIR', help='folder of that dataset')
     args = parser.parse_args(argv)
     for option in ('int8', 'opset'):
         if getattr(args, option) and args.format != 'onnx':
@@ -43,13 +44,13 @@ def parse_args(argv, prog):
 
 def run(parser, args):
     with readable_errors(parser):
+        from noah_zoo.files import check_writable
         from noah_zoo.inference.export import OPSET, SUFFIXES, export, quantize
         from noah_zoo.inference.predict import DEFAULT_MODEL, find_images, load_model
 
         name = args.model or DEFAULT_MODEL
         output = args.output or Path(name.rpartition(':')[2].rstrip('/').rpartition('/')[2] + SUFFIXES[args.format])
-        if not output.parent.is_dir():
-            raise FileNotFoundError(f'{output.parent}: no such folder for {output.name}')
+        check_writable(output)
         calibration = find_images(args.int8) if args.int8 else []
         written = [export(load_model(name), output, args.format, args.check, args.static, args.opset or OPSET)]
         if calibration:
@@ -61,8 +62,8 @@ def run(parser, args):
             print(f'{exported.path}: {exported.path.stat().st_size / 1e6:.2f} MB, {batches}, images of {images}')
             for shape, error in exported.errors.items():
                 print(f'  {shape}: largest difference to PyTorch {error:.1e}')
-            if args.dataset:
+            if args.dataset or args.data_dir:
                 from noah_zoo.training.validate import validate
 
                 result = validate(str(exported.path), args.dataset, data_dir=args.data_dir, cpu=True)
-                print(f'  top-1 on {result.get("images", "")} images of {args.dataset}: {result["top1"]:.2f} %')
+                print(f'  top-1 on {result.get("images", "")} images of {result["dataset"]}: {result["top1"]:.2f} %')

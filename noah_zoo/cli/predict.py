@@ -11,9 +11,10 @@ import argparse
 import json
 import sys
 from contextlib import nullcontext
-from pathlib import Path
 
-from . import Parser, readable_errors
+from . import Parser, file_path, model_name, path, readable_errors
+
+ERRORS_SHOWN = 10
 
 
 def positive(text: str) -> int:
@@ -24,9 +25,11 @@ def positive(text: str) -> int:
 
 def parse_args(argv, prog):
     parser = Parser(prog=prog, description=__doc__)
-    parser.add_argument('paths', nargs='*', metavar='PATH', help='images and folders of images (the sample images)')
     parser.add_argument(
-        '--model', metavar='NAME',
+        'paths', nargs='*', type=path, metavar='PATH',
+        help='images and folders of images (the sample images)')
+    parser.add_argument(
+        '--model', type=model_name, metavar='NAME',
         help="timm name, 'local-dir:DIR' or 'hf-hub:USER/MODEL' (mobilenetv2_035_noah.fashion_mnist)")
     parser.add_argument('--top-k', type=positive, default=3, metavar='K', help='classes per image (3)')
     parser.add_argument('--device', default='cpu', help="torch device, 'cuda' say (cpu)")
@@ -37,7 +40,7 @@ def parse_args(argv, prog):
     written = parser.add_mutually_exclusive_group()
     written.add_argument('--json', action='store_true', help='print one JSON list instead of text')
     written.add_argument(
-        '--output', type=Path, metavar='FILE', help='write FILE.csv or FILE.jsonl instead, or go on with it')
+        '--output', type=file_path, metavar='FILE', help='write FILE.csv or FILE.jsonl instead, or go on with it')
     return parser, parser.parse_args(argv)
 
 
@@ -56,7 +59,9 @@ def run(parser, args):
         from noah_zoo.inference.predict import DEFAULT_MODEL, SAMPLES, default_workers, find_images, load_model, predict
 
         name = args.model or DEFAULT_MODEL
-        images = find_images(args.paths or [str(SAMPLES)])
+        listed = [path(line.rstrip('\r\n')) for line in sys.stdin if line.strip()] if '-' in args.paths else []
+        paths = [name for name in args.paths if name != '-'] + listed
+        images = find_images(paths if args.paths else [str(SAMPLES)])
         if args.output:
             check_output(args.output)
         model = load_model(name, args.device)
@@ -74,16 +79,19 @@ def run(parser, args):
                     shown.append(result)
                 if 'error' in result:
                     failed += 1
-                    tqdm.write(result['error'], file=sys.stderr)
+                    if failed <= ERRORS_SHOWN:
+                        tqdm.write(result['error'], file=sys.stderr)
                 elif not output and not args.json:
                     guesses = (f'\n  {guess["probability"]:7.2%}  {guess["label"]}' for guess in result['predictions'])
                     tqdm.write(result['path'] + ''.join(guesses), file=sys.stdout)
                 bar.update()
+        if failed > ERRORS_SHOWN:
+            print(f'{failed:,} images cannot be classified; the first {ERRORS_SHOWN} are above', file=sys.stderr)
         if args.json:
-            print(json.dumps(shown, indent=2))
+            print(json.dumps(shown, indent=2, allow_nan=False))
         if output:
             failed = output.failed
-            unread = f', {failed:,} of which cannot be read' if failed else ''
+            unread = f', {failed:,} of which cannot be classified' if failed else ''
             before = f'; {len(images) - len(left):,} were there already' if len(left) < len(images) else ''
             print(f'{args.output}: {output.done:,} images{unread}{before}')
     return 1 if failed else 0

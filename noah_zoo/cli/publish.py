@@ -11,14 +11,16 @@ compared before the revision is tagged. Run an interrupted command again to fini
 """
 import logging
 
-from . import Parser, readable_errors
+from . import Parser, path, readable_errors
 
 
 def parse_args(argv, prog):
     parser = Parser(prog=prog, description=__doc__)
     add = parser.add_argument
     add('names', nargs='*', metavar='NAME', help='timm names of NOAH models or of their vanilla twins')
-    add('--from', dest='source', required=True, metavar='DIR|official', help="folder of the weights, or 'official'")
+    add(
+        '--from', dest='source', required=True, type=path, metavar='DIR|official',
+        help="folder of the weights, or 'official'")
     add('--all', action='store_true', help='all 50 models of the release')
     add('--namespace', metavar='N', help='user or organisation (noah-zoo)')
     add('--repo-id', metavar='USER/MODEL', help='publish the training run in DIR under this name')

@@ -12,7 +12,7 @@ import argparse
 import logging
 import os
 
-from . import Parser, readable_errors, train
+from . import Parser, model_name, path, readable_errors, train, use_device
 
 
 def parse_args(argv, prog):
@@ -24,13 +24,16 @@ def parse_args(argv, prog):
             argv[1:], f'{prog} train', __doc__, task='reid', dataset='market1501', recipe='reid')
     parser = Parser(prog=f'{prog} evaluate', argument_default=argparse.SUPPRESS)
     add = parser.add_argument
-    add('--model', required=True, metavar='NAME', help="a timm name with weights, or 'local-dir:RUN/best'")
-    add('--data-dir', required=True, metavar='DIR', help='folder of query/ and bounding_box_test/')
-    add('--picture', metavar='FILE', help='PNG to draw queries and their ten nearest into')
+    add(
+        '--model', required=True, type=model_name, metavar='NAME',
+        help="a timm name with weights, or 'local-dir:RUN/best'")
+    add('--data-dir', required=True, type=path, metavar='DIR', help='folder of query/ and bounding_box_test/')
+    add('--picture', type=path, metavar='FILE', help='PNG to draw queries and their ten nearest into')
     add('--queries', type=int, metavar='N', dest='pictured', help='queries in the picture (6)')
     add('-b', '--batch-size', type=int, metavar='N', help='images at a time (64)')
     add('-j', '--workers', type=int, metavar='N', help='data loading processes (2)')
-    add('--cpu', action='store_true', help='do not use an accelerator')
+    add('--device', metavar='NAME', help="torch device, 'cpu' or 'cuda:1' (the GPU, if there is one)")
+    add('--cpu', action='store_true', help='as --device cpu')
     return parser, parser.parse_args(argv[1:])
 
 
@@ -43,6 +46,8 @@ def run(parser, args):
         from noah_zoo.training.validate import validate
 
         logging.basicConfig(level=logging.WARNING, format='%(message)s')
+        if use_device(vars(args).pop('device', None)):
+            args.cpu = True
         figures = validate(task='reid', dataset='market1501', **vars(args))
         PartialState().destroy_process_group()
         if os.environ.get('RANK', '0') != '0':

@@ -2,12 +2,12 @@
 
     noah-zoo report results/fashion_mnist
 """
-from . import Parser, readable_errors
+from . import Parser, path, readable_errors
 
 
 def parse_args(argv, prog):
     parser = Parser(prog=prog, description=__doc__)
-    parser.add_argument('folders', nargs='+', metavar='DIR', help='folders of runs of train')
+    parser.add_argument('folders', nargs='+', type=path, metavar='DIR', help='folders of runs of train')
     return parser, parser.parse_args(argv)
 
 

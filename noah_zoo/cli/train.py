@@ -13,23 +13,32 @@ import ast
 import dataclasses
 import logging
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, get_args
+from typing import Any, Callable, Dict, Optional, Tuple, get_args
 
 from ..config import TrainConfig
 from ..recipes import RECIPES, Recipe
-from . import Parser, readable_errors
+from . import Parser, model_name, path, readable_errors, use_device
 
 COMMON = (  # shown first by --help
     'model', 'output', 'dataset', 'data_dir', 'val_fraction', 'epochs', 'batch_size', 'lr', 'img_size', 'pretrained',
     'freeze', 'no_aug', 'aa', 'mixup', 'mixed_precision', 'workers', 'resume')
+def or_none(kind: Callable) -> Callable:
+    def convert(text: str) -> Any:
+        return None if text.lower() == 'none' else kind(text)
+    convert.__name__ = f"{kind.__name__} or 'none'"  # for argparse's message
+    return convert
+
+
 SHORT = {'batch_size': ['-b'], 'workers': ['-j']}
 MORE = {
-    'output': dict(metavar='DIR'),
-    'data_dir': dict(type=str, metavar='DIR'),  # 'none' is a folder's name
-    'resume': dict(metavar='auto|DIR'),
+    'model': dict(type=model_name),
+    'output': dict(type=path, metavar='DIR'),
+    'data_dir': dict(type=path, metavar='DIR'),  # 'none' is a folder's name
+    'split_from': dict(type=or_none(path), metavar='DIR'),
+    'resume': dict(type=or_none(path), metavar='auto|DIR'),
     'smoke': dict(nargs='?', const=3),
     'no_aug': dict(action='store_true'),  # Python 3.14 has no pairs --no-aug and --no-no-aug
-    'cache_features': dict(nargs='?', const='~/.cache/noah_zoo/features', metavar='DIR')}
+    'cache_features': dict(nargs='?', type=or_none(path), const='~/.cache/noah_zoo/features', metavar='DIR')}
 METAVARS = {int: 'N', float: 'F', str: 'NAME'}
 
 
@@ -45,15 +54,21 @@ class KeyValue(argparse.Action):
             try:
                 pairs[key] = ast.literal_eval(text)
             except (ValueError, SyntaxError, TypeError):
-                pairs[key] = text
+                pairs[key] = model_name(text)
         setattr(namespace, self.dest, pairs)
 
 
-def or_none(kind: Callable) -> Callable:
-    def convert(text: str) -> Any:
-        return None if text.lower() == 'none' else kind(text)
-    convert.__name__ = f"{kind.__name__} or 'none'"  # for argparse's message
-    return convert
+class LowHigh(argparse.Action):
+    """Two numbers, or 'none'."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        try:
+            low, high = (None, None) if [text.lower() for text in values] == ['none'] else map(float, values)
+        except ValueError:
+            parser.error(f"argument {option_string}: expected two numbers or 'none', not {' '.join(values)}")
+        if low is not None and not low < high:
+            parser.error(f'argument {option_string}: expected LOW < HIGH, not {low:g} {high:g}')
+        setattr(namespace, self.dest, None if low is None else (low, high))
 
 
 def argument_of(kind: Any) -> Dict[str, Any]:
@@ -62,6 +77,8 @@ def argument_of(kind: Any) -> Dict[str, Any]:
         return dict(action=argparse.BooleanOptionalAction)
     if kind in METAVARS:
         return dict(type=kind, metavar=METAVARS[kind])
+    if kind == Optional[Tuple[float, float]]:
+        return dict(nargs='+', action=LowHigh, metavar=('LOW', 'HIGH'))
     if kind == Dict[str, Any]:
         return dict(nargs='*', action=KeyValue, metavar='KEY=VALUE')
     if type(None) in get_args(kind):
@@ -96,6 +113,8 @@ def parse_args(argv, prog, description=__doc__, **defaults):
             *SHORT.get(name, []), '--' + name.replace('_', '-'), help=text.replace('%', '%%'),
             required=required and '--check-data' not in argv, **{**argument_of(field.type), **MORE.get(name, {})})
     common.add_argument(
+        '--device', metavar='NAME', help="torch device, 'cpu' or 'cuda:1' (the GPU, if there is one)")
+    common.add_argument(
         '--check-data', action='store_true',
         help='only read annotations and every image once and report what is wrong; needs neither --model nor --output')
     return parser, argparse.Namespace(**{**defaults, **vars(parser.parse_args(argv))})
@@ -116,9 +135,13 @@ def run(parser, args):
         from noah_zoo.training.settings import configure
         from noah_zoo.training.trainer import train
 
+        device = vars(args).pop('device', None)
+        if use_device(device):
+            args.cpu = True
         is_main = get_int_from_env(['RANK', 'PMI_RANK', 'OMPI_COMM_WORLD_RANK', 'MV2_COMM_WORLD_RANK'], 0) == 0
         logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format='%(message)s')
-        logging.getLogger('accelerate').setLevel(logging.WARNING)  # it tells of every file of a checkpoint
+        for name in 'accelerate', 'timm':  # every file of a checkpoint, the missing keys of a new head
+            logging.getLogger(name).setLevel(logging.WARNING)
         if getattr(args, 'check_data', False):
             del args.check_data
             config = configure(**{'model': '', 'output': '', **vars(args), 'recipe': 'none'})
@@ -134,4 +157,4 @@ def run(parser, args):
             task = find_task(summary['config'].get('task', 'multiclass'))  # runs from before there were tasks
             value = summary[task.metric]  # None if it was no number
             figure = f'{task.figures[task.metric]} {"undefined" if value is None else f"{value:.2f}"}'
-            print(f'{args.model}: test {figure} after {summary["epoch"]} epochs, {summary["seconds"]:.0f} s')
+            print(f'{args.model}: val {figure} after {summary["epoch"]} epochs, {summary["seconds"]:.0f} s')

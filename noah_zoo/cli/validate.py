@@ -11,15 +11,18 @@ import json
 import logging
 import os
 
-from . import Parser, readable_errors
+from . import Parser, model_name, path, readable_errors, use_device
 
 
 def parse_args(argv, prog):
     parser = Parser(prog=prog, description=__doc__, argument_default=argparse.SUPPRESS)
     add = parser.add_argument
-    add('--model', required=True, metavar='NAME', help="timm name, 'hf-hub:...', 'local-dir:...', or an exported file")
-    add('--dataset', metavar='NAME', help="'fashion_mnist' (default), 'folder', 'hfds/NAME', 'hfids/NAME' or 'wds/...'")
-    add('--data-dir', metavar='DIR', help='folder of the data')
+    add(
+        '--model', required=True, type=model_name, metavar='NAME',
+        help="timm name, 'hf-hub:...', 'local-dir:...', or an exported file")
+    add('--dataset', metavar='NAME',
+        help="'folder' (default with --data-dir), 'fashion_mnist', 'csv', 'hfds/NAME', 'hfids/NAME' or 'wds/...'")
+    add('--data-dir', type=path, metavar='DIR', help='folder of the data')
     add('--task', metavar='NAME', help='multiclass (default), multilabel or reid')
     add('--split', metavar='NAME', help='split to evaluate on (validation)')
     add('--input-key', metavar='NAME', help="column of the images, of 'hfds/' and 'hfids/' ('image')")
@@ -28,7 +31,8 @@ def parse_args(argv, prog):
     add('-b', '--batch-size', type=int, metavar='N', help='batch size per process (64)')
     add('-j', '--workers', type=int, metavar='N', help='data loading processes (2)')
     add('--img-size', type=int, metavar='N', help="image size (the model's)")
-    add('--cpu', action='store_true', help='do not use an accelerator')
+    add('--device', metavar='NAME', help="torch device, 'cpu' or 'cuda:1' (the GPU, if there is one)")
+    add('--cpu', action='store_true', help='as --device cpu')
     add('--json', action='store_true', help='print JSON')
     return parser, parser.parse_args(argv)
 
@@ -38,9 +42,12 @@ def run(parser, args):
         from accelerate import PartialState
 
         from noah_zoo.tasks import find_task
+        from noah_zoo.text import finite
         from noah_zoo.training.validate import validate
 
         logging.basicConfig(level=logging.WARNING, format='%(message)s')
+        if use_device(vars(args).pop('device', None)):
+            args.cpu = True
         settings = dict(vars(args))
         as_json = settings.pop('json', False)
         result = validate(**settings)
@@ -48,7 +55,7 @@ def run(parser, args):
         if os.environ.get('RANK', '0') != '0':
             return
         if as_json:
-            print(json.dumps(result, indent=2))
+            print(json.dumps(finite(result), indent=2, allow_nan=False))
             return
         print(f'{result["model"]} on {result["dataset"]} [{result["split"]}]')
         labels = find_task(settings.get('task', 'multiclass')).figures

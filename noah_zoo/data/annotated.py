@@ -1,9 +1,8 @@
-"""Images with annotation files: COCO, iNaturalist, CSV.
+"""Images with annotation files in JSON: COCO and iNaturalist.
 
 What could stop a run is found here, before it starts: unknown and repeated ids, annotations of images that are not
 listed, listed images that are not on disk, labels that do not parse. No image is opened for that.
 """
-import csv
 import json
 import os
 from collections import Counter, defaultdict
@@ -13,7 +12,7 @@ from typing import Any, Dict, Iterable, List, Sequence, Tuple
 import numpy as np
 
 from ..text import some
-from .base import VALIDATION, Files, Multilabel, multi_hot, synonyms
+from .base import VALIDATION, Files, Multilabel, synonyms
 
 
 class Coco(Files, Multilabel):
@@ -87,38 +86,6 @@ class INaturalist(Files):
         self.paths = [str(Path(data_dir) / image['file_name']) for image in images.values()]
         _on_disk(file, self.paths)
         super().__init__(names, labels)
-
-
-class Csv(Files, Multilabel):
-    """`train.csv` and `validation.csv` (or `val.csv`) with the columns `file_name`, the image's path from there, and
-    `labels`, names with ';' between them; without one, the image has no class. The classes are the names in order.
-
-    Args:
-        data_dir: Folder of the CSV files.
-        split: 'train', 'validation' or the name of a file.
-
-    Raises:
-        FileNotFoundError: If a file is missing.
-        ValueError: If the columns are not these, or a file comes twice.
-    """
-
-    def __init__(self, data_dir: str, split: str) -> None:
-        candidates = [Path(data_dir) / f'{name}.csv' for name in synonyms(split)]
-        file = next(filter(Path.is_file, candidates), None)
-        if file is None:
-            raise FileNotFoundError(f'csv: {data_dir} has none of {", ".join(path.name for path in candidates)}')
-        with file.open(encoding='utf-8-sig', newline='') as lines:
-            reader = csv.DictReader(lines)
-            if not {'file_name', 'labels'} <= set(reader.fieldnames or ()):
-                raise ValueError(f'{file}: the columns are {reader.fieldnames}; expected file_name and labels')
-            table = [(row['file_name'], [name.strip() for name in (row['labels'] or '').split(';')]) for row in reader]
-        counts = Counter(name for name, _ in table)
-        _refuse(file, 'files that come twice', [name for name, count in counts.items() if count > 1])
-        _refuse(file, 'rows with an empty name among their labels', [
-            name for name, labels in table if '' in labels and labels != ['']])
-        self.paths = [str(Path(data_dir) / name) for name, _ in table]
-        _on_disk(file, self.paths)
-        super().__init__(*multi_hot([[label for label in labels if label] for _, labels in table]))
 
 
 def _read(file: Path) -> Dict[str, Any]:

@@ -14,11 +14,14 @@ from torch.utils.data import Dataset
 from ..text import some
 from .images import read_image
 
-TRAINING, VALIDATION = ('train', 'training'), ('validation', 'valid', 'val', 'eval', 'evaluation', 'test')
+TRAINING, VALIDATION = ('train', 'training'), ('validation', 'valid', 'val', 'eval', 'evaluation')
 
 
 def synonyms(split: str) -> Tuple[str, ...]:
-    """The name of a split, and those that stand for it where there is none of that name; as timm's folders have it."""
+    """The name of a split, and the names that stand for it if there is no split of that name, as in timm.
+
+    Unlike in timm, 'test' does not stand for 'validation': the best epoch would be chosen on the test images.
+    """
     return tuple(dict.fromkeys((split, *next((names for names in (TRAINING, VALIDATION) if split in names), ()))))
 
 
@@ -33,10 +36,12 @@ class Images(Dataset):
         damaged: Where -> reason, of the images left out.
         transform: Applied to the image by `[]`, not by `read`; timm's loaders set it.
         input_img_mode: The mode in which images are read, 'L', 'RGB' or 'RGBA': the model's, see `mode_of`.
+        value_range: The range of 16-bit and floating-point images, as of `convert`: the model's.
     """
 
     task = 'multiclass'
     input_img_mode = 'RGB'
+    value_range: Optional[Tuple[float, float]] = None
 
     def __init__(self, class_names: Sequence[str], labels: Sequence[int]) -> None:
         self.class_names: Tuple[str, ...] = tuple(class_names)
@@ -71,9 +76,9 @@ class Images(Dataset):
         """The labels of all images, as `read` gives them: (images,) class numbers."""
         return torch.from_numpy(self.labels[self.rows])
 
-    def strata(self) -> np.ndarray:
-        """Numbers (images,) from 0 on; a split takes the same share of the images of each."""
-        return self.labels[self.rows]
+    def class_counts(self) -> np.ndarray:
+        """Number of images of every class, (K,)."""
+        return np.bincount(self.labels[self.rows], minlength=len(self.class_names))
 
     def where(self, index: int) -> str:
         """What a person finds the image by: the file's path, or 'NAME[split] row 17'."""
@@ -82,6 +87,7 @@ class Images(Dataset):
     def state(self) -> str:
         """A hash that changes with the images and their order: of names, labels, and sizes and times of files."""
         digest = hashlib.sha256(self.labels[self.rows].tobytes())
+        digest.update(f'{self.value_range}'.encode())
         for index in range(len(self)):
             digest.update(os.fsencode(self.where(index)))
             if os.path.exists(self.where(index)):
@@ -91,11 +97,16 @@ class Images(Dataset):
 
     def names(self, data_dir: Optional[str] = None) -> str:
         """A hash of the labels and names, in their order, without the folder that the names may begin with."""
-        root = str(Path(data_dir)) if data_dir else ''
         digest = hashlib.sha256(self.labels[self.rows].tobytes())
-        for index in range(len(self)):
-            digest.update(os.fsencode(self.where(index).removeprefix(root)) + b'\0')
+        for name in self.relative_names(data_dir):
+            digest.update(os.fsencode(name) + b'\0')
         return digest.hexdigest()
+
+    def relative_names(self, data_dir: Optional[str] = None) -> List[str]:
+        """What `where` says of every image, relative to a folder, with / between folders on every system."""
+        root = os.path.join(str(Path(data_dir)), '') if data_dir else ''
+        names = (self.where(index).removeprefix(root) for index in range(len(self)))
+        return [name.replace(os.sep, '/') for name in names]
 
     def take(self, indices: Sequence[int]) -> 'Images':
         """Some of the images, in the order given, from the same source."""
@@ -131,7 +142,7 @@ class Files(Images):
     paths: Sequence[str]
 
     def _image(self, row: int) -> Image.Image:
-        return read_image(self.paths[row], mode=self.input_img_mode)
+        return read_image(self.paths[row], mode=self.input_img_mode, value_range=self.value_range)
 
     def _where(self, row: int) -> str:
         return self.paths[row]
@@ -158,9 +169,9 @@ class Multilabel(Images):
         """(images, K), 0. or 1."""
         return super().targets().float()
 
-    def strata(self) -> np.ndarray:
-        """All alike: images are held out as they come."""
-        return np.zeros(len(self), np.int64)
+    def class_counts(self) -> np.ndarray:
+        """Number of images of every class, (K,)."""
+        return self.labels[self.rows].sum(axis=0, dtype=np.int64)
 
     def with_classes(self, class_names: Sequence[str]) -> 'Multilabel':
         """The same images, with columns in the order of another split's or a model's classes.

@@ -1,13 +1,15 @@
 """Images that cannot be read: found before a run, named, and left out if wanted."""
+import functools
 import logging
-from typing import Dict, List, Optional, Sequence, Tuple
+import operator
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from huggingface_hub.utils import tqdm
 from torch.utils.data import DataLoader, Dataset
 
 from .base import Images
-from .images import UNREADABLE, DamagedImageError
+from .images import UNREADABLE, DamagedImageError, Values
 
 _logger = logging.getLogger(__name__)
 
@@ -24,7 +26,7 @@ def leave_out_damaged(images: Images, workers: int = 0, damaged: Optional[Dict[s
         ValueError: If none is left.
     """
     if damaged is None:
-        found = find_damaged(images, workers)
+        found = scan(images, workers).damaged
     else:
         places = ((i, images.where(i)) for i in range(len(images) if damaged else 0))
         found = {i: damaged[where] for i, where in places if where in damaged}
@@ -39,10 +41,21 @@ def leave_out_damaged(images: Images, workers: int = 0, damaged: Optional[Dict[s
     return result
 
 
-def find_damaged(images: Images, workers: int = 0) -> Dict[int, str]:
-    """Read every image once, with a progress bar, and say why some cannot be: index -> reason, in order.
+class Scan(NamedTuple):
+    """What reading every image has found.
 
-    The processes of an initialised `torch.distributed` read a share each, and all get the whole answer.
+    Attributes:
+        damaged: Why images cannot be read, by index, in order.
+        values: The values of 16-bit and floating-point images; None if there are none.
+    """
+    damaged: Dict[int, str]
+    values: Optional[Values]
+
+
+def scan(images: Images, workers: int = 0) -> Scan:
+    """Read every image once, with a progress bar.
+
+    The processes of an initialized `torch.distributed` read a share each, and all get the whole result.
     """
     rank, world = 0, 1
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -50,19 +63,33 @@ def find_damaged(images: Images, workers: int = 0) -> Dict[int, str]:
     indices = range(rank, len(images), world)
     loader = DataLoader(_Reasons(images, indices), batch_size=16, num_workers=workers, collate_fn=list)
     found: Dict[int, str] = {}
+    values: List[Values] = []
     with tqdm(total=len(indices), desc='reading images', unit='image', disable=rank > 0, leave=False) as progress:
-        for reasons in loader:
-            found.update((index, reason) for index, reason in reasons if reason is not None)
-            progress.update(len(reasons))
+        for batch in loader:
+            found.update((index, reason) for index, reason, _ in batch if reason is not None)
+            values = merge([*values, *(seen for _, _, seen in batch if seen is not None)])
+            progress.update(len(batch))
     if world > 1:
-        parts: List[Dict[int, str]] = [{}] * world
-        torch.distributed.all_gather_object(parts, found)
-        found = {index: reason for part in parts for index, reason in part.items()}
-    return dict(sorted(found.items()))
+        parts: List[Any] = [None] * world
+        torch.distributed.all_gather_object(parts, (found, values))
+        found = {index: reason for part, _ in parts for index, reason in part.items()}
+        values = merge([seen for _, part in parts for seen in part])
+    return Scan(dict(sorted(found.items())), *(values or [None]))
+
+
+def merge(values: List[Values]) -> List[Values]:
+    """The values of all images as a list of one; empty if there are none."""
+    return [functools.reduce(operator.or_, values)] if values else []
+
+
+def sample_values(images: Images, count: int = 16) -> Optional[Values]:
+    """The values of a few 16-bit or floating-point images; None if there are none. Unreadable images are skipped."""
+    items = _Reasons(images, range(0, len(images), max(len(images) // count, 1)))
+    return next(iter(merge([seen for _, _, seen in map(items.__getitem__, range(len(items))) if seen])), None)
 
 
 class _Reasons(Dataset):
-    """(index, why the image cannot be read or None)."""
+    """(index, why the image cannot be read or None, its `Values` or None)."""
 
     def __init__(self, images: Images, indices: Sequence[int]) -> None:
         self.images, self.indices = images, indices
@@ -70,10 +97,10 @@ class _Reasons(Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, item: int) -> Tuple[int, Optional[str]]:
+    def __getitem__(self, item: int) -> Tuple[int, Optional[str], Optional[Values]]:
         index = self.indices[item]
         try:
-            self.images.read(index)
+            image, _ = self.images.read(index)
         except DamagedImageError as error:
-            return index, str(error).removeprefix(f'{self.images.where(index)}{UNREADABLE}')
-        return index, None
+            return index, str(error).removeprefix(f'{self.images.where(index)}{UNREADABLE}'), None
+        return index, None, image.info.get('values')

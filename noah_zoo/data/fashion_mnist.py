@@ -27,7 +27,7 @@ class FashionMnist(Images):
     """
 
     def __init__(self, root: Path, split: str, transform: Optional[Callable] = None) -> None:
-        prefixes = {**dict.fromkeys(TRAINING, 'train'), **dict.fromkeys(VALIDATION, 't10k')}
+        prefixes = {**dict.fromkeys(TRAINING, 'train'), **dict.fromkeys((*VALIDATION, 'test'), 't10k')}
         if split not in prefixes:
             raise ValueError(f"fashion_mnist: split={split!r} is not one of 'train', 'test'")
         self.split = split

@@ -83,9 +83,9 @@ class Folder(Files):
     def __init__(self, data_dir: str, split: str) -> None:
         if not Path(data_dir).is_dir():
             raise FileNotFoundError(f'folder: {data_dir} is not a folder')
-        splits = (Path(data_dir, name) for name in synonyms(split) if name == split or 'test' not in (name, split))
+        splits = (Path(data_dir, name) for name in synonyms(split))
         self.root = root = next((folder for folder in splits if folder.is_dir()), Path(data_dir))
-        others = [name for name in TRAINING + VALIDATION if (root / name).is_dir()]
+        others = [name for name in (*TRAINING, *VALIDATION, 'test') if (root / name).is_dir()]
         if root == Path(data_dir) and others:  # not the whole of it, which timm takes
             raise FileNotFoundError(f'folder: {data_dir} has {"/, ".join(others)}/, but no folder for split {split!r}')
         self.paths, left_out = find_image_files(root)

@@ -54,13 +54,17 @@ class HubRows(Images):
             dataset = datasets.load_dataset(**source_of(name, data_dir), split=split)
         except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
             hint = '; choose one as hfds/NAME:CONFIG' if 'onfig' in str(error) and ':' not in name else ''
-            raise ValueError(f'hfds/{name}: {one_line(error)} (split {split!r}){hint}') from error
+            reasons = []  # the cause of "An error occurred while generating the dataset"
+            while error is not None:
+                reasons.append(one_line(error))
+                error = error.__cause__
+            raise ValueError(f'hfds/{name}: {": ".join(reasons)} (split {split!r}){hint}') from None
         columns = {column: kind for column, kind in dataset.features.items() if column != input_key}
         images = dataset.features.get(input_key)
         if images is None:
             raise ValueError(
                 f'hfds/{name}: no images in a column {input_key!r} (--input-key); the others are {", ".join(columns)}')
-        if not isinstance(images, datasets.Image) and getattr(images, 'dtype', None) not in ('string', 'binary'):
+        if not isinstance(images, datasets.Image) and not _is_path_or_bytes(images):
             kind = 'a list of images' if _inner(images) is not images else f'{images}'
             raise ValueError(f'hfds/{name}: column {input_key!r} has {kind} in a row; expected one image')
         if target_key not in columns:
@@ -68,6 +72,8 @@ class HubRows(Images):
                 f'hfds/{name}: no column {target_key!r} for the labels (--target-key), only '
                 f'{", ".join(dataset.column_names)}')
         self.input_key = input_key
+        if not isinstance(images, datasets.Image):  # which are cast from small strings and bytes only
+            dataset = dataset.cast_column(input_key, datasets.Value('binary' if _is_bytes(images) else 'string'))
         self.dataset = dataset.cast_column(input_key, datasets.Image(decode=False))
         names = getattr(_inner(columns[target_key]), 'names', None) or []
         return names, dataset.select_columns(target_key)[target_key][:]
@@ -76,13 +82,25 @@ class HubRows(Images):
         where, cell = self._where(row), self.dataset[row][self.input_key]
         if cell is None:
             raise DamagedImageError(f'{where}{UNREADABLE}the row has no image')
-        return read_image(cell['bytes'] or cell['path'], where, self.input_img_mode)
+        return read_image(cell['bytes'] or cell['path'], where, self.input_img_mode, self.value_range)
 
     def _where(self, row: int) -> str:
         return f'{self.name}[{self.split}] row {row}'
 
     def state(self) -> str:
         return f'{super().state()} {self.dataset._fingerprint}'
+
+
+def _is_bytes(kind: Any) -> bool:
+    """Whether a column has binary data, of whatever size of offsets."""
+    import pyarrow.types as types
+    return types.is_binary(kind.pa_type) or types.is_large_binary(kind.pa_type) or types.is_binary_view(kind.pa_type)
+
+
+def _is_path_or_bytes(kind: Any) -> bool:
+    import pyarrow.types as types
+    text = types.is_string, types.is_large_string, types.is_string_view
+    return getattr(kind, 'pa_type', None) is not None and (_is_bytes(kind) or any(is_text(kind.pa_type) for is_text in text))
 
 
 def _inner(kind: Any) -> Any:
@@ -110,6 +128,7 @@ class HubImages(HubRows):
             target_key: Optional[str] = None,
     ) -> None:
         names, labels = self._open(name, data_dir, split, input_key or 'image', target_key or 'label')
+        labels = [int(label) if isinstance(label, float) and label.is_integer() else label for label in labels]
         wrong = next((i for i, label in enumerate(labels) if not isinstance(label, (int, str))), None)
         if wrong is not None:
             raise ValueError(f'{self._where(wrong)}: the label {labels[wrong]!r} is not one class')

@@ -106,10 +106,16 @@ class EpochBatchSampler(Sampler):
 
 
 class EvalBatchSampler(Sampler):
-    """The batches of one process in evaluation: every image once, over all processes."""
+    """The batches of one process in evaluation: every image once, over all processes.
+
+    Attributes:
+        is_padding: Whether there are fewer images than processes and none for this one. Its batch is the first image,
+            which the caller must not count.
+    """
 
     def __init__(self, count: int, per_device: int, processes: int, rank: int) -> None:
-        self.indices, self.per_device = range(rank, count, processes), per_device
+        self.is_padding = count <= rank
+        self.indices, self.per_device = range(0 if self.is_padding else rank, count, processes), per_device
 
     def __len__(self) -> int:
         return -(-len(self.indices) // self.per_device)

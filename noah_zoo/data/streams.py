@@ -38,9 +38,11 @@ class Stream(IterableDataset):
         class_names: Names in the order of the labels.
         transform: Applied to the image.
         input_img_mode: As of `Images`.
+        value_range: As of `Images`.
     """
     task = 'multiclass'
     input_img_mode = 'RGB'
+    value_range: Optional[Tuple[float, float]] = None
 
     def __init__(
             self, name: str, data_dir: Optional[str], split: str, training: bool = False, seed: int = 0,
@@ -103,7 +105,7 @@ class Stream(IterableDataset):
             if label not in range(len(self.class_names)):
                 raise ValueError(f'{where}: the label is {label}, accepted are 0 to {len(self.class_names) - 1}')
             try:
-                image = read_image(data, where, self.input_img_mode)
+                image = read_image(data, where, self.input_img_mode, self.value_range)
             except DamagedImageError as error:
                 if not self.skip_damaged:
                     raise

@@ -17,11 +17,11 @@ from .predict import (
     DEFAULT_MODEL,
     SAMPLES,
     find_images,
-    image_mode,
     load_model,
     load_twin,
     logits_of,
     probabilities,
+    reading_of,
     short_names,
 )
 from .visualize import as_model_sees, grad_cam, overlay
@@ -184,7 +184,7 @@ def look_for(pair: Pair, image: Image.Image, index: int) -> List[Tuple[Image.Ima
 
 
 def _read(pair: Pair, image: str) -> Image.Image:
-    return read_image(image, os.path.basename(image), image_mode(pair.model))
+    return read_image(image, os.path.basename(image), **reading_of(pair.model))
 
 
 def _look(pair: Pair, image: Image.Image, index: int) -> Tuple[Any, str]:

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..data.images import read_image
 from ..models.attach import data_config_of, eval_transform, name_of
-from .predict import image_mode, label_names
+from .predict import label_names, reading_of
 
 _logger = logging.getLogger(__name__)
 
@@ -171,14 +171,14 @@ class _Calibration:
     """Images one by one, as onnxruntime's CalibrationDataReader gives them; a fixed batch is filled with one."""
 
     def __init__(self, images: Sequence[str], model: 'ExportedModel') -> None:
-        self.images, self.transform, self.mode = iter(images), eval_transform(model), image_mode(model)
+        self.images, self.transform, self.reading = iter(images), eval_transform(model), reading_of(model)
         self.batch_size = model.input_shape[0] or 1
 
     def get_next(self) -> Optional[Dict[str, np.ndarray]]:
         image = next(self.images, None)
         if image is None:
             return None
-        x_CHW = self.transform(read_image(image, mode=self.mode))
+        x_CHW = self.transform(read_image(image, **self.reading))
         return {'images': x_CHW.repeat(self.batch_size, 1, 1, 1).numpy()}
 
     def __iter__(self) -> '_Calibration':

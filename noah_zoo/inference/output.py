@@ -5,16 +5,17 @@ import os
 from pathlib import Path
 from typing import Any, BinaryIO, Dict, Iterator, List, NamedTuple, Optional, Sequence
 
+from ..files import check_writable
+
 SUFFIXES = '.csv', '.jsonl'
 FIELDS = 'label', 'index', 'probability'
 
 
 def check_output(path: Path) -> None:
-    """Raise ValueError if the name ends otherwise than accepted, FileNotFoundError if there is no such folder."""
+    """Raise ValueError if the suffix is not one of `SUFFIXES`, OSError as `check_writable`."""
     if path.suffix not in SUFFIXES:
         raise ValueError(f'{path}: predictions are written to a file that ends with {" or ".join(SUFFIXES)}')
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f'{path.parent}: no such folder for {path.name}')
+    check_writable(path)
 
 
 class PredictionFile:
@@ -82,7 +83,7 @@ class PredictionFile:
             cells = [p[f] for p in predictions for f in FIELDS] if error is None else [''] * len(FIELDS) * self.top_k
             self.writer.writerow([path, self.model, *cells, error])
         else:
-            self.file.write(json.dumps({'path': path, 'model': self.model, **result}) + '\n')
+            self.file.write(json.dumps({'path': path, 'model': self.model, **result}, allow_nan=False) + '\n')
         self.done += 1
         self.failed += error is not None
 

@@ -1,8 +1,10 @@
 """Classify image files."""
 import logging
 import os
+import re
 import tempfile
 from contextlib import nullcontext
+from glob import glob
 from pathlib import Path
 from typing import Any, Callable, ContextManager, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
@@ -14,11 +16,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..catalog import CATALOG, SHIPPED, TAG, TWINS
-from ..data.folder import find_image_files
+from ..data.folder import find_image_files, natural
 from ..data.images import DamagedImageError, mode_of, read_image
 from ..data.loader import on_device, outlive_sigterm
-from ..models.attach import data_config_of, eval_transform, input_size_of, is_convolutional
-from ..text import near
+from ..models.attach import data_config_of, eval_transform, input_size_of, is_convolutional, value_range_of
+from ..text import near, one_line
 from ..weights import WeightsError
 from ..weights.find import fetch_of_authors
 from ..weights.released import write_folder
@@ -46,6 +48,16 @@ def check_model(name: str) -> None:
     raise ValueError(f'unknown model {name!r}' + (hint or (f'; did you mean {close}?' if close else '')))
 
 
+def check_device(name: str) -> None:
+    """Raise ValueError, with the devices of this machine, if a torch device cannot be used."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        kind = torch.accelerator.current_accelerator()
+        found = [f'{kind.type}:{number}' for number in range(torch.accelerator.device_count())] if kind else []
+        raise ValueError(f'device {name!r}: {one_line(error)}; this machine has {", ".join(["cpu", *found])}') from None
+
+
 def load_model(name: str, device: str = 'cpu') -> nn.Module:
     """A pretrained model in eval mode; on a GPU, one of convolutions is channels-last.
 
@@ -57,6 +69,7 @@ def load_model(name: str, device: str = 'cpu') -> nn.Module:
         ValueError: If timm does not know the name, or torch not the device.
     """
     check_model(name)
+    check_device(device)
     try:
         model = timm.create_model(name, pretrained=True)
         channels_last = torch.device(device).type == 'cuda' and is_convolutional(model)
@@ -109,14 +122,27 @@ def short_names(model: nn.Module) -> List[str]:
 
 
 def find_images(paths: Sequence[str]) -> List[str]:
-    """The image files among files and folders; folders are searched through, in natural order.
+    """The image files among files, folders and patterns ('*.png', '**/*.png'), which Windows' shells do not expand.
+
+    Folders are searched through, in natural order.
 
     Raises:
-        FileNotFoundError: If a path does not exist or a folder has no image.
+        FileNotFoundError: If a path does not exist, a pattern matches nothing or a folder has no image.
+        ValueError: If there is no path, or a path is a URL.
     """
+    if not paths:
+        raise ValueError('no images: the list of files is empty')
     images: List[str] = []
-    for path in map(Path, paths):
-        if path.is_dir():
+    for name in paths:
+        path = Path(name)
+        if re.match('[a-z]+://', name):
+            raise ValueError(f'{name}: URLs are not read; download the file')
+        if not path.exists() and any(mark in name for mark in '*?['):
+            found = sorted(glob(name, recursive=True), key=natural)
+            if not found:
+                raise FileNotFoundError(f'{name}: no file matches')
+            images += find_images(found)
+        elif path.is_dir():
             found, left_out = find_image_files(path)
             if not found:
                 raise FileNotFoundError(
@@ -137,9 +163,9 @@ def probabilities(model: nn.Module, logits_BK: Tensor) -> Tensor:
     return logits_BK.float().sigmoid() if multilabel else logits_BK.float().softmax(dim=-1)
 
 
-def image_mode(model: nn.Module) -> str:
-    """The mode in which images are read for a model. Errors as `mode_of`."""
-    return mode_of(input_size_of(model)[0])
+def reading_of(model: nn.Module) -> Dict[str, Any]:
+    """`mode` and `value_range` of `read_image` for a model. Errors as `mode_of`."""
+    return {'mode': mode_of(input_size_of(model)[0]), 'value_range': value_range_of(model)}
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -182,7 +208,7 @@ class ImageFiles(Dataset):
     """
 
     def __init__(self, paths: Sequence[str], model: nn.Module) -> None:
-        self.size, self.mode = input_size_of(model), image_mode(model)
+        self.size, self.reading = input_size_of(model), reading_of(model)
         self.paths, self.transform = paths, eval_transform(model, normalize=False)
 
     def __len__(self) -> int:
@@ -190,7 +216,7 @@ class ImageFiles(Dataset):
 
     def __getitem__(self, index: int) -> Tuple[Tensor, Optional[str]]:
         try:
-            return self.transform(read_image(self.paths[index], mode=self.mode)), None
+            return self.transform(read_image(self.paths[index], **self.reading)), None
         except (OSError, DamagedImageError) as error:
             return torch.zeros(self.size, dtype=torch.uint8), str(error)
 
@@ -231,7 +257,7 @@ def predict(
 
     Returns:
         A dictionary per image, of 'path' and 'predictions', a list of 'label', 'index' and 'probability' with the best
-        class first, or of 'path' and 'error' for a file that is no whole image.
+        class first, or of 'path' and 'error' for a file that is not a readable image or whose logits are not finite.
 
     Raises:
         ValueError: If the model takes images of other channels than 1, 3 or 4.
@@ -248,7 +274,10 @@ def _predictions(model: nn.Module, images: Sequence[str], batches: Iterable, top
     names, paths = label_names(model), iter(images)
     for logits_BK, reasons in logits_of(model, batches):
         values, indices = probabilities(model, logits_BK).topk(min(top_k, len(names)))
-        for reason, row, classes in zip(reasons, values.tolist(), indices.tolist()):
+        are_finite = logits_BK.isfinite().all(dim=1)
+        for reason, is_finite, row, classes in zip(reasons, are_finite.tolist(), values.tolist(), indices.tolist()):
             path = str(next(paths))
+            if reason is None and not is_finite:
+                reason = f'{path}: the logits of the model are not finite'
             yield {'path': path, 'error': reason} if reason is not None else {'path': path, 'predictions': [
                 {'label': names[i], 'index': i, 'probability': p} for p, i in zip(row, classes)]}

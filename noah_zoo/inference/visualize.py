@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 
 from ..data.images import convert, mode_of
-from ..models.attach import data_config_of, eval_transform, name_of
+from ..models.attach import data_config_of, eval_transform, name_of, value_range_of
 from .attention import attention_maps, token_grid
 from .predict import label_names, load_model, load_twin, probabilities, short_names
 
@@ -32,7 +32,7 @@ def as_model_sees(model: nn.Module, image: Image.Image) -> Seen:
     """Convert, resize, crop and normalise an image by the model's pretrained cfg; it is moved to the model's device and
     type."""
     config = data_config_of(model)
-    x_CHW = eval_transform(model)(convert(image, mode_of(config['input_size'][0])))
+    x_CHW = eval_transform(model)(convert(image, mode_of(config['input_size'][0]), value_range_of(model)))
     mean, std = (torch.tensor(config[name]).view(-1, 1, 1) for name in ('mean', 'std'))
     pixels = (x_CHW * std + mean).clamp(0, 1).mul(255).round().byte()
     parameter = next(model.parameters())

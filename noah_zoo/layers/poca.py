@@ -22,7 +22,7 @@ from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple, Type
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from . import poca_cpu
 
@@ -356,12 +356,13 @@ _library = torch.library.Library('noah_zoo', 'FRAGMENT')
 
 
 def _define(schema: str, function: Callable, fake: Callable, differentiable: Type[torch.autograd.Function]):
-    """An operator of torch.library."""
+    """Return an operator of torch.library. If the package is imported a second time, it is the operator that exists."""
     name = schema.split('(')[0]
-    _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
-    _library.impl(name, function, 'CompositeExplicitAutograd')
-    _library.impl(name, differentiable.call, 'Autograd')
-    torch.library.register_fake(f'noah_zoo::{name}', fake, lib=_library)
+    if not hasattr(torch.ops.noah_zoo, name):
+        _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
+        _library.impl(name, function, 'CompositeExplicitAutograd')
+        _library.impl(name, differentiable.call, 'Autograd')
+        torch.library.register_fake(f'noah_zoo::{name}', fake, lib=_library)
     return getattr(torch.ops.noah_zoo, name).default
 
 
@@ -374,10 +375,13 @@ poca_backward_op = _define(
     'bool need_x, bool need_weights) -> (Tensor, Tensor, Tensor, Tensor)', _backward, _empty_grads, _PocaBackward)
 
 
-@register_flop_formula(torch.ops.noah_zoo.poca)
 def _count(x_shape, key_shape, key_bias, value_shape, *args, out_shape=None, **kwargs) -> int:
     batch, _, height, width = x_shape
     return 2 * batch * height * width * key_shape[0] * (key_shape[1] + value_shape[1])
+
+
+if torch.ops.noah_zoo.poca not in flop_registry:  # it is there if the package is imported a second time
+    register_flop_formula(torch.ops.noah_zoo.poca)(_count)
 
 
 # Blocks

@@ -2,7 +2,7 @@
 import copy
 import functools
 from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, Type
+from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple, Type
 
 import torch
 from timm.data import create_transform, resolve_input_data_config
@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..layers.ablations import head_class
 from ..layers.noah_head import MANY_CLASSES, NoahHead, check_whole, fitting_key_ratio, fitting_num_groups
 
+VALUE_RANGE = 'value_range'  # of a note
 INITS = ('pooling', 'random', 'classifier')
 START_ARGS = ('pretrained_backbone', 'init')  # what weights a model began with, which saved weights do not need
 ERRORS = (AssertionError, AttributeError, LookupError, NotImplementedError, RuntimeError)  # what timm's code raises
@@ -54,7 +55,7 @@ class NoahModel:
         Raises:
             ValueError: If there is a mask of valid patches (NaFlex): NOAH's softmax is over all positions.
         """
-        if pre_logits or not self.num_classes:
+        if pre_logits or not self._has_noah_head:
             args = () if x is None else (x,)
             return super().forward_head(*args, pre_logits=pre_logits, **kwargs)
         if x is None or any(value is not None for value in kwargs.values()):
@@ -72,8 +73,21 @@ class NoahModel:
         return logits
 
     def get_classifier(self) -> nn.Module:
-        """The `NoahHead`; an identity after `reset_classifier(0)`."""
+        """The `NoahHead`; an identity after `reset_classifier(0)`, or the layer that was put in its place."""
         return self.get_submodule(self.noah_place)
+
+    @property
+    def _has_noah_head(self) -> bool:
+        """Whether the classifier reads positions. A layer that replaced the head reads timm's pooled features."""
+        return hasattr(self.get_classifier(), 'input_fmt')  # wrappers such as torch.compile's pass attributes on
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args, **kwargs):
+        """Load weights as `torch.nn.Module` does. Those of the model's TorchScript form are renamed."""
+        if any(key.startswith('backbone.') for key in state_dict) and not hasattr(self, 'backbone'):
+            state_dict = {
+                key.removeprefix('backbone.') if key.startswith('backbone.') else
+                f'{self.noah_place}.{key.removeprefix("head.")}': value for key, value in state_dict.items()}
+        return super().load_state_dict(state_dict, *args, **kwargs)
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None, **kwargs) -> None:
         """A new NOAH head with the same settings, device and dtype, or with 0 classes the twin's pooled features.
@@ -101,7 +115,7 @@ class NoahModel:
             self.num_classes = num_classes
 
     def __prepare_scriptable__(self) -> nn.Module:
-        return ScriptableNoah(self) if self.num_classes else _twin(self)
+        return ScriptableNoah(self) if self._has_noah_head else _twin(self)
 
     def __reduce_ex__(self, protocol):
         # The class is made at run time: pickle and deepcopy make it again from timm's.
@@ -169,10 +183,11 @@ def _copy(model: nn.Module, convert) -> nn.Module:
 
 
 def _twin(model: NoahModel) -> nn.Module:
-    """timm's own class over the same parameters, with its pooling and no classifier."""
+    """timm's own class over the same parameters, with its pooling; the NOAH head is left out, another layer stays."""
     twin = _copy(model, lambda tensor: tensor)
     twin.__class__ = model.timm_cls
-    twin.reset_classifier(0)
+    if model._has_noah_head:
+        twin.reset_classifier(0)
     return twin
 
 
@@ -489,6 +504,12 @@ def eval_transform(model: nn.Module, img_size: Optional[int] = None, normalize: 
     if img_size:
         config.update(input_size=(config['input_size'][0], img_size, img_size))
     return create_transform(**config)
+
+
+def value_range_of(model: nn.Module) -> Optional[Tuple[float, float]]:
+    """The range of 16-bit and floating-point images that the model's pretrained cfg notes; None if it has none."""
+    notes = model.pretrained_cfg.get('notes') or ()
+    return next((tuple(map(float, note.split()[1:])) for note in notes if note.startswith(f'{VALUE_RANGE} ')), None)
 
 
 def input_size_of(model: nn.Module) -> List[int]:

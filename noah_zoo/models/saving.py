@@ -6,7 +6,7 @@ from typing import Any, Dict, Optional
 from timm.models import save_for_hf
 from torch import nn
 
-from ..files import write
+from ..files import disk_errors, write
 from .attach import START_ARGS
 
 # Left out of the saved arguments of a model. transformers hands `num_classes` to timm by itself, and Python refuses an
@@ -25,10 +25,11 @@ def save_model(
         **model_config: What else `config.json` says, `label_names` for one.
 
     Raises:
-        SafetensorError: If the weights cannot be written.
+        OSError: If the weights cannot be written.
         ValueError: If an argument cannot be written as JSON, or is not that of the model.
     """
-    save_for_hf(model, str(folder), safe_serialization=True, model_args=model_args, model_config=model_config)
+    with disk_errors(folder):
+        save_for_hf(model, str(folder), safe_serialization=True, model_args=model_args, model_config=model_config)
     write(folder / 'config.json', saved_config(folder / 'config.json'))
 
 

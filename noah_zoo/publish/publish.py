@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..catalog import CATALOG, NAMESPACE, PUBLISHED, RECORD, TAG, Published
-from ..files import write
+from ..files import disk_errors, write
 from ..models.builder import WeightsError
 from ..models.saving import saved_config
 from ..text import one_line
@@ -186,7 +186,8 @@ def publish_folder(
         write(staging / CONFIG, saved_config(folder / CONFIG))
         card.save(staging / CARD)
         outputs = reference(_load(staging, whole))
-        save_file(outputs, staging / REFERENCE)
+        with disk_errors(staging):
+            save_file(outputs, staging / REFERENCE)
         published = Published('', sha256_of(staging / WEIGHTS))
         if dry_run:
             size = sum(path.stat().st_size for path in staging.rglob('*') if path.is_file())

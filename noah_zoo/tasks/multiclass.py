@@ -70,7 +70,9 @@ class Metrics:
         self.accuracy, self.loss = MetricCollection(metrics).to(device), MeanMetric().to(device)
 
     def update(self, logits: Tensor, targets: Tensor) -> None:
-        """Add logits (B, K) in float32 and class numbers (B,)."""
+        """Add logits (B, K) in float32 and class numbers (B,); B may be 0."""
+        if not len(targets):
+            return
         self.accuracy.update(logits, targets)
         self.loss.update(nn.functional.cross_entropy(logits, targets), weight=len(targets))
 

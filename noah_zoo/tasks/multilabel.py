@@ -92,8 +92,11 @@ class Metrics:
         self.loss = MeanMetric().to(device)
 
     def update(self, logits: Tensor, targets: Tensor) -> None:
-        """Add logits (B, K) in float32 and targets (B, K), 0 or 1."""
+        """Add logits (B, K) in float32 and targets (B, K), 0 or 1; B may be 0."""
         labels, positive = targets.int(), (logits > 0).int()
+        if not len(targets):
+            self.ap.update(logits.sigmoid(), labels)  # a list, which has to have a tensor on every process
+            return
         top3 = torch.zeros_like(positive).scatter(1, logits.topk(min(3, logits.shape[1])).indices, 1)
         self.ap.update(logits.sigmoid(), labels)
         self.counts[''].update(positive, labels)

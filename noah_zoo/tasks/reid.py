@@ -5,6 +5,7 @@ other cameras. What the paper leaves open, and what is chosen: the embedding is 
 of 256 x 128 pixels, flipped at random; cross-entropy over identities; the last stage keeps its stride of 32; N and r of
 the head are those of the paper's ResNet50.
 """
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from ..config import TrainConfig
 from ..data.base import Images
+from ..files import save_figure
 from ..text import some
 from .multiclass import Multiclass
 
@@ -64,7 +66,7 @@ class Reid(Multiclass):
     def draw(self, metrics: 'Metrics', images: Images, path: str, count: int) -> None:
         """Some queries, evenly spaced, and the ten of the gallery that are nearest to each."""
         paths = [images.where(index) for index in range(len(images))]
-        metrics.draw(paths, count).savefig(path, dpi=110)
+        save_figure(metrics.draw(paths, count), Path(path), dpi=110)
 
 
 class Embedding(nn.Module):

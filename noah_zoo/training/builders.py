@@ -15,7 +15,7 @@ from ..config import TrainConfig
 from ..data.base import class_changes
 from ..data.images import mode_of
 from ..inference.predict import check_model
-from ..models.attach import data_config_of, heads_of, is_convolutional, set_image_size
+from ..models.attach import VALUE_RANGE, data_config_of, heads_of, is_convolutional, set_image_size
 from ..models.builder import args_of
 from ..tasks import TASKS, find_task
 from .schedule import OneCycle
@@ -57,6 +57,9 @@ def build_model(config: TrainConfig, class_names: Tuple[str, ...]) -> nn.Module:
     others = {note for task in TASKS.values() for note in task.notes}  # of what the weights may have been trained for
     before = tuple(model.pretrained_cfg.get('notes') or ())
     notes = (*(note for note in before if note not in others), *find_task(config.task).notes)
+    if config.value_range:
+        low, high = config.value_range
+        notes = (*(note for note in notes if not note.startswith(f'{VALUE_RANGE} ')), f'{VALUE_RANGE} {low:g} {high:g}')
     if notes != before:
         model.pretrained_cfg.update(notes=notes)
     classifier = model.get_classifier()

@@ -1,12 +1,15 @@
 """Checkpoints that are whole or absent, and the newest of them."""
+import math
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
+import torch
 from accelerate import Accelerator
+from torch import Tensor
 
-from ..text import one_line
+from ..files import disk_errors
 
 PREFIX = 'update-'
 
@@ -23,8 +26,9 @@ class Progress:
         batch: Batches of a process done in the epoch under way.
         updates_in_epoch: Updates done in it.
         loss: Sum of the losses of the epoch's updates so far.
-        best: The best of the task's first figure so far.
-        best_epoch: Its epoch.
+        best: The task's first metric in the best epoch so far.
+        best_loss: The validation loss in that epoch, which decides between equal metrics; infinite if there is none.
+        best_epoch: That epoch; 0 before the first.
         skipped: Updates left out, as their loss was not finite.
         seconds: Time that the run took.
     """
@@ -34,7 +38,13 @@ class Progress:
         self.updates = 0
         self.images: Optional[List[Tuple[int, str]]] = None
         self.loss = self.seconds = 0.
-        self.best = -1.
+        self.best, self.best_loss = -1., math.inf
+
+    def is_best(self, metric: float, val_loss: float = math.inf) -> bool:
+        """Whether an epoch is better than all before it. The first epoch is, even if its metric is not a number."""
+        if not self.best_epoch or math.isnan(self.best):
+            return True
+        return metric > self.best or metric == self.best and val_loss < self.best_loss
 
     def state_dict(self) -> Dict[str, Any]:
         return dict(vars(self))
@@ -66,13 +76,14 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, update: int, keep: i
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
     try:
-        accelerator.save_state(str(partial))
-        accelerator.wait_for_everyone()
-    except (OSError, RuntimeError) as error:  # torch.save tells of a full disk by a RuntimeError
+        with disk_errors(path, RuntimeError):
+            accelerator.save_state(str(partial))
+            accelerator.wait_for_everyone()
+    except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         newest = newest_checkpoint(folder)
-        kept = f'the last good one is {newest}' if newest else 'there is none yet'
-        raise OSError(f'{path}: the checkpoint cannot be written ({_reason(error, folder)}); {kept}') from error
+        kept = f'the newest checkpoint is {newest}' if newest else 'there is no checkpoint'
+        raise OSError(f'{error}; {kept}') from None
     if accelerator.is_main_process:
         shutil.rmtree(path, ignore_errors=True)
         os.replace(partial, path)
@@ -84,9 +95,20 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, update: int, keep: i
     return path
 
 
-def _reason(error: Exception, folder: Path) -> str:
-    free = shutil.disk_usage(folder).free
-    return f'{one_line(error)}; {free / 1e6:.0f} MB are free'
+def all_finite(accelerator: Accelerator, *states: Any) -> bool:
+    """Whether all floating-point tensors of state dicts, nested or not, are finite on all processes."""
+    tensors = [tensor for state in states for tensor in _tensors(state) if tensor.is_floating_point()]
+    local = [tensor.to_local() if hasattr(tensor, 'to_local') else tensor for tensor in tensors]  # a shard's part
+    bad = torch.stack([~tensor.isfinite().all().to(accelerator.device) for tensor in local]).sum()
+    return not accelerator.reduce(bad, 'sum').item()
+
+
+def _tensors(state: Any) -> Iterator[Tensor]:
+    if isinstance(state, Tensor):
+        yield state
+    elif isinstance(state, (dict, list, tuple)):
+        for item in state.values() if isinstance(state, dict) else state:
+            yield from _tensors(item)
 
 
 def checkpoints(folder: Path) -> List[Path]:

@@ -7,15 +7,18 @@ from typing import Dict
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ..files import save_figure
 
-def draw_curve(log: Path, path: Path, title: str, figures: Dict[str, str]) -> None:
+
+def draw_curve(log: Path, path: Path, title: str, figures: Dict[str, str], best_epoch: int) -> None:
     """Draw loss and figures over epochs from a run's `log.jsonl`.
 
     Args:
         log: The log, a line per epoch.
         path: The PNG to write.
         title: Title of the picture.
-        figures: `Task.figures`; the first is said of the best epoch.
+        figures: `Task.figures`; the title gives the first one in the best epoch.
+        best_epoch: The best epoch.
     """
     records = [  # null is what was no number
         {k: math.nan if v is None else v for k, v in json.loads(line).items()}
@@ -31,10 +34,10 @@ def draw_curve(log: Path, path: Path, title: str, figures: Dict[str, str]) -> No
     for key, style in zip(drawn, ('-', '--', ':')):
         accuracy.plot(epochs, [record[key] for record in records], style, marker='.', label=figures[key])
     first = drawn[0]
-    best = max(records, key=lambda record: (not math.isnan(record[first]), record[first]))
-    accuracy.set(xlabel='epoch', ylabel='%', title=f'best {figures[first]} {best[first]:.2f} in epoch {best["epoch"]}')
+    best = next(record[first] for record in records if record['epoch'] == best_epoch)
+    accuracy.set(xlabel='epoch', ylabel='%', title=f'best {figures[first]} {best:.2f} in epoch {best_epoch}')
     for axes in (losses, accuracy):
         axes.legend()
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, dpi=120)

@@ -52,10 +52,10 @@ class FeatureBatches:
     """The batches of a sampler of `noah_zoo.data.loader`, of features instead of images."""
 
     def __init__(self, cached: CachedFeatures, sampler: Sampler) -> None:
-        self.cached, self.sampler = cached, sampler
+        self.cached, self.batch_sampler = cached, sampler
 
     def __iter__(self) -> Iterator[Tuple[Tensor, Tensor]]:
-        for keys in self.sampler:
+        for keys in self.batch_sampler:
             yield self.cached.batch([index for _, _, index in keys])
 
 

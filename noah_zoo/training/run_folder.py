@@ -2,29 +2,39 @@
 import csv
 import io
 import json
-import math
+import logging
 import os
 import platform
 import shutil
 import subprocess
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence
+from typing import Any, Dict, Iterator, Optional, Sequence
 
 import accelerate
 import timm
 import torch
 import yaml
+from accelerate import PartialState
+from filelock import FileLock, Timeout
 from torch import nn
 
 from ..config import TrainConfig
 from ..data.base import class_changes
-from ..files import clear_partial, write
+from ..data.factory import create_datasets
+from ..data.split import EARLIER, RECORD, TRAINING, VALIDATION, read_split
+from ..files import clear_partial, disk_errors, write
 from ..models.saving import save_model
+from ..tasks import find_task
+from ..text import finite
 from .builders import model_kwargs
 from .checkpoint import PREFIX, newest_checkpoint
 
+_logger = logging.getLogger(__name__)
+
+LOCK_SECONDS = 10  # workers of a killed run hold its lock until they notice, which takes up to 5 seconds
 MAY_CHANGE = (  # settings that a run may go on with another value of: they do not change what it leaves
     'output', 'data_dir', 'resume', 'workers', 'log_with', 'checkpoint_hist', 'device_batch_size')
 OF_CHECKPOINT = (  # settings that a branch has from its checkpoint: they say what is in there
@@ -59,10 +69,8 @@ class RunFolder:
         if source and (source / 'args.yaml').exists():
             _refuse_changes(f'{config.resume} does not go with', _settings(source / 'args.yaml', config), {
                 name: now[name] for name in OF_CHECKPOINT})
-        if self.path.is_file():
-            raise FileExistsError(f'{self.path} is a file; name a folder as --output')
-        if not args.exists():
-            return None
+        if not args.exists() or not (summary.exists() or newest_checkpoint(self.checkpoints)):
+            return None  # a run that ended before its first checkpoint starts again
         if not config.resume or source and source.resolve() != self.path.resolve():
             state = 'a finished' if summary.exists() else 'an unfinished'
             raise FileExistsError(
@@ -80,6 +88,51 @@ class RunFolder:
                 f'{self.path} is a finished run of {before["epochs"]} epochs without checkpoints, from which it could '
                 f'go on to {config.epochs}')
         return None
+
+    @contextmanager
+    def locked(self, config: TrainConfig) -> Iterator[None]:
+        """Hold the folder, which is made, against other processes. The lock ends with the process.
+
+        Raises:
+            BlockingIOError: If another process holds it.
+            OSError: If the folder cannot be written.
+        """
+        if not PartialState(cpu=config.cpu).is_main_process:
+            yield
+            return
+        if self.path.is_file():
+            raise FileExistsError(f'{self.path} is a file; name a folder as --output')
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / '.lock')
+        try:
+            lock.acquire(timeout=LOCK_SECONDS)
+        except Timeout:
+            raise BlockingIOError(
+                f'another process writes to {self.path}; wait for it or name another --output') from None
+        except NotImplementedError:  # a network file system without locks
+            _logger.warning('%s: the file system has no locks; make sure that no other run writes there', self.path)
+        try:
+            yield
+        finally:
+            lock.release()
+            with suppress(OSError):  # of a folder that a run has written to
+                (self.path / '.lock').unlink(missing_ok=True)
+                self.path.rmdir()
+
+    def check_images(self, config: TrainConfig) -> None:
+        """Raise ValueError if the images of a finished run are others now."""
+        if not (self.path / RECORD).is_file():
+            return
+        record = {(name, split) for name, split in read_split(self.path).items() if split != EARLIER}
+        sets = create_datasets(config, self.damaged(config), find_task(config.task).reads)
+        now = {
+            (name, split) for split, images in zip((TRAINING, VALIDATION), sets)
+            for name in images.relative_names(config.data_dir)}
+        if record != now:
+            raise ValueError(
+                f'{self.path} is finished, and its images have changed since: {len(now - record):,} are new, '
+                f'{len(record - now):,} are gone; another --output with --model local-dir:{self.path / "best"} '
+                f'--split-from {self.path} starts from its weights')
 
     def check_classes(self, class_names: Sequence[str], resume: Optional[str]) -> None:
         """Raise ValueError, with their names, if the run that `resume` goes on with had other classes, or in another
@@ -127,8 +180,8 @@ class RunFolder:
 
     def add(self, record: Dict[str, Any]) -> None:
         """Add an epoch to the log."""
-        with self.log.open('a', encoding='utf-8') as log:
-            log.write(json.dumps(_finite(record), allow_nan=False) + '\n')
+        with disk_errors(self.log), self.log.open('a', encoding='utf-8') as log:
+            log.write(json.dumps(finite(record), allow_nan=False) + '\n')
 
     def records(self) -> Dict[int, Dict[str, Any]]:
         """The epochs of the log, by number."""
@@ -143,7 +196,11 @@ class RunFolder:
         model = deepcopy(model).cpu().to(memory_format=torch.contiguous_format)
         head = getattr(model, 'noah_cfg', {})
         head = {name: head[name] for name in ('num_groups', 'key_ratio') if name in head}
-        save_model(model, partial, {**head, **model_kwargs(config)}, label_names=list(class_names))
+        try:
+            save_model(model, partial, {**head, **model_kwargs(config)}, label_names=list(class_names))
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         if best.exists():
             os.replace(best, old)
         os.replace(partial, best)
@@ -160,7 +217,7 @@ class RunFolder:
 
     def end(self, summary: Dict[str, Any]) -> None:
         """Write the summary, by which the run is finished."""
-        write(self.path / 'summary.json', json.dumps(_finite(summary), indent=2, allow_nan=False) + '\n')
+        write(self.path / 'summary.json', json.dumps(finite(summary), indent=2, allow_nan=False) + '\n')
 
 
 def run_of(resume: Optional[str]) -> Optional[Path]:
@@ -182,6 +239,11 @@ def _settings(args: Path, config: TrainConfig) -> Dict[str, Any]:
     """What an `args.yaml` has, and the defaults of settings that came later."""
     defaults = _plain(TrainConfig(model=config.model, output=config.output))
     return {**defaults, **yaml.safe_load(args.read_text(encoding='utf-8'))}
+
+
+def data_dir_of(run: Path) -> Optional[str]:
+    """The `data_dir` of a run."""
+    return yaml.safe_load((run / 'args.yaml').read_text(encoding='utf-8')).get('data_dir')
 
 
 def epoch_updates_of(output: str) -> Optional[int]:
@@ -210,13 +272,6 @@ def versions() -> Dict[str, Any]:
         'timm': timm.__version__, 'accelerate': accelerate.__version__, 'machine': platform.machine(),
         'device': torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu',
         'threads': torch.get_num_threads()}
-
-
-def _finite(value: Any) -> Any:
-    """What JSON can say: of what is no number, or not finite, null."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _plain(config: TrainConfig) -> Dict[str, Any]:

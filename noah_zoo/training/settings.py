@@ -1,10 +1,11 @@
 """From a model's name, a recipe and what the user gave to the settings of a run and its batches."""
 import logging
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any, Dict, NamedTuple
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedType, LoggerType
 
 from ..config import TrainConfig
 from ..data.images import mode_of
@@ -58,6 +59,22 @@ def configure(model: str, output: str, recipe: str = 'auto', **overrides: Any) -
         overrides = overrides | dict(model_kwargs={})
     settings.update((k, tuple(v) if isinstance(v, list) else v) for k, v in overrides.items())
     return TrainConfig(model=model, output=output, **settings)
+
+
+def tracked(config: TrainConfig) -> Dict[str, Any]:
+    """The settings for a tracker: numbers, booleans and text, of which tensorboard takes no other."""
+    return {
+        name: value if isinstance(value, (bool, int, float, str)) else str(value)
+        for name, value in asdict(config).items()}
+
+
+def check_tracker(name: str) -> None:
+    """Raise ValueError if Accelerate has no tracker of this name, ImportError if its package is not installed."""
+    known = [str(tracker) for tracker in LoggerType if tracker != LoggerType.ALL]
+    if name not in known:
+        raise ValueError(f'log_with={name!r} is not one of {", ".join(known)}')
+    if name not in map(str, get_available_trackers()):
+        raise ImportError(f'log_with={name!r}: the package is not installed; pip install {name}')
 
 
 def check_settings(config: TrainConfig, accelerator: Accelerator) -> None:

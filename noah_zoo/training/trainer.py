@@ -22,13 +22,16 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from ..config import TrainConfig
+from ..data.base import Images
+from ..data.damage import sample_values
 from ..data.factory import create_datasets
 from ..data.images import mode_of
 from ..data.loader import EpochBatchSampler, EvalBatchSampler, create_loader, on_device, seed_everything
+from ..data.split import EARLIER, RECORD, check_overlap, read_split, source_runs, write_split
 from ..data.streams import Stream
 from ..data.transforms import create_erasing, create_transforms
 from ..inference.predict import has_bf16, logits_of
-from ..models.attach import data_config_of, eval_transform, heads_of
+from ..models.attach import data_config_of, eval_transform, heads_of, value_range_of
 from ..tasks import find_task
 from .builders import (
     build_ema,
@@ -39,11 +42,11 @@ from .builders import (
     memory_format_of,
     steps_on_updates,
 )
-from .checkpoint import Progress, newest_checkpoint, save_checkpoint
+from .checkpoint import PREFIX, Progress, all_finite, checkpoints, newest_checkpoint, save_checkpoint
 from .curve import draw_curve
 from .features import FeatureBatches, HeadOnly, cache_features
-from .run_folder import RunFolder, run_of, settings_of, versions
-from .settings import check_settings, learning_rate, plan_batch
+from .run_folder import RunFolder, data_dir_of, run_of, settings_of, versions
+from .settings import check_settings, check_tracker, learning_rate, plan_batch, tracked
 
 _logger = logging.getLogger(__name__)
 
@@ -66,15 +69,21 @@ def train(config: TrainConfig) -> Dict[str, Any]:
         The summary.
 
     Raises:
+        BlockingIOError: If another process writes to `config.output`.
         FileExistsError: If `config.output` has a run already, and `resume` does not say to go on with it.
         FileNotFoundError: If the data are not there.
-        FloatingPointError: If the loss of an update is not finite; nothing is saved from there on.
+        FloatingPointError: If a loss, a weight or a state of the optimizer is not finite. Nothing is saved then.
         OSError: If the disk is full; the checkpoints before are good.
         SystemExit: With 143, after a checkpoint, if the process is sent SIGTERM.
         ValueError: If timm does not know the model, or settings contradict each other or the run that goes on.
     """
-    config = with_precision(config)
-    return RunFolder(config.output).finished(config) or Trainer(config).train()
+    config, folder = with_precision(config), RunFolder(config.output)
+    with folder.locked(config):
+        summary = folder.finished(config)
+        if summary is None:
+            return Trainer(config).train()
+        folder.check_images(config)
+        return summary
 
 
 def with_precision(config: TrainConfig) -> TrainConfig:
@@ -105,6 +114,8 @@ class Trainer:
 
     def __init__(self, config: TrainConfig) -> None:
         self.config, self.folder, self.task = config, RunFolder(config.output), find_task(config.task)
+        if config.log_with:
+            check_tracker(config.log_with)
         self.accelerator = accelerator = Accelerator(
             cpu=config.cpu, mixed_precision=config.mixed_precision, log_with=config.log_with, project_dir=config.output,
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1))  # which `train_step` does itself
@@ -120,6 +131,7 @@ class Trainer:
         seed_everything(config.seed)
         train_set, val_set = create_datasets(config, self.folder.damaged(config), self.task.reads)
         self.task.check_images(train_set, val_set)
+        self.record_split = self._check_split(train_set, val_set)
         self.class_names = train_set.class_names
         self.folder.check_classes(self.class_names, config.resume)
         self.streams = [images for images in (train_set, val_set) if isinstance(images, Stream)]
@@ -130,7 +142,11 @@ class Trainer:
         rank, size = accelerator.process_index, plan.per_device
         data_config = data_config_of(model)
         train_transform, val_transform = create_transforms(config, data_config)
-        train_set.input_img_mode = val_set.input_img_mode = mode_of(data_config['input_size'][0])
+        for images in train_set, val_set:
+            images.input_img_mode, images.value_range = mode_of(data_config['input_size'][0]), value_range_of(model)
+        values = None if self.streams else sample_values(train_set)
+        if values and values.remark():
+            _logger.warning('%s: %s', config.dataset, values.remark())
         self.sampler = None if isinstance(train_set, Stream) else EpochBatchSampler(
             len(train_set), size, plan.processes, rank, config.seed, config.aug_repeats,
             config.epoch_updates * plan.accumulation)
@@ -192,6 +208,28 @@ class Trainer:
         self.criterion = self.task.create_criterion(config, train_set).to(accelerator.device)
         self.terminated = False
 
+    def _check_split(self, train_set: Images, val_set: Images) -> Callable[[], None]:
+        """Compare the validation images with what earlier runs were trained on; return what records the split.
+
+        Raises:
+            ValueError: If the weights that training starts from have seen validation images.
+        """
+        if isinstance(train_set, Stream) or isinstance(val_set, Stream):
+            return lambda: None
+        config, path = self.config, self.folder.path
+        runs = source_runs(config.model, config.model_kwargs.get('pretrained_backbone'))
+        source, own = run_of(config.resume), path.resolve()
+        if source not in (None, own) and (source / RECORD).is_file():
+            runs.append(source)
+        earlier = set()
+        if config.resume and (path / RECORD).is_file():
+            earlier = {name for name, split in read_split(path).items() if split == EARLIER}
+        for run in runs:
+            earlier |= check_overlap(val_set, config.data_dir, run, data_dir_of(run), (
+                f'--split-from {run} keeps its validation images' if config.val_fraction else
+                'Validate on images that it has not seen'))
+        return lambda: write_split(path, train_set, val_set, config.data_dir, earlier)
+
     def train(self) -> Dict[str, Any]:
         """All epochs that are left; gives the summary."""
         accelerator, progress, config = self.accelerator, self.progress, self.config
@@ -199,13 +237,15 @@ class Trainer:
         accelerator.wait_for_everyone()  # a late process must look at `output` before anything is written there
         if accelerator.is_main_process:
             self.folder.begin(config, self.class_names, progress.epoch, self.damaged)
+            self.record_split()
         if config.log_with:
-            accelerator.init_trackers('noah_zoo')
+            accelerator.init_trackers(config.project, config=tracked(config))
         with self._sigterm():
             while progress.epoch < (min(config.epochs, 2) if config.smoke else config.epochs):
                 began, done = time.perf_counter(), progress.seconds
                 skipped = sum(stream.skipped for stream in self.streams)
                 self.train_epoch(lambda: done + time.perf_counter() - began)  # noqa: B023  called in this epoch only
+                self.check_finite()
                 model = self.model_to_keep()
                 train_seconds = time.perf_counter() - began
                 figures, metrics = self.evaluate(model)
@@ -220,9 +260,9 @@ class Trainer:
                     record['damaged'] = accelerator.reduce(skipped.to(accelerator.device), 'sum').item()
                 if not self.on_updates:
                     self.scheduler.step(progress.epoch)
-                # the first epoch is the best so far whatever it is, also if it is no number
-                if not progress.best_epoch or math.isnan(progress.best) or figures[self.task.metric] > progress.best:
-                    progress.best, progress.best_epoch = figures[self.task.metric], progress.epoch
+                score = figures[self.task.metric], figures.get('val_loss', math.inf)
+                if progress.is_best(*score):
+                    (progress.best, progress.best_loss), progress.best_epoch = score, progress.epoch
                     rows = self.task.rows(metrics, self.class_names)
                     if accelerator.is_main_process:
                         self.folder.save_best(model, config, self.class_names)
@@ -230,7 +270,7 @@ class Trainer:
                 if accelerator.is_main_process:
                     self.folder.add(record)
                     _logger.info(
-                        'epoch %d: train loss %.4f, %s %.2f, %.0f s', record['epoch'], record['train_loss'],
+                        'epoch %d: train loss %.4f, val %s %.2f, %.0f s', record['epoch'], record['train_loss'],
                         self.task.figures[self.task.metric], figures[self.task.metric], record['seconds'])
                 if config.log_with:
                     accelerator.log({k: v for k, v in record.items() if k != 'epoch'}, step=progress.epoch)
@@ -240,7 +280,8 @@ class Trainer:
         accelerator.wait_for_everyone()
         summary = self.summary()
         if accelerator.is_main_process:
-            draw_curve(self.folder.log, self.folder.path / 'curve.png', config.model, self.task.figures)
+            draw_curve(
+                self.folder.log, self.folder.path / 'curve.png', config.model, self.task.figures, progress.best_epoch)
             self.folder.end(summary)
         accelerator.end_training()
         return summary
@@ -351,10 +392,9 @@ class Trainer:
                 progress.updates_in_epoch += 1
                 continue
             if progress.skipped >= self.config.skip_nonfinite:
-                newest = newest_checkpoint(self.folder.checkpoints)
                 raise FloatingPointError(
-                    f'the loss is {self.loss} in update {update} (epoch {progress.epoch + 1}); the last good '
-                    f'checkpoint is {newest}. A lower learning rate may help, or --skip-nonfinite N')
+                    f'the loss is {self.loss} in step {update} (epoch {progress.epoch + 1}). {self._way_out(update)}, '
+                    f'or skip such steps with --skip-nonfinite N')
             progress.skipped += 1
             _logger.info('update %d: the loss is %s; left out', update, self.loss)
         return self.loss
@@ -378,9 +418,26 @@ class Trainer:
         figures = evaluate(self.accelerator, model, self.val_loader, metrics, self.config.smoke or None)
         return figures, metrics
 
-    def save(self) -> Path:
-        """Write a checkpoint, once the losses that led to it are known to be finite."""
+    def check_finite(self) -> None:
+        """Raise FloatingPointError if a weight or a state of the optimizer is not finite."""
         self.read_losses()
+        states = [self.model.state_dict(), self.ema.module.state_dict() if self.ema else {}]
+        if self.accelerator.distributed_type != DistributedType.DEEPSPEED:  # whose states are its own
+            states.append([dict(state) for state in self.optimizer.state.values()])
+        if not all_finite(self.accelerator, *states):
+            raise FloatingPointError(
+                f'the weights are not finite after step {self.progress.update} (epoch {self.progress.epoch + 1}). '
+                f'{self._way_out(self.progress.update + 1)}')
+
+    def _way_out(self, step: int) -> str:
+        """What to do when a step fails. A checkpoint taken just before it leads to the same failure."""
+        good = [path for path in checkpoints(self.folder.checkpoints) if int(path.name.removeprefix(PREFIX)) < step - 1]
+        start = f'Resume from {good[-1]} into another --output' if good else 'Start again'
+        return f'{start} with a lower --lr'
+
+    def save(self) -> Path:
+        """Write a checkpoint, once losses, weights and optimizer are known to be finite."""
+        self.check_finite()
         return save_checkpoint(
             self.accelerator, self.folder.checkpoints, self.progress.update, self.config.checkpoint_hist)
 
@@ -447,7 +504,7 @@ class Trainer:
                 f'{self.folder.path} cannot go on with other images: it had {before[0]:,} to train on and '
                 f'{before[1]:,} to evaluate on, now there are {now[0]:,} and {now[1]:,}'
                 f'{" of other names or labels" * (before == now)}; another --output with --model '
-                f'local-dir:{self.folder.path / "best"} begins from its weights')
+                f'local-dir:{self.folder.path / "best"} --split-from {self.folder.path} starts from its weights')
         if progress.updates not in (0, self.updates):
             raise ValueError(
                 f'{path} cannot be gone on with: an epoch had {progress.updates} updates, and has {self.updates} now, '
@@ -501,8 +558,12 @@ def evaluate(
         max_batches: Optional[int] = None,
 ) -> Dict[str, float]:
     """Update a task's metrics with the loaders of all processes, and give the figures; every image counts once if each
-    process loads its own."""
+    process loads its own. A process without images updates with none of the image that its sampler pads with: states
+    have to have a shape before processes exchange them."""
     batches = ((images.to(accelerator.device), targets) for images, targets in islice(loader, max_batches))
+    is_padding = getattr(getattr(loader, 'batch_sampler', None), 'is_padding', False)
     for logits, targets in logits_of(model, batches, accelerator.autocast):
+        if is_padding:
+            logits, targets = logits[:0], targets[:0]
         metrics.update(logits, targets.to(accelerator.device))
     return metrics.compute()

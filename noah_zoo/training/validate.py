@@ -8,11 +8,12 @@ from accelerate import Accelerator
 from torch.utils.data import IterableDataset
 
 from ..catalog import TAG, paper_results
+from ..config import default_dataset
 from ..data.factory import create_dataset
 from ..data.folder import Folder
 from ..data.loader import EvalBatchSampler, create_loader, on_device
 from ..inference.export import SUFFIXES, ExportedModel
-from ..inference.predict import check_model, image_mode
+from ..inference.predict import check_model, reading_of
 from ..models.attach import data_config_of, eval_transform, set_image_size
 from ..tasks import find_task
 from .trainer import evaluate
@@ -22,7 +23,7 @@ _logger = logging.getLogger(__name__)
 
 def validate(
         model: str,
-        dataset: str = 'fashion_mnist',
+        dataset: Optional[str] = None,
         task: str = 'multiclass',
         data_dir: Optional[str] = None,
         split: str = 'validation',
@@ -40,7 +41,7 @@ def validate(
 
     Args:
         model: A timm name, with or without tag, 'hf-hub:...' or 'local-dir:...'; or an exported file.
-        dataset: As of `create_dataset`.
+        dataset: As of `create_dataset`; as of `default_dataset` if None.
         task: A name of `noah_zoo.tasks.TASKS`.
         data_dir: Folder of the data.
         split: Split to evaluate on; of a folder without splits, all images.
@@ -64,7 +65,7 @@ def validate(
         RuntimeError: If the weights cannot be had.
         ValueError: If the classes of the model and the dataset do not match, or the model takes images of another size.
     """
-    judge = find_task(task)
+    judge, dataset = find_task(task), dataset or default_dataset(data_dir)
     accelerator = Accelerator(cpu=cpu)
     if picture and not judge.draws:
         raise ValueError(f'picture={picture!r}: the task {task} has none')
@@ -88,7 +89,7 @@ def validate(
         set_image_size(net, img_size)
     images = judge.match(model, net, images)
     stream = isinstance(images, IterableDataset)
-    images.input_img_mode = image_mode(net)
+    images.input_img_mode, images.value_range = reading_of(net).values()
     transform = eval_transform(net, img_size, normalize=False)
     sampler = None if stream else EvalBatchSampler(
         len(images), batch_size, accelerator.num_processes, accelerator.process_index)

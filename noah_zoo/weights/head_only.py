@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..files import write
+from ..files import disk_errors, write
 from ..models.builder import WeightsError
 from .hub import fetch, sha256_of
 
@@ -133,7 +133,8 @@ def write_head(
     write(folder / 'config.json', json.dumps({**config, 'model_type': MODEL_TYPE}, indent=2) + '\n')
     sent = {name: ours[name] for name in ours if name in reshaped or name not in frozen}
     # One entry, as several are written in any order, and a repeated call has to find what it has sent.
-    save_file(sent, folder / 'model.safetensors', {KEY: json.dumps(backbone._asdict())})
+    with disk_errors(folder):
+        save_file(sent, folder / 'model.safetensors', {KEY: json.dumps(backbone._asdict())})
     return backbone
 
 

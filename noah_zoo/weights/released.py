@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Dict, Mapping, NamedTuple, Optional, Union
 
 import torch
-from safetensors import SafetensorError
 from timm.models import create_model, get_pretrained_cfg
 from torch import Tensor
 
@@ -166,10 +165,7 @@ def write_folder(weights: Dict[str, Tensor], name: str, output: Union[str, Path]
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f'.{output.name}.{uuid.uuid4().hex[:8]}.partial')
     try:
-        try:
-            save_model(model, partial, model_args)
-        except SafetensorError as error:  # a full disk, say
-            raise OSError(f'{partial}: {error}') from None
+        save_model(model, partial, model_args)
         if output.exists():
             output.rmdir()  # it is empty, and Windows does not rename onto a folder
         os.replace(partial, output)

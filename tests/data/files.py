@@ -46,7 +46,7 @@ DAMAGED = {  # name: content, part of the reason
     'truncated.png': (encode(photo(), 'png')[:300], 'truncated'),
     'empty.jpg': (b'', 'the file is empty'),
     'text.jpg': (b'<html>404 Not Found</html>', 'not a format that Pillow knows'),
-    'bomb.png': (bomb(), 'exceeds limit'),
+    'bomb.png': (bomb(), 'as a decompression bomb has'),
 }
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from noah_zoo.data.damage import find_damaged, leave_out_damaged
+from noah_zoo.data.damage import leave_out_damaged, scan
 from noah_zoo.data.factory import create_dataset, create_datasets
 from noah_zoo.data.images import DamagedImageError
 
@@ -55,7 +55,7 @@ def test_damage_ends_a_training_in_a_line(run, tmp_path):
 @pytest.mark.parametrize('workers', [0, 2])
 def test_skip_damaged(workers, damaged_folder, caplog):
     whole, _ = create_datasets(config(damaged_folder))
-    found = find_damaged(whole, workers)
+    found = scan(whole, workers).damaged
     assert sorted(Path(whole.where(i)).name for i in found) == sorted(DAMAGED) and list(found) == sorted(found)
     for index, reason in found.items():
         assert DAMAGED[Path(whole.where(index)).name][1].lower() in reason.lower()
@@ -66,12 +66,12 @@ def test_skip_damaged(workers, damaged_folder, caplog):
     assert train_set.damaged == {whole.where(i): reason for i, reason in found.items()}
     assert val_set.damaged == {str(damaged_folder / 'validation/a/0.png'): 'the file is empty'}
     assert (len(train_set), len(val_set)) == (12, 11)
-    assert find_damaged(train_set) == {} and train_set.read(0)[1] == 0 and train_set.read(11)[1] == 1
+    assert scan(train_set).damaged == {} and train_set.read(0)[1] == 0 and train_set.read(11)[1] == 1
 
 
 def test_known_damage_is_not_looked_for(damaged_folder, monkeypatch):
     first = create_datasets(config(damaged_folder, skip_damaged=True))
-    monkeypatch.setattr('noah_zoo.data.damage.find_damaged', None)
+    monkeypatch.setattr('noah_zoo.data.damage.scan', None)
     again = create_datasets(config(damaged_folder, skip_damaged=True), {**first[0].damaged, **first[1].damaged})
     for a, b in zip(first, again):
         assert a.rows.tolist() == b.rows.tolist() and a.damaged == b.damaged
@@ -89,19 +89,19 @@ SHARES = """
 import sys, torch
 from noah_zoo.data.factory import create_dataset
 from noah_zoo.data.base import VALIDATION
-from noah_zoo.data.damage import find_damaged
+from noah_zoo.data.damage import scan
 rank, root, port = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 torch.distributed.init_process_group('gloo', init_method=f'file://{port}', rank=rank, world_size=2)
 images = create_dataset('folder', root, 'train')
 reads, read = [], images.read
 images.read = lambda index: (reads.append(index), read(index))[1]
-print(sorted(find_damaged(images)), len(reads))
+print(sorted(scan(images).damaged), len(reads))
 """
 
 
 def test_shares_of_two_processes(damaged_folder, monkeypatch):
     images = create_dataset('folder', str(damaged_folder), 'train')
-    expected = find_damaged(images)
+    expected = scan(images).damaged
     known, seen = [], []
     monkeypatch.setattr(images, 'read', lambda index: seen.append(index) or type(images).read(images, index))
     for name, value in (('is_initialized', True), ('get_world_size', 2), ('get_rank', 0)):
@@ -109,13 +109,13 @@ def test_shares_of_two_processes(damaged_folder, monkeypatch):
 
     def gather(parts, found):
         known.append(found)
-        parts[:] = [{}] * (2 - len(known)) + known[::-1]
+        parts[:] = [({}, [])] * (2 - len(known)) + known[::-1]
     monkeypatch.setattr(torch.distributed, 'all_gather_object', gather)
-    first = find_damaged(images)
+    first = scan(images).damaged
     assert sorted(seen) == list(range(0, len(images), 2))
     monkeypatch.setattr(torch.distributed, 'get_rank', lambda: 1)
     assert first == {index: reason for index, reason in expected.items() if index % 2 == 0}
-    both = find_damaged(images)
+    both = scan(images).damaged
     assert sorted(seen) == list(range(len(images)))
     assert list(both.items()) == list(expected.items())  # of both, in order
 
@@ -129,7 +129,7 @@ def test_processes_read_a_share_each_and_agree(damaged_folder, tmp_path_factory)
         for rank in range(2)]
     printed = [process.communicate(timeout=120)[0] for process in processes]  # by gloo, too
     answers = [text.splitlines()[-1].rsplit(' ', 1) for text in printed]
-    assert [answer for answer, _ in answers] == [str(list(find_damaged(images)))] * 2
+    assert [answer for answer, _ in answers] == [str(list(scan(images)))] * 2
     assert sum(int(reads) for _, reads in answers) == len(images)
 
 

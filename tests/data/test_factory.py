@@ -46,6 +46,7 @@ def test_val_fraction(tmp_path, caplog):
 def test_val_fraction_is_near_in_every_class(fraction, tmp_path):
     labels = np.random.default_rng(2).integers(0, 5, 997) ** 2
     images = FashionMnist.__new__(FashionMnist)
+    images.split = 'train'
     super(FashionMnist, images).__init__([str(i) for i in range(20)], labels)
     train_set, val_set = split_images(images, fraction, 3)
     counts = np.bincount(labels, minlength=20)

@@ -123,3 +123,27 @@ def test_a_column_of_something_else_than_images(tmp_path):
             str(folder / 'train.parquet'))
         with pytest.raises(ValueError, match=told):
             create_dataset(f'hfds/{folder}', str(tmp_path / 'cache'), 'train')
+
+
+@pytest.mark.parametrize('kind', ['string', 'large_string', 'string_view', 'binary', 'large_binary', 'binary_view'])
+def test_paths_and_files_of_every_arrow_type(kind, tmp_path):
+    """pandas 3 and polars write large_string."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    (tmp_path / 'data').mkdir()
+    cells = pngs(4)
+    if 'string' in kind:
+        for i, content in enumerate(cells):
+            (tmp_path / f'{i}.png').write_bytes(content)
+        cells = [str(tmp_path / f'{i}.png') for i in range(4)]
+    table = pa.table({'image': pa.array(cells, getattr(pa, kind)()), 'label': [0., 1., 2., 1.]})
+    pq.write_table(table, tmp_path / 'data' / 'train.parquet')
+    images = create_dataset('hfds/parquet', str(tmp_path / 'data'), 'train')
+    assert images.class_names == ('0', '1', '2') and images.labels.tolist() == [0, 1, 2, 1]
+    assert [images.read(i)[0].tobytes() for i in range(4)] == [photo(i).tobytes() for i in range(4)]
+
+
+def test_the_cause_of_an_unreadable_table_is_named(tmp_path):
+    (tmp_path / 'train.csv').write_text('image,label\na.png,0\nb.png,1,2,3\n')
+    with pytest.raises(ValueError, match='hfds/csv: .*Expected 2 fields in line 3, saw 4'):
+        create_dataset('hfds/csv', str(tmp_path), 'train')

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageOps
 
-from noah_zoo.data.damage import find_damaged
+from noah_zoo.data.damage import scan
 from noah_zoo.data.factory import create_dataset
-from noah_zoo.data.images import MODES, ORIENTATIONS, DamagedImageError, mode_of, read_image
+from noah_zoo.data.images import MODES, ORIENTATIONS, DamagedImageError, Values, mode_of, read_image
 
 from .files import DAMAGED, GREYS, encode, make_folder, photo, png
 
@@ -108,7 +108,7 @@ def test_16_bit_grey_is_scaled():
         rgb = array(data)
         assert all(np.array_equal(rgb[..., c], GREYS // 256) for c in range(3)), name
     assert {Image.open(io.BytesIO(data)).mode for data in files.values()} == {'I', 'I;16'}
-    with pytest.raises(DamagedImageError, match='mode I with values from 0 to 65536, accepted are 0 to 65535'):
+    with pytest.raises(DamagedImageError, match='values from 0 to 65536; expected 0 to 65535. Give .* --value-range LOW HIGH'):
         read_image(encode(Image.fromarray(np.array([[0, 65536]], np.int32)), 'tiff'), 'x')
 
 
@@ -116,10 +116,34 @@ def test_floating_point():
     def tiff(values):
         return encode(Image.fromarray(np.asarray(values, np.float32)), 'tiff')
     assert array(tiff([[0, 0.5, 1]]))[0, :, 1].tolist() == [0, 128, 255]
-    assert array(tiff([[0, 2.9, 100, 255]]))[0, :, 2].tolist() == [0, 2, 100, 255]
-    for values in ([[-1, 0]], [[0, 256]], [[0, np.nan]]):
-        with pytest.raises(DamagedImageError, match='mode F with values'):
+    # The scale does not depend on the image's own values: 0.98 and 1.02 are nearly the same gray.
+    assert array(tiff([[0, 0.98]]))[0, :, 0].tolist() == [0, 250]
+    assert array(tiff([[0, 0.98, 1.02]]))[0, :, 0].tolist() == [0, 250, 255]
+    for values in ([[-1, 0]], [[0, 1.1]], [[0, 256]], [[0, np.nan]]):
+        with pytest.raises(DamagedImageError, match='expected 0 to 1. Give the range of the data set with --value-range'):
             read_image(tiff(values), 'x')
+
+
+def test_value_range():
+    reflectance = encode(Image.fromarray(np.array([[-1, 0, 50, 100, 200]], np.float32)), 'tiff')
+    image = read_image(reflectance, mode='L', value_range=(0, 100))
+    assert np.asarray(image).tolist() == [[0, 0, 128, 255, 255]]
+    assert image.info['values'] == Values(-1, 200, 0, 100)
+    x_ray = encode(Image.fromarray(np.array([[0, 1024, 2048, 4095, 5000]], np.uint16)), 'png')
+    assert np.asarray(read_image(x_ray, mode='L', value_range=(0, 4095))).tolist() == [[0, 64, 128, 255, 255]]
+    hounsfield = encode(Image.fromarray(np.array([[-1000, 0, 1047]], np.int32)), 'tiff')
+    assert np.asarray(read_image(hounsfield, mode='L', value_range=(-1000, 1047))).tolist() == [[0, 125, 255]]
+    with pytest.raises(DamagedImageError, match='values from nan'):
+        read_image(encode(Image.fromarray(np.array([[np.nan, 1]], np.float32)), 'tiff'), 'x', value_range=(0, 1))
+
+
+def test_values_of_many_images():
+    values = Values(10, 500, 0, 65535) | Values(0, 4000, 0, 65535) | None
+    assert values == Values(0, 4000, 0, 65535)
+    assert values.remark() == (
+        'values from 0 to 4000 use less than an eighth of the range 0 to 65535; give the range of the data set with '
+        '--value-range LOW HIGH')
+    assert not Values(0, 8192, 0, 65535).remark()
 
 
 def test_the_modes_of_other_channels():
@@ -161,11 +185,18 @@ def test_an_image_between_pillows_two_limits_is_read():
         assert read_image(png(side, side, 1, 0, bytes((1 + side // 8) * side))).size == (side, side)
 
 
-def test_a_file_that_cannot_be_opened_is_not_called_damaged(tmp_path):
+def test_a_file_that_cannot_be_opened(tmp_path, monkeypatch):
+    """A file that is gone is an unreadable image; an error of the disk says nothing of the image."""
     make_folder(tmp_path, {'a': 2}, ['train'])
     images = create_dataset('folder', str(tmp_path), 'train')
     (tmp_path / 'train/a/1.png').unlink()
-    with pytest.raises(FileNotFoundError, match='1.png'):
+    with pytest.raises(DamagedImageError, match='1.png: not a readable image: no such file'):
         images.read(1)
-    with pytest.raises(FileNotFoundError, match='1.png'):
-        find_damaged(images)
+    assert scan(images).damaged == {1: 'no such file'}
+
+    def read_bytes(path):
+        raise OSError(5, 'Input/output error', str(path))
+    monkeypatch.setattr('noah_zoo.data.images.Path.read_bytes', read_bytes)
+    for read in (images.read, lambda index: scan(images)):
+        with pytest.raises(OSError, match='Input/output error.*0.png'):
+            read(0)

@@ -94,4 +94,4 @@ def test_no_number_is_null_in_the_log(tmp_path):
         folder.add({'epoch': epoch, 'train_loss': 1., 'val_loss': math.nan, 'top1': top1})
     lines = [json.loads(line, parse_constant=pytest.fail) for line in folder.log.read_text().splitlines()]
     assert [line['top1'] for line in lines] == [None, 50., None]
-    draw_curve(folder.log, tmp_path / 'curve.png', 'a run', {'top1': 'top-1'})
+    draw_curve(folder.log, tmp_path / 'curve.png', 'a run', {'top1': 'top-1'}, 2)

@@ -221,12 +221,12 @@ def test_recipes_are_not_shared_between_runs():
 @pytest.mark.parametrize('model, given, lr, reason', [
     ('deit_tiny_patch16_224', {}, 0.001, '0.001 = 0.0005 x 1024 / 512'),
     ('deit_tiny_patch16_224', dict(batch_size=256), 0.00025, '0.00025 = 0.0005 x 256 / 512'),
-    ('deit_tiny_patch16_224', dict(lr=0.01, batch_size=256), 0.01, '0.01 as given'),
-    ('resnet18', {}, 0.1, '0.1 as given'),
-    ('resnet18', dict(batch_size=64), 0.1, '0.1 as given'),
+    ('deit_tiny_patch16_224', dict(lr=0.01, batch_size=256), 0.01, '0.01'),
+    ('resnet18', {}, 0.1, '0.1'),
+    ('resnet18', dict(batch_size=64), 0.1, '0.1'),
     ('resnet18', dict(batch_size=64, lr=None), 0.025, '0.025 = 0.1 x 64 / 256'),
     ('resnet18', dict(lr_base=0.2), 0.2, '0.2 = 0.2 x 256 / 256'),
-    ('resnet18', dict(lr_base=0.2, lr=0.3), 0.3, '0.3 as given'),
+    ('resnet18', dict(lr_base=0.2, lr=0.3), 0.3, '0.3'),
     ('convnext_tiny', {}, 0.05, '0.05 = 0.1 x 128 / 256'),
 ])
 def test_learning_rate_and_its_reason(model, given, lr, reason):

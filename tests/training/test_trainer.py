@@ -47,7 +47,8 @@ def test_everything_at_once(idx_dir, tmp_path):
           '--grad-checkpointing', '--mixed-precision', 'bf16', '--channels-last', '--cutmix', 1, '--drop-path', 0.1,
           '--aug-repeats', 2, '--log-with', 'tensorboard', '--val-fraction', 0.25)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    events, = (tmp_path / 'run').rglob('events.out.tfevents.*')
+    events, hparams = sorted((tmp_path / 'run').rglob('events.out.tfevents.*'), key=lambda path: len(path.parts))
+    assert b'mobilenetv2_035_noah' in hparams.read_bytes()  # the settings
     scalars = EventAccumulator(str(events.parent)).Reload()
     logged = [json.loads(line) for line in (tmp_path / 'run' / 'log.jsonl').read_text().splitlines()]
     for key in ('train_loss', 'top1', 'top5', 'val_loss', 'lr'):
@@ -109,12 +110,15 @@ def test_losses_read_now_and_then_are_those_of_a_run_that_reads_each(idx_dir, tm
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-@pytest.mark.parametrize('checkpoint_steps, newest, seen', [(0, None, 8), (1, 5, 6), (2, 4, 6), (5, 5, 8)])
-def test_a_loss_that_is_read_late_is_told_of_and_not_saved(checkpoint_steps, newest, seen, idx_dir, tmp_path):
+@pytest.mark.parametrize('checkpoint_steps, newest, good, seen', [
+    (0, None, None, 8), (1, 5, 4, 6), (2, 4, 4, 6), (5, 5, None, 8)])
+def test_a_loss_that_is_read_late_is_told_of_and_not_saved(checkpoint_steps, newest, good, seen, idx_dir, tmp_path):
+    """A checkpoint of step 5 leads to the same loss in step 6."""
     run = small_run(idx_dir, tmp_path, 4, checkpoint_steps=checkpoint_steps, checkpoint_hist=99)
     at_update(run, 6, lambda x: x * torch.inf)
-    newest = newest and f'{tmp_path}/checkpoints/update-{newest:09}'
-    with pytest.raises(FloatingPointError, match=rf'is nan in update 6 \(epoch 1\); .* checkpoint is {newest}\. '):
+    newest, good = (n and f'{tmp_path}/checkpoints/update-{n:09}' for n in (newest, good))
+    way_out = f'Resume from {good} into another --output' if good else 'Start again'
+    with pytest.raises(FloatingPointError, match=rf'is nan in step 6 \(epoch 1\)\. {way_out} with a lower --lr, or skip'):
         run.train()
     assert run.progress.update == seen
     assert max((tmp_path / 'checkpoints').glob('*'), default=None) == (newest and Path(newest))

@@ -31,7 +31,7 @@ def run_dir(idx_dir, tmp_path_factory):
     output = tmp_path_factory.mktemp('run') / 'a run'
     result = train('--data-dir', idx_dir, '--output', output, '--model-kwargs', 'output_stride=16', 'num_groups=4')
     assert result.returncode == 0, result.stderr
-    assert 'test top-1' in result.stdout
+    assert 'val top-1' in result.stdout
     return output
 
 
@@ -139,7 +139,7 @@ def test_folder_dataset(tmp_path):
 
 
 @pytest.mark.parametrize('args, message', [
-    (['--data-dir', '/nowhere'], 'neither train-images-idx3-ubyte nor'),
+    (['--data-dir', '/nowhere', '--dataset', 'fashion_mnist'], 'neither train-images-idx3-ubyte nor'),
     (['--dataset', 'folder', '--data-dir', ''], 'name the folder'),
     (['-b', '64'], 'the training set has 48 images, fewer than a batch of 64'),
     (['--dataset', 'folder', '--data-dir', '/nowhere'], '/nowhere is not a folder'),
@@ -159,7 +159,7 @@ def test_a_finished_run_from_before_there_were_tasks(run_dir, idx_dir, tmp_path)
     (tmp_path / 'run' / 'summary.json').write_text(json.dumps(summary))
     done = train('--data-dir', idx_dir, '--output', tmp_path / 'run', '--resume', 'auto', '--model-kwargs',
                  'output_stride=16', 'num_groups=4')
-    assert done.returncode == 0 and f'test top-1 {summary["top1"]:.2f}' in done.stdout, done.stderr
+    assert done.returncode == 0 and f'val top-1 {summary["top1"]:.2f}' in done.stdout, done.stderr
 
 
 def test_a_finished_run_is_not_overwritten(run_dir, idx_dir):

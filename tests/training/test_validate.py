@@ -128,7 +128,9 @@ def test_other_columns(tmp_path):
 
 
 @pytest.mark.parametrize('args, message', [
-    (['--model', 'mobilenetv2_035_noah.fashion_mnist', '--data-dir', '/nowhere'], 'neither t10k-images-idx3-ubyte nor'),
+    (['--model', 'mobilenetv2_035_noah.fashion_mnist', '--data-dir', '/nowhere'], '/nowhere is not a folder'),
+    (['--model', 'mobilenetv2_035_noah.fashion_mnist', '--data-dir', '/nowhere', '--dataset', 'fashion_mnist'],
+     'neither t10k-images-idx3-ubyte nor'),
     (['--model', 'mobilenetv2_035_noah.fashion_mnist', '--dataset', 'folder', '--data-dir', '{folder}'],
      'tells 10 classes apart, the images have 2 (cat, dog)'),
     (['--model', 'resnet18_noha'], 'resnet18_noha'),
