@@ -24,8 +24,8 @@ class TrainConfig(Recipe):
     task: str = setting('multiclass',
         "'multiclass', one class per image, 'multilabel', 'reid', re-identification, or one that was registered.")
     dataset: Optional[str] = setting(None,
-        "'folder' (the default with `data_dir`), 'leaf_folder', 'csv', 'hfds/NAME' or 'hfds/NAME:CONFIG', 'hfids/NAME', "
-        "'wds/', 'coco', 'inaturalist', 'market1501', 'fashion_mnist'.")
+        "'folder' (the default with `data_dir`), 'leaf_folder', 'csv', 'hfds/NAME' or 'hfds/NAME:CONFIG', "
+        "'hfids/NAME', 'wds/', 'coco', 'inaturalist', 'market1501', 'fashion_mnist'.")
     data_dir: Optional[str] = setting(None, "Folder of the data; of 'hfds/NAME' and 'hfids/NAME' the cache.")
     input_key: Optional[str] = setting(None,
         "Column of the images; if None, 'image' of 'hfds/' and 'hfids/' and 'file_name' of 'csv'.")

@@ -159,13 +159,18 @@ class Rows:
         return features.flatten(1, -2).float(), targets.to(self.device)
 
 
+class Positions(nn.Identity):
+    """A head, by its `input_fmt`, that gives the positions it is given."""
+    input_fmt = 'NLC'
+
+
 def without_classifier(model: nn.Module, num_classes: int) -> NoahModel:
     """Make a timm model, in place, one whose `forward_head` gives what its NOAH head would be given, every position."""
     if isinstance(model, NoahModel):
         model.reset_classifier(num_classes)
     else:
         add_noah_head(model, num_classes)
-    model.set_submodule(model.noah_place, nn.Identity())
+    model.set_submodule(model.noah_place, Positions())
     return model.requires_grad_(False).eval()
 
 

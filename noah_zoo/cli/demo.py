@@ -29,7 +29,7 @@ def run(parser, args):
     os.environ.setdefault('GRADIO_ANALYTICS_ENABLED', 'False')
     with readable_errors(parser):
         try:
-                from noah_zoo.inference.demo import LAUNCH, create_page
+            from noah_zoo.inference.demo import LAUNCH, create_page
         except ImportError as error:
             raise ImportError(f"{error}; pip install 'noah-zoo[demo]'") from None
         page = create_page(args.model, args.device, args.samples)

@@ -40,7 +40,8 @@ def parse_args(argv, prog):
     written = parser.add_mutually_exclusive_group()
     written.add_argument('--json', action='store_true', help='print one JSON list instead of text')
     written.add_argument(
-        '--output', type=file_path, metavar='FILE', help='write FILE.csv or FILE.jsonl instead, or go on with it')
+        '--output', type=file_path, metavar='FILE',
+        help='write FILE.csv or FILE.jsonl instead; an unfinished file is continued')
     return parser, parser.parse_args(argv)
 
 
@@ -61,7 +62,9 @@ def run(parser, args):
         name = args.model or DEFAULT_MODEL
         listed = [path(line.rstrip('\r\n')) for line in sys.stdin if line.strip()] if '-' in args.paths else []
         paths = [name for name in args.paths if name != '-'] + listed
-        images = find_images(paths if args.paths else [str(SAMPLES)])
+        if args.paths and not paths:
+            raise ValueError('no images: the list on standard input is empty')
+        images = find_images(paths or [str(SAMPLES)])
         if args.output:
             check_output(args.output)
         model = load_model(name, args.device)

@@ -27,6 +27,7 @@ def parse_args(argv, prog):
     add('--split', metavar='NAME', help='split to evaluate on (validation)')
     add('--input-key', metavar='NAME', help="column of the images, of 'hfds/' and 'hfids/' ('image')")
     add('--target-key', metavar='NAME', help="column of the labels ('label')")
+    add('--label-separator', metavar='TEXT', help="text between the labels of an image, of 'csv' (';')")
     add('--without-labels', action='store_true', help="keep images of 'coco' that have no annotation")
     add('-b', '--batch-size', type=int, metavar='N', help='batch size per process (64)')
     add('-j', '--workers', type=int, metavar='N', help='data loading processes (2)')

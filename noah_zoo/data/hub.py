@@ -100,7 +100,9 @@ def _is_bytes(kind: Any) -> bool:
 def _is_path_or_bytes(kind: Any) -> bool:
     import pyarrow.types as types
     text = types.is_string, types.is_large_string, types.is_string_view
-    return getattr(kind, 'pa_type', None) is not None and (_is_bytes(kind) or any(is_text(kind.pa_type) for is_text in text))
+    if getattr(kind, 'pa_type', None) is None:
+        return False
+    return _is_bytes(kind) or any(is_text(kind.pa_type) for is_text in text)
 
 
 def _inner(kind: Any) -> Any:

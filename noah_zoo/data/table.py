@@ -63,7 +63,7 @@ class CsvLists(Files, Multilabel):
         split: As of `Csv`.
         input_key: As of `Csv`.
         target_key: Column of the labels; 'labels' if None.
-        separator: What is between labels. ';' if None, and then cells that seem to have another one are refused.
+        separator: Text between labels. If None it is ';', and a label that seems to be several is an error.
 
     Raises:
         FileNotFoundError, ValueError: As `Csv`.

@@ -230,6 +230,7 @@ def load_exported(path: Path) -> Tuple[Callable[[Tensor], Tensor], List[Optional
         if path.suffix == SUFFIXES['onnx']:
             import onnxruntime
 
+            onnxruntime.disable_telemetry_events()
             session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
             shape = session.get_inputs()[0].shape
             return (lambda x_BCHW: torch.from_numpy(session.run(['logits'], {'images': x_BCHW.numpy()})[0]),

@@ -128,10 +128,8 @@ def find_images(paths: Sequence[str]) -> List[str]:
 
     Raises:
         FileNotFoundError: If a path does not exist, a pattern matches nothing or a folder has no image.
-        ValueError: If there is no path, or a path is a URL.
+        ValueError: If a path is a URL.
     """
-    if not paths:
-        raise ValueError('no images: the list of files is empty')
     images: List[str] = []
     for name in paths:
         path = Path(name)

@@ -183,7 +183,7 @@ def _copy(model: nn.Module, convert) -> nn.Module:
 
 
 def _twin(model: NoahModel) -> nn.Module:
-    """timm's own class over the same parameters, with its pooling; the NOAH head is left out, another layer stays."""
+    """timm's own class over the same parameters, with its pooling; without the NOAH head, with any other layer."""
     twin = _copy(model, lambda tensor: tensor)
     twin.__class__ = model.timm_cls
     if model._has_noah_head:

@@ -30,6 +30,7 @@ def validate(
         input_key: Optional[str] = None,
         target_key: Optional[str] = None,
         without_labels: bool = False,
+        label_separator: Optional[str] = None,
         batch_size: int = 64,
         workers: int = 2,
         img_size: Optional[int] = None,
@@ -48,6 +49,7 @@ def validate(
         input_key: As of `create_dataset`.
         target_key: As of `create_dataset`.
         without_labels: As of `create_dataset`.
+        label_separator: As of `create_dataset`.
         batch_size: Images in a batch of a process.
         workers: Data loading processes per process.
         img_size: Another image size than the model's.
@@ -76,7 +78,7 @@ def validate(
         check_model(model)
     images = create_dataset(
         dataset, data_dir, split, task=judge.reads, input_key=input_key, target_key=target_key,
-        without_labels=without_labels)
+        without_labels=without_labels, label_separator=label_separator)
     if images.task != judge.reads:
         raise ValueError(f'{dataset} is for --task {images.task}, and the task is {task}')
     if isinstance(images, Folder) and images.root == Path(data_dir):

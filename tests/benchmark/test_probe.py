@@ -32,7 +32,7 @@ from noah_zoo.benchmark.report import draw_probe, table_probe
 from noah_zoo.benchmark.run import benchmark
 from noah_zoo.benchmark.settings import Run
 from noah_zoo.cli import benchmark as cli
-from noah_zoo.data.base import Images
+from noah_zoo.data.base import Files
 from noah_zoo.training.features import cache_features
 
 from ..commands import call, interrupt
@@ -126,7 +126,10 @@ def test_features_are_what_a_noah_head_is_given(name, data_dir, tmp_path):
 
 def images_of(counts):
     labels = np.random.RandomState(0).permutation(np.repeat(np.arange(len(counts)), counts))
-    return Images([f'class {i}' for i in range(len(counts))], labels)
+    images = Files.__new__(Files)
+    images.paths = [f'{row}.png' for row in range(len(labels))]
+    Files.__init__(images, [f'class {i}' for i in range(len(counts))], labels)
+    return images
 
 
 def test_hold_out_is_stratified_and_disjoint():
@@ -308,7 +311,7 @@ def test_ctrl_c_leaves_nothing(data_dir, tmp_path, monkeypatch):
     (['--heads', 'noah', 'nope'], "heads: 'nope' is not one of linear, noah, csra, simpool, efficient_probing, "),
     (['--model', 'nope'], "unknown model 'nope'"),
     (['--model', 'local-dir:nope'], 'nope'),
-    (['--data-dir', 'nope'], 'fashion_mnist: neither train-images-idx3-ubyte nor '),
+    (['--data-dir', 'nope'], 'folder: nope is not a folder'),
     (['--train-images', '6000'], 'train_images=6000 is 600 of each class, and '),
     (['--train-images', '0'], 'train_images=0: expected 1 or more'), (['--seeds', '0'], 'seeds=0: expected 1 or more'),
     (['--workers', '-1'], 'workers=-1: expected 0 or more'), (['--lrs', '0'], 'rates above 0'),

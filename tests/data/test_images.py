@@ -108,7 +108,7 @@ def test_16_bit_grey_is_scaled():
         rgb = array(data)
         assert all(np.array_equal(rgb[..., c], GREYS // 256) for c in range(3)), name
     assert {Image.open(io.BytesIO(data)).mode for data in files.values()} == {'I', 'I;16'}
-    with pytest.raises(DamagedImageError, match='values from 0 to 65536; expected 0 to 65535. Give .* --value-range LOW HIGH'):
+    with pytest.raises(DamagedImageError, match='values from 0 to 65536; expected 0 to 65535. Give .* --value-range'):
         read_image(encode(Image.fromarray(np.array([[0, 65536]], np.int32)), 'tiff'), 'x')
 
 
@@ -120,7 +120,7 @@ def test_floating_point():
     assert array(tiff([[0, 0.98]]))[0, :, 0].tolist() == [0, 250]
     assert array(tiff([[0, 0.98, 1.02]]))[0, :, 0].tolist() == [0, 250, 255]
     for values in ([[-1, 0]], [[0, 1.1]], [[0, 256]], [[0, np.nan]]):
-        with pytest.raises(DamagedImageError, match='expected 0 to 1. Give the range of the data set with --value-range'):
+        with pytest.raises(DamagedImageError, match='expected 0 to 1. Give the range .* with --value-range'):
             read_image(tiff(values), 'x')
 
 

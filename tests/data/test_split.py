@@ -116,7 +116,8 @@ def test_validation_on_trained_images_is_an_error(tmp_path):
     other = split_images(photos(), 0.25, 1)[1]
     count = len(names(other) & names(train))
     assert count > 10
-    with pytest.raises(ValueError, match=f'^{count} of 30 validation images are images that .* was trained on: .* HINT$'):
+    message = f'^{count} of 30 validation images are images that .* was trained on: .* HINT$'
+    with pytest.raises(ValueError, match=message):
         check_overlap(other, None, tmp_path, None, 'HINT')
     with pytest.raises(ValueError, match='^1 of 1 validation images'):
         check_overlap(Listed(['earlier.png'], [0]), None, tmp_path, None, '')

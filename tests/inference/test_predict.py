@@ -104,7 +104,7 @@ def test_a_damaged_image_does_not_stop_the_others(tmp_path):
     (['nowhere.jpg'], 'nowhere.jpg: no such file or folder'),
     (['--model', 'resnet18_noha'], "unknown model 'resnet18_noha'; did you mean resnet18_noah"),
     (['--model', 'resnet50_noah.nobody'], 'Invalid pretrained tag (nobody)'),
-    (['--device', 'gpu'], 'on gpu'),
+    (['--device', 'gpu'], "device 'gpu': "),
     (['--model', 'local-dir:/nowhere'], '/nowhere'),
     (['--top-k', '0'], "'0' is not a positive number"),
 ])
@@ -218,7 +218,7 @@ def read_rows(path):
 def test_a_file_that_goes_on(suffix, mixed, tmp_path):
     output = tmp_path / f'rows{suffix}'
     whole = run(mixed, '--output', output, '--batch-size', 4)
-    assert whole.returncode == 1 and whole.stdout == f'{output}: 9 images, 2 of which cannot be read\n'
+    assert whole.returncode == 1 and whole.stdout == f'{output}: 9 images, 2 of which cannot be classified\n'
     assert whole.stderr.count('not a readable image') == 2
     rows, data = read_rows(output), output.read_bytes()
     shown = json.loads(run(mixed, '--json').stdout)
@@ -309,7 +309,7 @@ def test_ctrl_c_and_on(tmp_path):
         f'interrupted; {output} has {count:,} of 1,500 images, and the same command goes on'.encode() in said
         for count in (done - 1, done))
     result = call('predict', folder, '--output', output)
-    assert result.stdout == f'{output}: 1,500 images, 1 of which cannot be read; {done:,} were there already\n'
+    assert result.stdout == f'{output}: 1,500 images, 1 of which cannot be classified; {done:,} were there already\n'
     assert [path for path, _, _ in read_rows(output)] == find_images([str(folder)])
 
 
@@ -324,7 +324,7 @@ def test_a_progress_bar_at_a_terminal_only(mixed, tmp_path, monkeypatch):
     os.close(theirs)
     seen = os.read(ours, 1 << 16).decode()
     os.close(ours)
-    assert result.returncode == 1 and result.stdout.strip().endswith(b'9 images, 2 of which cannot be read')
+    assert result.returncode == 1 and result.stdout.strip().endswith(b'9 images, 2 of which cannot be classified')
     assert '0/9' in seen and 'img/s' in seen and seen.count('not a readable image') == 2
     plain = subprocess.run(command, capture_output=True, timeout=300, check=False)  # all of it is there already
     assert plain.returncode == 1 and plain.stderr == b''

@@ -64,7 +64,7 @@ def test_a_list_on_standard_input(folder, monkeypatch):
     assert [Path(row['path']).name for row in json.loads(done.stdout)] == ['b2.png', 'a.png']
     monkeypatch.setattr(sys, 'stdin', io.StringIO(''))
     done = call('predict', '-')
-    assert done.returncode == 2 and 'the list of files is empty' in done.stderr
+    assert done.returncode == 2 and 'the list on standard input is empty' in done.stderr
 
 
 def test_logits_that_are_not_finite_are_errors(broken_model, tmp_path):

@@ -341,7 +341,8 @@ def test_a_full_disk(size, small, idx_dir, tmp_path, monkeypatch):
     newest = output / 'checkpoints' / 'update-000000004'
 
     def fill():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (int(size * (newest / 'model.safetensors').stat().st_size), before[1]))
+        most = int(size * (newest / 'model.safetensors').stat().st_size)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
 
     try:
         with monkeypatch.context() as patch:

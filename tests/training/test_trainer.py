@@ -117,8 +117,8 @@ def test_a_loss_that_is_read_late_is_told_of_and_not_saved(checkpoint_steps, new
     run = small_run(idx_dir, tmp_path, 4, checkpoint_steps=checkpoint_steps, checkpoint_hist=99)
     at_update(run, 6, lambda x: x * torch.inf)
     newest, good = (n and f'{tmp_path}/checkpoints/update-{n:09}' for n in (newest, good))
-    way_out = f'Resume from {good} into another --output' if good else 'Start again'
-    with pytest.raises(FloatingPointError, match=rf'is nan in step 6 \(epoch 1\)\. {way_out} with a lower --lr, or skip'):
+    start = f'Resume from {good} into another --output' if good else 'Start again'
+    with pytest.raises(FloatingPointError, match=rf'is nan in step 6 \(epoch 1\)\. {start} with a lower --lr, or skip'):
         run.train()
     assert run.progress.update == seen
     assert max((tmp_path / 'checkpoints').glob('*'), default=None) == (newest and Path(newest))

@@ -77,7 +77,8 @@ def drive(server, data, monkeypatch):
     server.put(drive_id(NAME), data)
     server.requests.clear()
     yield server
-    assert server.refused == []
+    assert [host for host in server.refused if not host.endswith('.microsoft.com')] == []  # onnxruntime's telemetry
+    server.refused.clear()
 
 
 @pytest.fixture

@@ -297,7 +297,7 @@ def test_script_refuses_in_one_line(tmp_path, released):
 def test_disk_that_is_full(tmp_path, released, monkeypatch):
     def save_half(model, folder, model_args):
         folder.mkdir()
-        raise safetensors.SafetensorError('I/O error: No space left on device')
+        raise OSError(28, 'No space left on device')
 
     monkeypatch.setattr(module, 'save_model', save_half)
     before = listing(tmp_path)
