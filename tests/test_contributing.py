@@ -89,7 +89,7 @@ class Pictures(Files):
         super().__init__(names, [names.index(letter) for letter in letters])
 ''')
     factory = package / 'data' / 'factory.py'
-    edit(factory, "    'market1501': Market}", "    'market1501': Market, 'pictures': Pictures}")
+    edit(factory, "'market1501': Market}", "'market1501': Market, 'pictures': Pictures}")
     edit(factory, 'from .market import Market\n', 'from .market import Market\nfrom .pictures import Pictures\n')
     ablations = package / 'layers' / 'ablations.py'
     edit(ablations, 'VARIANTS: Dict', '''class MedianMerge(PocaVariant):
