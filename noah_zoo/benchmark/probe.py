@@ -231,9 +231,10 @@ def equal_classes(images: Images, count: int, seed: int = 0) -> Images:
     return images.take(np.sort(np.concatenate(chosen)))
 
 
-def hold_out(images: Images, seed: int) -> Tuple[np.ndarray, np.ndarray]:
+def hold_out(images: Images, seed: int, data_dir: Optional[str] = None) -> Tuple[np.ndarray, np.ndarray]:
     """Indices of the images to train on and of those held out, nearly the same share of each class."""
-    return tuple(np.flatnonzero(np.isin(images.rows, part.rows)) for part in split_images(images, HOLD_OUT, seed))
+    parts = split_images(images, HOLD_OUT, seed, data_dir)
+    return tuple(np.flatnonzero(np.isin(images.rows, part.rows)) for part in parts)
 
 
 def train_head(
@@ -310,7 +311,7 @@ def probe(config: ProbeConfig, device: str = 'cpu', quick: bool = False) -> List
         **asdict(config), 'updates': updates, 'seeds': seeds, 'lrs': lrs, 'train_images': len(train_images),
         'test_images': len(test_images), 'positions': x_BLC.shape[1], **inputs._asdict(), 'batch_size': BATCH_SIZE,
         'weight_decay': WEIGHT_DECAY, 'smoothing': SMOOTHING, 'hold_out': HOLD_OUT}
-    fit, held_out = hold_out(train_images, seed=0)
+    fit, held_out = hold_out(train_images, 0, config.data_dir)
     everything, tested = np.arange(len(train_images)), np.arange(len(test_images))
     rows = []
     with tqdm(total=len(config.heads) * (len(lrs) + seeds) * updates, unit='update') as bar:
