@@ -222,3 +222,27 @@ def test_output_that_nobody_reads(tmp_path):
             env={'PYTHONPATH': str(ROOT), 'PATH': '', 'HOME': str(tmp_path)}) as process:
         process.stdout.close()
         assert (process.wait(timeout=300), process.stderr.read()) == (1, b'')
+
+
+WRONG = {  # arguments that are right by their form
+    'train': ['--model', 'resnet51', '--output', 'run'], 'finetune': ['--model', 'resnet51', '--output', 'run'],
+    'validate': ['--model', 'resnet51'], 'predict': ['none.png'], 'visualize': ['none.png'],
+    'demo': ['--samples', 'none.png'], 'export': ['--model', 'resnet51'],
+    'convert': ['none.pth', '--model', 'resnet50_noah', '--output', 'out'], 'publish': ['resnet51', '--from', 'none'],
+    'reid': ['evaluate', '--model', 'resnet51', '--data-dir', 'none'], 'benchmark': ['speed'], 'report': ['none'],
+    'env': []}
+
+
+@pytest.mark.process
+@pytest.mark.parametrize('name', COMMANDS)
+def test_entry_point_and_exit_code_of_every_command(name, tmp_path):
+    code = 'import sys; from noah_zoo_cli import main; sys.exit(main())'
+    done = subprocess.run(
+        [sys.executable, '-c', code, name, *WRONG[name]], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={'PYTHONPATH': str(ROOT), 'PATH': '', 'HOME': str(tmp_path)}, timeout=300)
+    if name == 'env':
+        assert done.returncode == 0 and done.stdout.startswith('- noah_zoo: '), done.stderr
+        return
+    assert done.returncode == 2 and 'Traceback' not in done.stderr, done.stderr
+    assert re.search(rf'noah-zoo {name}[\w ]*: error: ', done.stderr.splitlines()[-1]), done.stderr
+    assert not [path for path in tmp_path.iterdir() if not path.name.startswith('.')]
