@@ -14,6 +14,7 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
 from noah_zoo import NoahHead, add_noah_head
+from noah_zoo.benchmark import probe as probe_module
 from noah_zoo.benchmark.probe import (
     HEADS,
     Inputs,
@@ -351,3 +352,15 @@ def test_flags_are_the_settings():
         assert f"'--{field.name.replace('_', '-')}'" in group
     for name in HEADS:
         assert name in group
+
+
+def test_learning_rate_warms_up_and_falls(monkeypatch):
+    """For 5 % of the steps it rises from a tenth, then it falls to zero."""
+    create, made, rates = probe_module.create_optimizer_v2, [], []
+    monkeypatch.setattr(
+        probe_module, 'create_optimizer_v2', lambda *args, **kwargs: made.append(create(*args, **kwargs)) or made[-1])
+    train_head(
+        functools.partial(HEADS['linear'], Inputs(12, 3, 10 ** 6, True)), MadeUp(200, seed=0), np.arange(200), 0.01,
+        updates=100, seed=0, tick=lambda: rates.append(made[0].param_groups[0]['lr']))
+    assert rates[0] == pytest.approx(0.0028) and np.argmax(rates) == 4 and max(rates) == pytest.approx(0.01, rel=0.01)
+    assert (np.diff(rates[5:]) < 0).all() and rates[-1] < 1e-4
