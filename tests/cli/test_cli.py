@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -246,3 +247,23 @@ def test_entry_point_and_exit_code_of_every_command(name, tmp_path):
     assert done.returncode == 2 and 'Traceback' not in done.stderr, done.stderr
     assert re.search(rf'noah-zoo {name}[\w ]*: error: ', done.stderr.splitlines()[-1]), done.stderr
     assert not [path for path in tmp_path.iterdir() if not path.name.startswith('.')]
+
+
+@pytest.mark.process
+@pytest.mark.skipif(sys.platform == 'win32', reason='SIGINT of a process group')
+@pytest.mark.parametrize('name', COMMANDS)
+def test_ctrl_c_while_a_command_starts(name, tmp_path):
+    """Pressed once PyTorch is imported, it ends the command in a line."""
+    code = 'import sys; from noah_zoo_cli import main; sys.exit(main())'
+    with subprocess.Popen(
+            [sys.executable, '-X', 'importtime', '-c', code, name, *WRONG[name]], cwd=tmp_path,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE, text=True, env={'PYTHONPATH': str(ROOT), 'PATH': '', 'HOME': str(tmp_path)},
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)) as process:
+        for line in process.stderr:
+            if re.search(r'\| +torch$', line):
+                break
+        process.send_signal(signal.SIGINT)
+        messages = process.stderr.read()
+    assert process.returncode == 130 and 'Traceback' not in messages, messages[-2000:]
+    assert re.search(rf'noah-zoo {name}[\w ]*: interrupted', messages.splitlines()[-1])
