@@ -2,7 +2,7 @@
 import functools
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -15,11 +15,11 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
-from ..config import TrainConfig
+from ..config import TrainConfig, default_dataset
 from ..data.base import Images
 from ..data.factory import create_datasets, split_images
 from ..data.loader import EpochBatchSampler, EvalBatchSampler, seed_everything
-from ..inference.predict import reading_of
+from ..inference.predict import read_for
 from ..layers.noah_head import NoahHead, fitting_key_ratio, fitting_num_groups
 from ..layers.other_heads import CSRA, EfficientProbing, MLDecoder, SimPool
 from ..models.attach import NoahModel, add_noah_head, begin, eval_transform
@@ -290,12 +290,12 @@ def probe(config: ProbeConfig, device: str = 'cpu', quick: bool = False) -> List
         RuntimeError: If there are no weights for the model.
         ValueError: If a setting is not accepted.
     """
+    config = replace(config, dataset=config.dataset or default_dataset(config.data_dir))
     train_images, test_images = create_images(config, quick)
     num_classes = len(train_images.class_names)
     model = create_backbone(config, train_images.class_names, quick).to(device)
     transform = eval_transform(model)
-    for images in train_images, test_images:
-        images.input_img_mode, images.value_range = reading_of(model).values()
+    read_for(model, train_images, test_images)
     train_rows, test_rows = (
         Rows(model, cache_features(
             model, images, transform, Path(config.cache_features), BATCH_SIZE, config.workers), device)

@@ -50,20 +50,22 @@ def model_name(text: str) -> str:
     return f'{prefix}{colon}{path(place)}'
 
 
-def use_device(device: Optional[str]) -> bool:
-    """Have Accelerate use a torch device; return whether it is the CPU.
+def use_device(args: argparse.Namespace) -> None:
+    """Have Accelerate use the torch device of --device, which is taken out of the arguments; 'cpu' sets --cpu.
 
     Raises:
         ValueError: If this machine has no such device.
     """
+    device = vars(args).pop('device', None)
     if device is None:
-        return False
+        return
     from noah_zoo.inference.predict import check_device
 
     check_device(device)
-    if device != 'cpu':
+    if device == 'cpu':
+        args.cpu = True
+    else:
         os.environ['ACCELERATE_TORCH_DEVICE'] = device
-    return device == 'cpu'
 
 
 class Parser(argparse.ArgumentParser):

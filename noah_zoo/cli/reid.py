@@ -46,8 +46,7 @@ def run(parser, args):
         from noah_zoo.training.validate import validate
 
         logging.basicConfig(level=logging.WARNING, format='%(message)s')
-        if use_device(vars(args).pop('device', None)):
-            args.cpu = True
+        use_device(args)
         figures = validate(task='reid', dataset='market1501', **vars(args))
         PartialState().destroy_process_group()
         if os.environ.get('RANK', '0') != '0':

@@ -19,9 +19,7 @@ from ..config import TrainConfig
 from ..recipes import RECIPES, Recipe
 from . import Parser, model_name, path, readable_errors, use_device
 
-COMMON = (  # shown first by --help
-    'model', 'output', 'dataset', 'data_dir', 'val_fraction', 'epochs', 'batch_size', 'lr', 'img_size', 'pretrained',
-    'freeze', 'no_aug', 'aa', 'mixup', 'mixed_precision', 'workers', 'resume')
+
 def or_none(kind: Callable) -> Callable:
     def convert(text: str) -> Any:
         return None if text.lower() == 'none' else kind(text)
@@ -29,6 +27,9 @@ def or_none(kind: Callable) -> Callable:
     return convert
 
 
+COMMON = (  # shown first by --help
+    'model', 'output', 'dataset', 'data_dir', 'val_fraction', 'epochs', 'batch_size', 'lr', 'img_size', 'pretrained',
+    'freeze', 'no_aug', 'aa', 'mixup', 'mixed_precision', 'workers', 'resume')
 SHORT = {'batch_size': ['-b'], 'workers': ['-j']}
 MORE = {
     'model': dict(type=model_name),
@@ -135,9 +136,7 @@ def run(parser, args):
         from noah_zoo.training.settings import configure
         from noah_zoo.training.trainer import train
 
-        device = vars(args).pop('device', None)
-        if use_device(device):
-            args.cpu = True
+        use_device(args)
         is_main = get_int_from_env(['RANK', 'PMI_RANK', 'OMPI_COMM_WORLD_RANK', 'MV2_COMM_WORLD_RANK'], 0) == 0
         logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format='%(message)s')
         for name in 'accelerate', 'timm':  # every file of a checkpoint, the missing keys of a new head

@@ -47,8 +47,7 @@ def run(parser, args):
         from noah_zoo.training.validate import validate
 
         logging.basicConfig(level=logging.WARNING, format='%(message)s')
-        if use_device(vars(args).pop('device', None)):
-            args.cpu = True
+        use_device(args)
         settings = dict(vars(args))
         as_json = settings.pop('json', False)
         result = validate(**settings)

@@ -21,8 +21,8 @@ _logger = logging.getLogger(__name__)
 
 FOLDERS: Dict[str, Callable[..., Images]] = {  # what is read from a folder, of folder and split
     'fashion_mnist': FashionMnist, 'folder': Folder, 'leaf_folder': LeafFolder, 'inaturalist': INaturalist,
-    'coco': Coco, 'market1501': Market}
-DATASETS = ', '.join((*FOLDERS, 'csv', 'hfds/NAME', 'hfids/NAME', 'wds/'))
+    'coco': Coco, 'csv': Csv, 'market1501': Market}
+DATASETS = ', '.join((*FOLDERS, 'hfds/NAME', 'hfids/NAME', 'wds/'))
 
 
 def create_dataset(
@@ -53,16 +53,15 @@ def create_dataset(
     prefix, slash, rest = name.partition('/')
     if data_dir and Path(data_dir).is_file():
         raise NotADirectoryError(f'{data_dir} is a file, and --data-dir takes a folder; unpack it if it is an archive')
-    if name in FOLDERS or name == 'csv':
+    if name in FOLDERS:
         data_dir = data_dir or (str(FASHION_MNIST_DIR) if name == 'fashion_mnist' else None)
         if not data_dir:
             raise ValueError(f'{name}: name the folder of the data with --data-dir')
         if name == 'csv' and task == 'multilabel':
             return CsvLists(data_dir, split, input_key, target_key, label_separator)
-        if name == 'csv':
-            return Csv(data_dir, split, input_key, target_key)
-        options = dict(without_labels=without_labels) if name == 'coco' else {}
-        return FOLDERS[name](data_dir, split, **options)
+        options = {
+            'coco': dict(without_labels=without_labels), 'csv': dict(input_key=input_key, target_key=target_key)}
+        return FOLDERS[name](data_dir, split, **options.get(name, {}))
     if prefix.lower() == 'hfds' and rest:
         return (HubLists if task == 'multilabel' else HubImages)(rest, data_dir, split, input_key, target_key)
     if prefix.lower() == 'hfids' and rest or prefix.lower() == 'wds' and slash:
@@ -125,7 +124,7 @@ def create_datasets(
     train_set.value_range = val_set.value_range = config.value_range
     if config.skip_damaged and isinstance(train_set, Images):
         train_set, val_set = (leave_out_damaged(images, config.workers, damaged) for images in (train_set, val_set))
-    missing = '' if isinstance(train_set, Stream) or reads == 'reid' else missing_classes(train_set, val_set)
+    missing = missing_classes(train_set, val_set)
     if missing:
         _logger.warning('%s: %s', config.dataset, missing)
     _logger.info(
@@ -164,7 +163,7 @@ def check_data(
                 f'--skip-damaged: {some(lines, 10, "; ")}')
         parts.append(f'{len(images):,} {split} images')
         values = values | found.values if values else found.values
-    remarks = [missing_classes(*splits) if reads != 'reid' else '', values.remark() if values else '']
+    remarks = [missing_classes(*splits), values.remark() if values else '']
     return '; '.join((
         f'{config.dataset}: {" and ".join(parts)} of {len(images.class_names)} classes, all of them readable',
         *filter(None, remarks)))

@@ -94,7 +94,12 @@ def _stratify(labels: np.ndarray, fraction: float) -> np.ndarray:
 
 
 def missing_classes(train_set: Images, val_set: Images) -> str:
-    """The classes that one side has no image of, as text; empty if there are none."""
+    """The classes that one side has no image of, as text; empty if there are none.
+
+    Streams do not know their classes' images, and persons to identify again differ from those of training.
+    """
+    if not isinstance(train_set, Images) or train_set.task == 'reid':
+        return ''
     parts = []
     for name, images in (('training', train_set), ('validation', val_set)):
         missing = [repr(label) for label, count in zip(images.class_names, images.class_counts()) if not count]

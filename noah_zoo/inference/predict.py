@@ -166,6 +166,13 @@ def reading_of(model: nn.Module) -> Dict[str, Any]:
     return {'mode': mode_of(input_size_of(model)[0]), 'value_range': value_range_of(model)}
 
 
+def read_for(model: nn.Module, *datasets: Any) -> None:
+    """Have data sets read images as a model takes them. Errors as `mode_of`."""
+    reading = reading_of(model)
+    for images in datasets:
+        images.input_img_mode, images.value_range = reading['mode'], reading['value_range']
+
+
 def has_bf16(device: torch.device) -> bool:
     """Whether a device is a GPU that computes in bfloat16."""
     return device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)

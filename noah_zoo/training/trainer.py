@@ -25,13 +25,12 @@ from ..config import TrainConfig
 from ..data.base import Images
 from ..data.damage import sample_values
 from ..data.factory import create_datasets
-from ..data.images import mode_of
 from ..data.loader import EpochBatchSampler, EvalBatchSampler, create_loader, on_device, seed_everything
 from ..data.split import EARLIER, RECORD, check_overlap, read_split, source_runs, write_split
 from ..data.streams import Stream
 from ..data.transforms import create_erasing, create_transforms
-from ..inference.predict import has_bf16, logits_of
-from ..models.attach import data_config_of, eval_transform, heads_of, value_range_of
+from ..inference.predict import has_bf16, logits_of, read_for
+from ..models.attach import data_config_of, eval_transform, heads_of
 from ..tasks import find_task
 from .builders import (
     build_ema,
@@ -142,8 +141,7 @@ class Trainer:
         rank, size = accelerator.process_index, plan.per_device
         data_config = data_config_of(model)
         train_transform, val_transform = create_transforms(config, data_config)
-        for images in train_set, val_set:
-            images.input_img_mode, images.value_range = mode_of(data_config['input_size'][0]), value_range_of(model)
+        read_for(model, train_set, val_set)
         values = None if self.streams else sample_values(train_set)
         if values and values.remark():
             _logger.warning('%s: %s', config.dataset, values.remark())

@@ -13,7 +13,7 @@ from ..data.factory import create_dataset
 from ..data.folder import Folder
 from ..data.loader import EvalBatchSampler, create_loader, on_device
 from ..inference.export import SUFFIXES, ExportedModel
-from ..inference.predict import check_model, reading_of
+from ..inference.predict import check_model, read_for
 from ..models.attach import data_config_of, eval_transform, set_image_size
 from ..tasks import find_task
 from .trainer import evaluate
@@ -91,7 +91,7 @@ def validate(
         set_image_size(net, img_size)
     images = judge.match(model, net, images)
     stream = isinstance(images, IterableDataset)
-    images.input_img_mode, images.value_range = reading_of(net).values()
+    read_for(net, images)
     transform = eval_transform(net, img_size, normalize=False)
     sampler = None if stream else EvalBatchSampler(
         len(images), batch_size, accelerator.num_processes, accelerator.process_index)

@@ -280,6 +280,7 @@ def test_quick_run(data_dir, tmp_path):
         case = found['case']
         assert (case['train_images'], case['test_images'], case['positions']) == (60, 12, 4), case
         assert case['updates'] == 4 and case['model'] == 'test_resnet' and case['data_dir'] == data_dir
+        assert case['dataset'] == 'fashion_mnist'
         assert len(found['top1']['each']) == len(found['seconds']) == 2 == len(found['held_out_top1'])
         assert found['top1']['mean'] == statistics.mean(found['top1']['each']) and found['lr_at_edge']
     assert Image.open(output / 'probe-cpu-float32.png').width > 500

@@ -104,7 +104,7 @@ def test_exit_status_is_that_of_the_command(tmp_path):
 
 
 def imported_first(module, seen):
-    """The modules that importing a module of the project imports, `noah_zoo/__init__.py` left out."""
+    """The modules that importing a module of the project imports, without `noah_zoo/__init__.py`."""
     if module in seen or not module.startswith('noah_zoo'):
         return seen | {module}
     seen = seen | {module}

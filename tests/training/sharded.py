@@ -1,4 +1,4 @@
-"""Run `noah-zoo train` with FSDP2 or DeepSpeed on CPUs. Accelerate does so on GPUs alone; it is told these are some.
+"""Run `noah-zoo train` with FSDP2 or DeepSpeed on CPUs. Accelerate shards on GPUs only, so these pass for GPUs.
 
     torchrun --standalone --nproc_per_node 2 tests/training/sharded.py fsdp --model ...
 """

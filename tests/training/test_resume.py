@@ -86,7 +86,7 @@ def left(output):
 
 @pytest.fixture(scope='module')
 def small(idx_dir, tmp_path_factory):
-    """The folder of a run in this process that nobody stops."""
+    """The folder of an uninterrupted run in this process."""
     output = tmp_path_factory.mktemp('small') / 'run'
     run_here(idx_dir, output, SMALL)
     return output
@@ -94,7 +94,7 @@ def small(idx_dir, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def whole(idx_dir, tmp_path_factory):
-    """The folder of a run that nobody stops."""
+    """The folder of an uninterrupted run."""
     output = tmp_path_factory.mktemp('whole') / 'run'
     run(idx_dir, output, EVERYTHING)
     return output
@@ -102,7 +102,7 @@ def whole(idx_dir, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def whole_of_two(idx_dir, tmp_path_factory):
-    """The folder of a run of two processes that nobody stops."""
+    """The folder of an uninterrupted run of two processes."""
     output = tmp_path_factory.mktemp('whole') / 'run'
     run(idx_dir, output, EVERYTHING, 2)
     assert json.loads((output / 'summary.json').read_text())['batch']['processes'] == 2
